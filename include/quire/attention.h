@@ -1,0 +1,150 @@
+// The functional core: plan a batch once a step, then run attention over it once a layer.
+//
+//     quire::Plan plan(config);                    // once
+//     plan.update(batch);                          // once a step, after scheduling
+//     quire::write_kv_cache(k, v, cache, slots);   // once a layer
+//     quire::attention(plan, {.query = q, .kv_cache = cache, .output = out});
+//
+// The algorithm is FlashAttention's (Dao et al., 2022; 2023) over a paged cache, with split-KV
+// (Flash-Decoding) and work ranges of equal cost (stream-K; FlashMLA's scheduler).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "quire/kv_cache.h"
+#include "quire/mask.h"
+#include "quire/metadata.h"
+#include "quire/score.h"
+#include "quire/types.h"
+
+namespace quire {
+
+// What does not change from step to step: the layer and its cache.
+struct AttentionConfig {
+  Device device;
+
+  // Dtype of the query: fp16, bf16, fp32; kFloat8E4M3 for a quantised query over an fp8 cache.
+  DType dtype = DType::kBFloat16;
+
+  std::int64_t num_heads = 0;
+  std::int64_t num_kv_heads = 0;  // divides num_heads; the group need not be a power of two
+  std::int64_t head_size = 0;     // of Q and K; 8 to 576
+  std::int64_t head_size_v = 0;   // of V and the output; 0 means head_size
+
+  AttentionType type = AttentionType::kDecoder;
+  Mask mask;
+  Score score;
+
+  // Tokens of a block, >= 1. Not used by encoder and encoder-only attention.
+  std::int64_t block_size = 16;
+  KvCacheDType kv_cache_dtype = KvCacheDType::kAuto;
+
+  // A sequence's output bits depend on that sequence alone: its lengths, data and layer; not on
+  // its neighbours, its place, padding, or how earlier steps chunked it into the cache. Switches
+  // cascade off. (He et al., "Defeating Nondeterminism in LLM Inference", 2025.)
+  bool batch_invariant = false;
+
+  // Look for shared prefixes in the block tables and read them once (cascade), also when nobody
+  // announced one. Never done when batch_invariant is set.
+  bool auto_cascade = true;
+
+  // "" picks the best backend of the device ("cpu", "cuda"); "reference" is float64 plain loops.
+  // The environment variable QUIRE_BACKEND overrides "".
+  std::string backend;
+
+  std::int64_t value_head_size() const { return head_size_v != 0 ? head_size_v : head_size; }
+};
+
+// How a batch is cut into work. Holds the workspace of the calls that use it, so one plan serves
+// one call at a time; plans are cheap to keep, and steady-state updates and calls allocate nothing.
+class Plan {
+ public:
+  // Validates the configuration and sets up the workspace. Throws Error if no backend of the device
+  // supports it; the message lists the reasons (see AttentionBackend::supports).
+  explicit Plan(const AttentionConfig& config);
+  ~Plan();
+  Plan(Plan&&) noexcept;
+  Plan& operator=(Plan&&) noexcept;
+
+  // Plans a batch. Keeps views of the batch's tensors. `common_prefix_len` > 0 announces that all
+  // sequences' block tables start with the same blocks up to that many tokens (rounded down to
+  // whole blocks). CPU: reads the tensors now; under 0.2 us a sequence. CUDA: queues one kernel on
+  // ctx.stream and reads them there. Throws Error on wrong shapes, dtypes, devices.
+  void update(const CommonAttentionMetadata& batch, std::int64_t common_prefix_len = 0,
+              const Context& ctx = {});
+
+  const AttentionConfig& config() const;
+  const CommonAttentionMetadata& batch() const;
+  // The backend that serves it: "cpu", "cuda", "reference".
+  const char* backend_name() const;
+
+  // Bytes of workspace held now. Bounded by threads x tile, whatever the sequence lengths; cascade
+  // adds num_tokens x num_heads x (head_size_v + 2) floats for the tokens that share a prefix.
+  std::int64_t workspace_bytes() const;
+
+  // One line per piece of work, for people and for tests.
+  std::string to_string() const;
+
+  struct Impl;  // src/api
+  Impl& impl() const { return *impl_; }
+
+ private:
+  std::unique_ptr<Impl> impl_;
+};
+
+// A new plan for one batch; the same as constructing and updating one.
+Plan plan(const AttentionConfig& config, const CommonAttentionMetadata& batch,
+          std::int64_t common_prefix_len = 0, const Context& ctx = {});
+
+// The tensors of one attention call. Absent views are default-constructed.
+struct AttentionArgs {
+  // [>= num_actual_tokens, num_heads, head_size], the plan's dtype, unit last stride.
+  TensorView query;
+
+  // Decoder and cross attention: the cache, already holding this step's tokens.
+  PagedKvCache kv_cache;
+  // Encoder and encoder-only attention: K and V themselves, [num_kv_tokens, num_kv_heads,
+  // head_size(_v)], the plan's dtype, unit last stride.
+  TensorView key;
+  TensorView value;
+
+  // [>= num_actual_tokens, num_heads * head_size_v] or [.., num_heads, head_size_v], unit last
+  // stride: fp16, bf16, fp32, or kFloat8E4M3 with output_scale or output_block_scale. Written for
+  // the rows that belong to a sequence and are < num_actual_tokens; nothing else is touched. A row
+  // that sees no key gets 0.
+  TensorView output;
+
+  // Optional result: float32 [num_heads, >= num_actual_tokens], natural logarithm of the softmax
+  // denominator, sink included. -inf for a row that sees no key and has no sink.
+  TensorView lse;
+
+  // Scale of an fp8 query.
+  Scale q_scale;
+
+  // fp8 output, one of:
+  // static: output = saturate(x / output_scale)
+  bool has_output_scale = false;
+  Scale output_scale;
+  // dynamic, in groups of 128 of the token's flattened row: s = max(absmax / 448, tiny), output =
+  // saturate(x / s); this view receives s: float32 [>= num_actual_tokens, ceil(row / 128)].
+  TensorView output_block_scale;
+};
+
+// Attention of one layer over the planned batch. CPU: done on return. CUDA: queued on ctx.stream.
+// Memory: reads query, the needed parts of the cache and the batch's tensors; writes output, lse,
+// output_block_scale and the plan's workspace. Throws Error before anything is written.
+void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx = {});
+
+// Merges two attention results over disjoint keys, (o_a, lse_a) and (o_b, lse_b):
+//   lse = logaddexp(lse_a, lse_b),  o = o_a exp(lse_a - lse) + o_b exp(lse_b - lse)
+// A part with lse = -inf contributes nothing, whatever its o holds. o: [num_tokens, num_heads,
+// head_size_v] fp16/bf16/fp32, one dtype for all three; lse: float32 [num_heads, num_tokens].
+// `output` may alias o_a or o_b, `lse` (optional) lse_a or lse_b. Attention sinks belong to exactly
+// one part. (Section 2.2 of FlashInfer, Ye et al., 2025; vLLM's merge_attn_states.)
+void merge_states(const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b,
+                  const TensorView& lse_b, const TensorView& output, const TensorView& lse = {},
+                  const Context& ctx = {});
+
+}  // namespace quire

@@ -1,0 +1,150 @@
+// The serving layer in the words of vLLM's v1 backends: backend class, metadata builder, impl with
+// forward(). A thin layer over attention.h for engines that are built that way.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "quire/attention.h"
+#include "quire/kv_cache.h"
+#include "quire/metadata.h"
+#include "quire/types.h"
+
+namespace quire {
+
+// What a backend can do, for people and for engines that choose. The same arrays that dispatch
+// uses.
+struct BackendCapabilities {
+  std::vector<DType> dtypes;                    // of the query
+  std::vector<KvCacheDType> kv_cache_dtypes;
+  std::vector<DType> output_dtypes;
+  std::int64_t min_head_size = 0;
+  std::int64_t max_head_size = 0;
+  std::int64_t head_size_multiple = 1;
+  std::int64_t block_size_multiple = 1;
+  bool sinks = false;
+  bool alibi = false;
+  bool soft_cap = false;
+  bool sliding_window = false;
+  bool chunked = false;
+  bool bidirectional_ranges = false;
+  bool visible_prefix = false;
+  bool qq_bias = false;
+  bool cross_attention = false;
+  bool encoder_attention = false;
+  bool cascade = false;
+  bool lse = false;
+  bool fp8_output = false;
+  bool block_scale_output = false;
+  bool batch_invariant = false;
+  bool graph_capture = false;
+};
+
+// One attention implementation. Objects are immutable, live for the whole process and may be used
+// from any thread. Corresponds to TritonAttentionBackend's class methods.
+class AttentionBackend {
+ public:
+  virtual ~AttentionBackend() = default;
+
+  virtual const char* name() const = 0;         // "cpu", "reference", "cuda"
+  virtual DeviceType device_type() const = 0;
+  // Whether this machine can run it now; if not, `instruction_set` says why.
+  virtual bool available() const = 0;
+  // What it runs on: "AVX3", "AVX2", "NEON", "SCALAR", "sm_90", ...
+  virtual std::string instruction_set() const = 0;
+  virtual const BackendCapabilities& capabilities() const = 0;
+
+  // Why this backend cannot serve the configuration, one sentence each; empty means it can.
+  virtual std::vector<std::string> supports(const AttentionConfig& config) const = 0;
+
+  // [num_blocks, 2, block_size, num_kv_heads, head_size], vLLM's get_kv_cache_shape. Throws Error
+  // on sizes below 1 or a block_size that the backend cannot use.
+  std::vector<std::int64_t> kv_cache_shape(std::int64_t num_blocks, std::int64_t block_size,
+                                           std::int64_t num_kv_heads, std::int64_t head_size) const;
+};
+
+// All backends of this build, best first for each device.
+const std::vector<const AttentionBackend*>& attention_backends();
+// By name. Throws Error naming the known ones.
+const AttentionBackend& attention_backend(std::string_view name);
+
+// Builds AttentionMetadata once a step for all layers of one configuration.
+class AttentionMetadataBuilder {
+ public:
+  // Throws Error if the configuration is not supported.
+  explicit AttentionMetadataBuilder(const AttentionConfig& config);
+
+  // Plans the batch. The result shares this builder's plan: it is valid until the next build().
+  // `common_prefix_len` as in Plan::update; `fast_build` is accepted for vLLM's sake (planning is
+  // already cheap enough to do every time).
+  AttentionMetadata build(std::int64_t common_prefix_len, const CommonAttentionMetadata& common,
+                          bool fast_build = false, const Context& ctx = {});
+
+  // The same without cascade, in buffers whose addresses stay fixed, so that a graph captured with
+  // the result serves every later batch up to this one's padded size. On the CPU: build().
+  AttentionMetadata build_for_cudagraph_capture(const CommonAttentionMetadata& common,
+                                                const Context& ctx = {});
+
+  const AttentionConfig& config() const { return config_; }
+
+ private:
+  AttentionConfig config_;
+  std::shared_ptr<Plan> plan_;
+};
+
+// The scales a quantised model attaches to a layer (vLLM's layer._q_scale, _k_scale, _v_scale).
+struct LayerScales {
+  Scale q;
+  Scale k;
+  Scale v;
+};
+
+// One attention layer. Corresponds to TritonAttentionImpl.
+class AttentionImpl {
+ public:
+  // A layer with a non-empty `kv_sharing_target_layer_name` reads that layer's cache and never
+  // writes it. Throws Error if the configuration is not supported.
+  explicit AttentionImpl(const AttentionConfig& config,
+                         std::string kv_sharing_target_layer_name = {});
+
+  // Writes this step's key and value into the cache (decoder layers that own one; cross attention
+  // only when key and value are given) and computes attention.
+  //
+  //   query     [num_tokens, num_heads, head_size]
+  //   key       [num_tokens, num_kv_heads, head_size], may be absent for cross attention or a
+  //             cache filled by do_kv_cache_update()
+  //   value     [num_tokens, num_kv_heads, head_size_v], likewise
+  //   kv_cache  this layer's cache; its dtype must be the configuration's. Scales of `scales`
+  //             replace its per-tensor ones. Ignored by encoder attention
+  //   metadata  of the step; null means a profiling run: output is filled with 0, nothing else done
+  //   output    [num_tokens, num_heads * head_size_v] or 3-D
+  //   output_scale        with an fp8 output: static scale
+  //   output_block_scale  with an fp8 output: receives a scale per group of 128; at most one of both
+  //   lse       optional float32 [num_heads, num_tokens]
+  //
+  // Returns `output`. Errors, memory and stream behaviour as write_kv_cache() and attention():
+  // everything is checked before the cache is written.
+  TensorView forward(const LayerScales& scales, const TensorView& query, const TensorView& key,
+                     const TensorView& value, const PagedKvCache& kv_cache,
+                     const AttentionMetadata* metadata, const TensorView& output,
+                     const std::optional<Scale>& output_scale = std::nullopt,
+                     const TensorView& output_block_scale = {}, const TensorView& lse = {},
+                     const Context& ctx = {}) const;
+
+  // Only the cache write of forward(), for hosts that do it separately.
+  void do_kv_cache_update(const LayerScales& scales, const TensorView& key, const TensorView& value,
+                          const PagedKvCache& kv_cache, const TensorView& slot_mapping,
+                          const Context& ctx = {}) const;
+
+  const AttentionConfig& config() const { return config_; }
+
+ private:
+  AttentionConfig config_;
+  std::string kv_sharing_target_layer_name_;
+};
+
+}  // namespace quire

@@ -1,0 +1,111 @@
+// The paged KV cache: a view over memory the caller owns, and the write of new tokens into it.
+// The design is PagedAttention's (Kwon et al., 2023): token j of a sequence lives in slot
+// j % block_size of physical block block_table[seq][j / block_size].
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string_view>
+
+#include "quire/types.h"
+
+namespace quire {
+
+// What a cache stores. Per tensor: one scale for all of K and one for all of V. Per token and head:
+// each (slot, head) vector has its own float32 scale.
+enum class KvCacheDType : std::uint8_t {
+  kAuto = 0,  // the model's dtype
+  kFloat16,
+  kBFloat16,
+  kFloat32,
+  kFp8E4M3,              // "fp8" and "fp8_e4m3"
+  kFp8E5M2,              // "fp8_e5m2"
+  kInt8PerTokenHead,     // "int8_per_token_head", QMAX 127
+  kFp8E4M3PerTokenHead,  // "fp8_per_token_head", QMAX 448
+};
+
+// Accepts vLLM's names: auto, float16, bfloat16, float32, fp8, fp8_e4m3, fp8_e5m2,
+// int8_per_token_head, fp8_per_token_head. Throws Error otherwise.
+KvCacheDType parse_kv_cache_dtype(std::string_view name);
+const char* to_string(KvCacheDType dtype);
+
+// The element type of a cache of that kind for a model of dtype `model_dtype`.
+DType storage_dtype(KvCacheDType dtype, DType model_dtype);
+constexpr bool is_per_token_head(KvCacheDType dtype) {
+  return dtype == KvCacheDType::kInt8PerTokenHead || dtype == KvCacheDType::kFp8E4M3PerTokenHead;
+}
+constexpr bool is_per_tensor_fp8(KvCacheDType dtype) {
+  return dtype == KvCacheDType::kFp8E4M3 || dtype == KvCacheDType::kFp8E5M2;
+}
+
+// A float32 scale: a host value, or one float in memory of the layer's device, which wins if given
+// and is read when the work runs (so a captured CUDA graph sees later changes).
+struct Scale {
+  float value = 1.0F;
+  const float* data = nullptr;
+  Scale() = default;
+  Scale(float v) : value(v) {}  // NOLINT(google-explicit-constructor): a plain number is a scale
+  static Scale in_memory(const float* data) {
+    Scale scale;
+    scale.data = data;
+    return scale;
+  }
+};
+
+// A paged cache of one layer.
+//
+// K and V are two views [num_blocks, block_size, num_kv_heads, head_size(_v)] with unit stride in
+// the last dimension and any other strides, so one type serves every layout: NHD, HND, K and V
+// packed side by side in one row, two separate tensors, padded pages, views into larger buffers.
+// Element offsets are computed in 64 bits.
+//
+// Wild indices never leave this memory. A block number outside [0, num_blocks), and a token whose
+// logical block lies past the width of the block table, is not there: a block of the first kind
+// reads as zeros, and sequences end at the table's width. Slots outside
+// [0, num_blocks * block_size) are skipped by writes.
+struct PagedKvCache {
+  TensorView key;    // [num_blocks, block_size, num_kv_heads, head_size]
+  TensorView value;  // [num_blocks, block_size, num_kv_heads, head_size_v]
+
+  // kAuto: plain storage of whatever float type `key` and `value` have.
+  KvCacheDType dtype = KvCacheDType::kAuto;
+
+  // Per-tensor scales of fp8 caches: stored = x / scale, read back as stored * scale.
+  Scale k_scale;
+  Scale v_scale;
+
+  // Per-token-head caches: float32 [num_blocks, block_size, num_kv_heads] views, any strides (also
+  // inline behind each row).
+  TensorView k_scale_cache;
+  TensorView v_scale_cache;
+
+  std::int64_t num_blocks() const { return key.shape[0]; }
+  std::int64_t block_size() const { return key.shape[1]; }
+
+  // vLLM's default layout: one tensor [num_blocks, 2, block_size, num_kv_heads, head_size], index 0
+  // of dimension 1 is K, 1 is V. Any strides. Byte caches (uint8) of an fp8 or int8 kind are
+  // reinterpreted. Throws Error on another shape or dtype.
+  static PagedKvCache from_combined(const TensorView& kv_cache,
+                                    KvCacheDType dtype = KvCacheDType::kAuto);
+  // vLLM's packed layout: [num_blocks, num_kv_heads, block_size, head_size + head_size_v], K first.
+  static PagedKvCache from_packed(const TensorView& kv_cache, std::int64_t head_size,
+                                  KvCacheDType dtype = KvCacheDType::kAuto);
+};
+
+// Writes the K and V of new tokens into the cache (vLLM's reshape_and_cache).
+//
+//   key           [>= num_slots, num_kv_heads, head_size]    fp16, bf16 or fp32, unit last stride
+//   value         [>= num_slots, num_kv_heads, head_size_v]  the same dtype
+//   cache         written at the slots named, nothing else; per-token-head scales are computed
+//   slot_mapping  int64 [num_slots], flat slot block * block_size + offset; negative or out of
+//                 range: skipped. If a slot appears twice, one of the two tokens wins.
+//
+// fp8 per tensor: stored = saturate(x / scale), NaN stays NaN. Per token and head:
+// scale = max(absmax / QMAX, 1e-6), stored = round-to-nearest-even(x / scale), saturated.
+// Memory: reads key, value, slot_mapping; writes the cache; allocates nothing.
+// Throws Error before anything is written if shapes, dtypes, devices or scales do not fit, or,
+// with ctx.check_indices, if a slot is past the cache.
+void write_kv_cache(const TensorView& key, const TensorView& value, const PagedKvCache& cache,
+                    const TensorView& slot_mapping, const Context& ctx = {});
+
+}  // namespace quire

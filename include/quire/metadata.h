@@ -1,0 +1,67 @@
+// What one batch looks like, in the words of vLLM's v1 attention metadata.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "quire/types.h"
+
+namespace quire {
+
+class Plan;
+
+// One step's batch, as a scheduler hands it to every attention layer. All tensors are on the
+// layer's device; a view only, the memory must stay unchanged until the last attention call of the
+// step. Sequence s has the query rows [query_start_loc[s], query_start_loc[s + 1]); its row i sits
+// at absolute position seq_lens[s] - query_len + i.
+//
+// Padding: padded sequences have seq_len 0 (or an empty row range) and any table entries; padded
+// tokens have slot -1. Neither is read or written.
+struct CommonAttentionMetadata {
+  TensorView query_start_loc;  // int32 [num_seqs + 1], row offsets into the query
+  TensorView seq_lens;         // int32 [num_seqs], tokens after this step, cache included
+  TensorView block_table;      // int32 [num_seqs, max_blocks], unit stride in the last dimension;
+                               // absent for attention without a cache
+  TensorView slot_mapping;     // int64 [>= num tokens written]; absent if nothing is written
+
+  // Rows of the query and output that are real; rows at or past it are neither read nor written.
+  std::int64_t num_actual_tokens = 0;
+
+  // Upper bounds known to the host. They size nothing on the CPU; 0 means unknown.
+  std::int64_t max_query_len = 0;
+  std::int64_t max_seq_len = 0;
+
+  // Masks that belong to the batch; absent means none.
+  TensorView causal;              // bool [num_seqs]: replaces Mask::causal for each sequence
+  TensorView mm_prefix_range;     // int32 [num_seqs, num_ranges, 2]: closed ranges [start, end] of
+                                  // positions that see each other; start >= end means none
+  TensorView visible_prefix_lens; // int32 [num_seqs]: keys before it escape the window (R-SWA)
+
+  // Query-query bias of tree attention: float32 [m, m] for all sequences or [num_seqs, m, m].
+  // Query row i and this step's key row n of one sequence get qq_bias[i][n] added to their score
+  // (may be -inf); rows or keys at or past m get 0.
+  TensorView qq_bias;
+
+  // Attention without a cache: key/value row offsets, int32 [num_seqs + 1]; absent means that keys
+  // and queries are the same tokens (query_start_loc). seq_lens is not used then.
+  TensorView kv_start_loc;
+
+  std::int64_t num_seqs() const { return query_start_loc ? query_start_loc.shape[0] - 1 : 0; }
+};
+
+// The metadata an attention layer takes: the batch, and how it is to be worked on. Made by
+// AttentionMetadataBuilder; copies share the plan. Field by field vLLM's TritonAttentionMetadata.
+struct AttentionMetadata {
+  CommonAttentionMetadata common;
+
+  // Cascade: keys [0, common_prefix_len) are shared by all sequences (their block tables start with
+  // the same blocks), read once for the whole batch and merged by lse. The plan checks the promise
+  // and treats sequences that do not keep it plainly.
+  bool use_cascade = false;
+  std::int64_t common_prefix_len = 0;
+
+  // How the batch is cut into work (vLLM's scheduler_metadata and prefix_scheduler_metadata).
+  std::shared_ptr<Plan> scheduler_metadata;
+};
+
+}  // namespace quire

@@ -1,0 +1,213 @@
+// Basic vocabulary of Quire: element types, devices, tensor views, execution context, errors.
+// Standard library only. Nothing here allocates device memory or touches a device.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+
+namespace quire {
+
+// ---------------------------------------------------------------------------------------------
+// Errors
+
+// Thrown by every public function for a mistake of the caller. By then nothing has been written
+// and no work has been queued. `argument()` is the name of the offending argument as the public
+// header spells it; `what()` reads "<argument>: expected <...>, got <...>".
+class Error : public std::invalid_argument {
+ public:
+  Error(std::string_view argument, std::string_view expected, std::string_view got)
+      : std::invalid_argument(std::string(argument) + ": expected " + std::string(expected) +
+                              ", got " + std::string(got)),
+        argument_(argument) {}
+
+  const std::string& argument() const noexcept { return argument_; }
+
+ private:
+  std::string argument_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Element types
+
+enum class DType : std::uint8_t {
+  kNone = 0,  // "no tensor"
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kFloat8E4M3,  // OCP e4m3fn: no infinities, largest finite value 448
+  kFloat8E5M2,  // OCP e5m2: largest finite value 57344
+  kInt8,
+  kUInt8,
+  kInt32,
+  kInt64,
+  kBool,  // one byte, 0 or 1
+};
+
+constexpr std::int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kNone: return 0;
+    case DType::kFloat32:
+    case DType::kInt32: return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16: return 2;
+    case DType::kInt64: return 8;
+    default: return 1;
+  }
+}
+
+// "float16", "bfloat16", "float8_e4m3", "int32", ... ; never null.
+const char* to_string(DType dtype);
+
+// ---------------------------------------------------------------------------------------------
+// Devices and execution
+
+enum class DeviceType : std::uint8_t { kCpu = 0, kCuda = 1 };
+
+struct Device {
+  DeviceType type = DeviceType::kCpu;
+  int index = 0;
+  friend constexpr bool operator==(const Device&, const Device&) = default;
+};
+
+std::string to_string(Device device);
+
+// A pool of worker threads that CPU kernels run on. Engines that own threads implement this over
+// them; others use `default_thread_pool()`.
+class ThreadPool {
+ public:
+  virtual ~ThreadPool() = default;
+
+  // How many calls of a task may run at the same time, the calling thread included; at least 1.
+  virtual int num_threads() const = 0;
+
+  // Calls task(context, index, worker) once for each index in [0, num_tasks), on any threads in
+  // any order, and returns when all have returned. `worker` is in [0, num_threads()) and no two
+  // calls running at the same time share one. Tasks do not throw. Implementations block rather
+  // than spin while they wait.
+  using Task = void (*)(void* context, std::int64_t index, int worker);
+  virtual void run(std::int64_t num_tasks, Task task, void* context) = 0;
+};
+
+// The process-wide pool, one thread for each CPU this process may run on (or QUIRE_NUM_THREADS
+// from the environment), started on first use. Calls from several threads take turns.
+ThreadPool& default_thread_pool();
+
+// A pool of the caller's own: num_threads - 1 threads are started, the calling thread is the last.
+// Throws Error if num_threads < 1.
+std::unique_ptr<ThreadPool> make_thread_pool(int num_threads);
+
+// Where and how a call runs. The default: the CPU, on the default thread pool.
+struct Context {
+  // CUDA: the cudaStream_t to queue the work on; null is the legacy default stream. CUDA calls
+  // return once the work is queued. CPU calls ignore it and return when the work is done.
+  void* stream = nullptr;
+
+  // CPU: the threads to use; null means default_thread_pool(). CUDA ignores it.
+  ThreadPool* threads = nullptr;
+
+  // Look at the *data* of index tensors (block_table, slot_mapping, query_start_loc, seq_lens)
+  // before running, and throw quire::Error naming the first offending entry. Without it wild
+  // entries are harmless (see PagedKvCache) but silent. Costs a pass over these tensors on the
+  // CPU, a device-to-host copy and a stream synchronisation on CUDA: a debugging aid.
+  bool check_indices = false;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Tensor views
+
+inline constexpr int kMaxDims = 6;
+
+// A non-owning view of a strided tensor. Strides count elements, may be zero or negative, and are
+// 64-bit; `data` points at element [0, ..., 0]. A default-constructed view means "absent".
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::kNone;
+  Device device;
+  int ndim = 0;
+  std::array<std::int64_t, kMaxDims> shape{};
+  std::array<std::int64_t, kMaxDims> strides{};
+
+  TensorView() = default;
+
+  // A contiguous (row-major) view.
+  TensorView(void* data_, DType dtype_, std::initializer_list<std::int64_t> shape_,
+             Device device_ = {});
+
+  // A view with strides in elements. Throws Error if the two lists differ in length or are longer
+  // than kMaxDims.
+  TensorView(void* data_, DType dtype_, std::initializer_list<std::int64_t> shape_,
+             std::initializer_list<std::int64_t> strides_, Device device_ = {});
+
+  explicit operator bool() const { return dtype != DType::kNone; }
+  std::int64_t num_elements() const;
+  bool is_contiguous() const;
+
+  // The view at index `i` of dimension `dim`, with that dimension removed.
+  TensorView select(int dim, std::int64_t i) const;
+  // The view of [begin, end) of dimension `dim`.
+  TensorView slice(int dim, std::int64_t begin, std::int64_t end) const;
+  // The same elements with two dimensions exchanged.
+  TensorView transpose(int dim_a, int dim_b) const;
+
+  // "bfloat16 [3, 8, 128] strides [1024, 128, 1] on cpu"
+  std::string to_string() const;
+};
+
+// ---------------------------------------------------------------------------------------------
+// DLPack (https://dmlc.github.io/dlpack). The caller includes its own dlpack.h and passes its
+// DLTensor: Quire needs no header and takes no ownership.
+
+namespace detail {
+DType dtype_from_dlpack(int code, int bits, int lanes);   // throws Error on an unsupported type
+std::pair<int, int> dtype_to_dlpack(DType dtype);         // code, bits
+Device device_from_dlpack(int type, int index);           // throws Error
+constexpr int device_type_to_dlpack(DeviceType type) { return type == DeviceType::kCuda ? 2 : 1; }
+}  // namespace detail
+
+// A view of a DLTensor's memory; missing strides mean row-major, byte_offset is applied.
+template <class DlTensor>
+TensorView from_dlpack(const DlTensor& tensor) {
+  if (tensor.ndim < 0 || tensor.ndim > kMaxDims) {
+    throw Error("tensor", "at most 6 dimensions", std::to_string(tensor.ndim));
+  }
+  TensorView view;
+  view.dtype = detail::dtype_from_dlpack(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes);
+  view.device = detail::device_from_dlpack(static_cast<int>(tensor.device.device_type),
+                                           static_cast<int>(tensor.device.device_id));
+  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view.ndim = tensor.ndim;
+  std::int64_t stride = 1;
+  for (int d = tensor.ndim - 1; d >= 0; --d) {
+    view.shape[d] = tensor.shape[d];
+    view.strides[d] = tensor.strides != nullptr ? tensor.strides[d] : stride;
+    stride *= tensor.shape[d];
+  }
+  return view;
+}
+
+// Fills `out` as a DLTensor over the same memory. `out->shape` and `out->strides` point into
+// `view`, which must outlive it.
+template <class DlTensor>
+void to_dlpack(const TensorView& view, DlTensor* out) {
+  const auto [code, bits] = detail::dtype_to_dlpack(view.dtype);
+  out->data = view.data;
+  out->byte_offset = 0;
+  out->device.device_type = static_cast<decltype(out->device.device_type)>(
+      detail::device_type_to_dlpack(view.device.type));
+  out->device.device_id = view.device.index;
+  out->dtype.code = static_cast<decltype(out->dtype.code)>(code);
+  out->dtype.bits = static_cast<decltype(out->dtype.bits)>(bits);
+  out->dtype.lanes = 1;
+  out->ndim = view.ndim;
+  out->shape = const_cast<std::int64_t*>(view.shape.data());
+  out->strides = const_cast<std::int64_t*>(view.strides.data());
+}
+
+}  // namespace quire
