@@ -1,0 +1,59 @@
+# The two commands a newcomer needs: `make run` and `make test`. Each installs what it needs,
+# configures, builds and does its job. PRESET=dev|asan|tsan picks another build (CMakePresets.json).
+
+PRESET ?= release
+JOBS ?= $(shell nproc)
+BUILD_DIR := build/$(PRESET)
+QUIRE := $(BUILD_DIR)/bin/quire
+# What `make run` and `make bench` pass on: make run ARGS='--prompt "Hello" --max-tokens 64'
+ARGS ?=
+
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+.PHONY: help bootstrap configure build run test bench format lint clean
+
+help:
+	@echo 'make run      build, fetch a small language model, answer several prompts at once'
+	@echo 'make test     build and run the tests'
+	@echo 'make build    install what is missing, configure, build everything'
+	@echo 'make bench    build and measure the CPU backend (ARGS are passed on)'
+	@echo 'make format   rewrite the sources with clang-format'
+	@echo 'make lint     formatting, include rules, clang-tidy'
+	@echo 'make clean    remove build/'
+	@echo 'PRESET=release (default), dev, asan or tsan picks the build; JOBS=N bounds its processes'
+
+bootstrap:
+	@scripts/bootstrap.sh build
+
+configure: bootstrap
+	@scripts/configure.sh $(PRESET)
+
+build: configure
+	@cmake --build $(BUILD_DIR) -j $(JOBS)
+
+run: configure
+	@scripts/fetch_model.sh
+	@cmake --build $(BUILD_DIR) -j $(JOBS) --target quire_cli
+	@$(QUIRE) generate $(ARGS)
+
+test: build
+	@ctest --preset $(PRESET) -j $(JOBS)
+
+bench: configure
+	@cmake --build $(BUILD_DIR) -j $(JOBS) --target quire_cli
+	@mkdir -p build/bench
+	@$(QUIRE) bench --device cpu --workload bench/cases/workloads.json \
+	  --json build/bench/cpu.json $(ARGS)
+
+format:
+	@scripts/bootstrap.sh lint
+	@scripts/check_format.sh --fix
+
+lint: configure
+	@scripts/bootstrap.sh lint
+	@scripts/check_format.sh
+	@python3 scripts/check_includes.py
+	@scripts/run_tidy.sh $(BUILD_DIR)
+
+clean:
+	@rm -rf build

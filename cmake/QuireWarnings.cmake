@@ -1,0 +1,27 @@
+# quire_set_warnings(target): the warnings that all of Quire's own code is compiled with.
+
+function(quire_set_warnings target)
+  set(cxx_warnings
+      -Wall
+      -Wextra
+      -Wpedantic
+      -Wshadow
+      -Wvla
+      -Wformat=2
+      -Wimplicit-fallthrough
+      -Wextra-semi
+      -Wnon-virtual-dtor
+      -Woverloaded-virtual
+      -Wcast-align
+      -Wpointer-arith)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    list(APPEND cxx_warnings -Wduplicated-cond -Wduplicated-branches -Wlogical-op)
+  endif()
+  set(c_warnings -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes)
+  if(QUIRE_WERROR)
+    list(APPEND cxx_warnings -Werror)
+    list(APPEND c_warnings -Werror)
+  endif()
+  target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${cxx_warnings}>"
+                                           "$<$<COMPILE_LANGUAGE:C>:${c_warnings}>")
+endfunction()

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Checks who includes whom (docs/architecture.md, "Who may include whom").
+
+Prints every offending #include as path:line and exits with 1 if there is one.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+C_HEADERS = {f"{n}.h" for n in """assert complex ctype errno fenv float inttypes iso646 limits locale
+    math setjmp signal stdalign stdarg stdatomic stdbool stddef stdint stdio stdlib stdnoreturn
+    string tgmath threads time uchar wchar wctype""".split()}
+
+# Layers, most specific first: a file belongs to the first whose pattern matches its path.
+LAYERS = [
+    ("public", r"include/quire/"),
+    ("semantics", r"src/semantics/"),
+    ("plan", r"src/plan/"),
+    ("params", r"src/(params|backend)\.h$"),
+    ("backends", r"src/backends\.(cc|h)$"),
+    ("reference", r"src/reference/"),
+    ("cpu", r"src/cpu/"),
+    ("sm80", r"src/cuda/sm80/"),
+    ("sm90", r"src/cuda/sm90/"),
+    ("cuda", r"src/cuda/"),
+    ("api", r"src/api/"),
+    ("src", r"src/"),
+    ("conformance", r"tests/conformance/"),
+    ("tests", r"tests/"),
+    ("generate", r"examples/llm/generate_command\.h$"),
+    ("llm", r"examples/llm/"),
+    ("examples", r"examples/"),
+    ("cli", r"cli/"),
+    ("bench", r"bench/"),
+    ("python", r"python/"),
+]
+
+CORE = {"public", "semantics", "plan", "params"}
+LLM = {"llm", "generate"}
+ANY = {name for name, _ in LAYERS}
+
+# layer -> layers it may include
+ALLOWED = {
+    "public": {"public"},
+    "semantics": {"public", "semantics"},
+    "plan": CORE,
+    "params": CORE,
+    "backends": CORE | {"backends", "reference", "cpu", "cuda"},
+    "reference": CORE | {"reference"},
+    "cpu": CORE | {"cpu"},
+    "cuda": CORE | {"cuda", "sm80", "sm90"},
+    "sm80": CORE | {"cuda", "sm80"},
+    "sm90": CORE | {"cuda", "sm90"},
+    "api": CORE | {"api", "backends"},
+    "src": CORE | {"src"},
+    "conformance": ANY,
+    "tests": ANY,
+    "generate": {"public"} | LLM,
+    "llm": {"public"} | LLM,
+    "examples": {"public", "examples"},
+    "cli": {"public", "cli", "generate", "conformance"},
+    "bench": {"public", "bench"},
+    "python": {"public", "python"},
+}
+
+# layer -> third-party headers (regex on the included path) besides the standard library's.
+THIRD_PARTY = {
+    "cpu": r"hwy/",
+    "cuda": r"cuda|cooperative_groups|cub/|cute/|cutlass/",
+    "sm80": r"cuda|cooperative_groups|cub/|cute/|cutlass/",
+    "sm90": r"cuda|cooperative_groups|cub/|cute/|cutlass/",
+    "llm": r"",
+    "generate": r"CLI/",
+    "examples": r"",
+    "cli": r"CLI/|nlohmann/",
+    "bench": r"",
+    "python": r"",
+    "conformance": r"",
+    "tests": r"",
+}
+# Operating-system headers: the thread pool and CPU detection need them, the edge may use them.
+SYSTEM = r"(sys|linux)/|unistd\.h$|pthread\.h$|sched\.h$|fcntl\.h$|cpuid\.h$|immintrin\.h$"
+SYSTEM_LAYERS = {"cpu", "src", "llm", "cli", "bench", "tests", "conformance", "examples"}
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
+
+
+def layer_of(path):
+    return next((name for name, pattern in LAYERS if re.match(pattern, path)), None)
+
+
+def resolve(included, includer):
+    """The repository's file that an include names, as a path from the root; None if it has none."""
+    for base in (includer.parent, ROOT, ROOT / "include", ROOT / "src"):
+        candidate = (base / included).resolve()
+        if candidate.is_file() and candidate.is_relative_to(ROOT):
+            return candidate.relative_to(ROOT).as_posix()
+    return None
+
+
+def problem(layer, included, includer):
+    target = resolve(included, includer)
+    if target is not None:
+        target_layer = layer_of(target)
+        if target_layer not in ALLOWED[layer]:
+            return f"'{layer}' must not include '{target_layer or target}'"
+        return None
+    if included.startswith("quire/"):
+        return "no such public header"
+    if included in C_HEADERS or re.fullmatch(r"[a-z_0-9]+", included):
+        return None  # the standard library
+    if layer in SYSTEM_LAYERS and re.match(SYSTEM, included):
+        return None
+    allowed = THIRD_PARTY.get(layer)
+    if allowed is None or not re.match(allowed, included):
+        return f"'{layer}' may use the standard library and Quire's own layers only"
+    return None
+
+
+def main():
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    count = 0
+    bad = 0
+    for name in sorted(set(listed)):
+        path = ROOT / name
+        if not re.search(r"\.(h|cc|c|cu|cuh)$", name) or not path.is_file():
+            continue
+        layer = layer_of(name)
+        if layer is None:
+            print(f"{name}:1: outside the layers that docs/architecture.md names")
+            bad += 1
+            continue
+        count += 1
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            match = INCLUDE.match(line)
+            reason = match and problem(layer, match.group(2), path)
+            if reason:
+                print(f"{name}:{number}: {line.strip()}: {reason}")
+                bad += 1
+    print(f"check_includes: {count} files, {bad} offences")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
