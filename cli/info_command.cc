@@ -1,0 +1,186 @@
+// quire info: what this build can do on this machine, printed from the arrays that the library
+// itself dispatches by.
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cli/commands.h"
+#include "quire/quire.h"
+
+namespace quire::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+// A yes-or-no property of a backend: its key in JSON, its name for people, where it is stored.
+struct Feature {
+  const char* key;
+  const char* name;
+  bool BackendCapabilities::*member;
+};
+
+constexpr Feature kFeatures[] = {
+    {"sinks", "attention sinks", &BackendCapabilities::sinks},
+    {"alibi", "ALiBi", &BackendCapabilities::alibi},
+    {"soft_cap", "logits soft cap", &BackendCapabilities::soft_cap},
+    {"sliding_window", "sliding window", &BackendCapabilities::sliding_window},
+    {"chunked", "chunked with lookback", &BackendCapabilities::chunked},
+    {"bidirectional_ranges", "bidirectional ranges", &BackendCapabilities::bidirectional_ranges},
+    {"visible_prefix", "visible prefix plus window", &BackendCapabilities::visible_prefix},
+    {"qq_bias", "query-query bias", &BackendCapabilities::qq_bias},
+    {"cross_attention", "cross attention", &BackendCapabilities::cross_attention},
+    {"encoder_attention", "encoder attention", &BackendCapabilities::encoder_attention},
+    {"cascade", "cascade", &BackendCapabilities::cascade},
+    {"lse", "lse", &BackendCapabilities::lse},
+    {"fp8_output", "fp8 output, static scale", &BackendCapabilities::fp8_output},
+    {"block_scale_output", "fp8 output, block scales", &BackendCapabilities::block_scale_output},
+    {"batch_invariant", "batch invariance", &BackendCapabilities::batch_invariant},
+    {"graph_capture", "graph capture", &BackendCapabilities::graph_capture},
+};
+
+template <class Enum>
+std::vector<std::string> names_of(const std::vector<Enum>& values) {
+  std::vector<std::string> names;
+  for (const Enum value : values) {
+    names.emplace_back(to_string(value));
+  }
+  return names;
+}
+
+std::string join(const std::vector<std::string>& words) {
+  std::string line;
+  for (const std::string& word : words) {
+    line += (line.empty() ? "" : ", ") + word;
+  }
+  return line;
+}
+
+Json to_json(const AttentionBackend& backend) {
+  const BackendCapabilities& c = backend.capabilities();
+  Json features = Json::object();
+  for (const Feature& feature : kFeatures) {
+    features[feature.key] = c.*feature.member;
+  }
+  return {
+      {"name", backend.name()},
+      {"device", to_string(Device{backend.device_type(), 0})},
+      {"available", backend.available()},
+      {"instruction_set", backend.instruction_set()},
+      {"dtypes", names_of(c.dtypes)},
+      {"kv_cache_dtypes", names_of(c.kv_cache_dtypes)},
+      {"output_dtypes", names_of(c.output_dtypes)},
+      {"head_size",
+       {{"min", c.min_head_size}, {"max", c.max_head_size}, {"multiple", c.head_size_multiple}}},
+      {"block_size_multiple", c.block_size_multiple},
+      {"features", features},
+  };
+}
+
+void print_json() {
+  Json backends = Json::array();
+  for (const AttentionBackend* backend : attention_backends()) {
+    backends.push_back(to_json(*backend));
+  }
+  const Json info = {{"version", QUIRE_VERSION_STRING},
+                     {"threads", default_thread_pool().num_threads()},
+                     {"backends", backends}};
+  std::printf("%s\n", info.dump(2).c_str());
+}
+
+// The supported table: one line a property, one column a backend, as README.md shows it.
+class Table {
+ public:
+  void add_row(std::vector<std::string> cells) {
+    widths_.resize(std::max(widths_.size(), cells.size()));
+    for (std::size_t i = 0; i < cells.size(); ++i) {
+      widths_[i] = std::max(widths_[i], cells[i].size());
+    }
+    rows_.push_back(std::move(cells));
+  }
+
+  // As a Markdown table; the first row is its head.
+  void print() const {
+    for (std::size_t r = 0; r < rows_.size(); ++r) {
+      print_row(rows_[r], ' ');
+      if (r == 0) {
+        print_row(std::vector<std::string>(widths_.size()), '-');
+      }
+    }
+  }
+
+ private:
+  void print_row(const std::vector<std::string>& cells, char fill) const {
+    for (std::size_t i = 0; i < cells.size(); ++i) {
+      const std::string padding(widths_[i] - cells[i].size(), fill);
+      std::printf("| %s%s ", cells[i].c_str(), padding.c_str());
+    }
+    std::printf("|\n");
+  }
+
+  std::vector<std::vector<std::string>> rows_;
+  std::vector<std::size_t> widths_;
+};
+
+template <class Cell>
+void add_property(Table& table, const char* name, const Cell& cell) {
+  std::vector<std::string> cells = {name};
+  for (const AttentionBackend* backend : attention_backends()) {
+    cells.push_back(cell(*backend));
+  }
+  table.add_row(std::move(cells));
+}
+
+void print_text() {
+  std::printf("quire %s, %d threads\n\n", QUIRE_VERSION_STRING,
+              default_thread_pool().num_threads());
+
+  Table table;
+  add_property(table, "backend", [](const auto& b) { return std::string(b.name()); });
+  add_property(table, "device", [](const auto& b) {
+    return to_string(Device{b.device_type(), 0});
+  });
+  add_property(table, "instruction set", [](const auto& b) {
+    return (b.available() ? "" : "not available: ") + b.instruction_set();
+  });
+  add_property(table, "query dtypes",
+               [](const auto& b) { return join(names_of(b.capabilities().dtypes)); });
+  add_property(table, "cache dtypes",
+               [](const auto& b) { return join(names_of(b.capabilities().kv_cache_dtypes)); });
+  add_property(table, "output dtypes",
+               [](const auto& b) { return join(names_of(b.capabilities().output_dtypes)); });
+  add_property(table, "head sizes", [](const auto& b) {
+    const BackendCapabilities& c = b.capabilities();
+    std::string cell = std::to_string(c.min_head_size) + " to " + std::to_string(c.max_head_size);
+    return c.head_size_multiple == 1
+               ? cell
+               : cell + ", multiples of " + std::to_string(c.head_size_multiple);
+  });
+  add_property(table, "block sizes", [](const auto& b) {
+    const std::int64_t multiple = b.capabilities().block_size_multiple;
+    return multiple == 1 ? std::string("any") : "multiples of " + std::to_string(multiple);
+  });
+  for (const Feature& feature : kFeatures) {
+    add_property(table, feature.name, [&feature](const auto& b) {
+      return std::string(b.capabilities().*feature.member ? "yes" : "-");
+    });
+  }
+  table.print();
+}
+
+}  // namespace
+
+void add_info_command(CLI::App& app) {
+  CLI::App* command =
+      app.add_subcommand("info", "Version, backends, devices and what each backend supports");
+  const auto json = std::make_shared<bool>(false);
+  command->add_flag("--json", *json, "Print JSON");
+  command->callback([json] { *json ? print_json() : print_text(); });
+}
+
+}  // namespace quire::cli
