@@ -1,0 +1,336 @@
+/*
+ * The C ABI of Quire: the functional core of quire/attention.h and quire/kv_cache.h for C, and for
+ * languages that call C. The C++ headers are the manual of what each call means; this one says how
+ * it looks from C.
+ *
+ *     quire_attention_config config;
+ *     quire_attention_config_init(&config, sizeof config);
+ *     config.num_heads = 9; config.num_kv_heads = 3; config.head_size = 64;
+ *     quire_plan* plan = NULL;
+ *     if (quire_plan_create(&config, &plan) != QUIRE_OK) puts(quire_last_error());
+ *     quire_plan_update(plan, &batch, 0, NULL);                 once a step
+ *     quire_write_kv_cache(&key, &value, &cache, &slots, NULL); once a layer
+ *     quire_attention(plan, &args, NULL);
+ *     quire_plan_destroy(plan);
+ *
+ * Errors. Functions that can fail return a quire_status; no C++ exception leaves this library and
+ * it never exits or aborts. After a failure, quire_last_error() tells the calling thread what was
+ * wrong. A call that returns QUIRE_INVALID_ARGUMENT has written nothing and queued no work.
+ *
+ * Structures. Those that begin with `struct_size` may gain members at their end. Set them up with
+ * their _init function, which fills in the defaults and the size that the caller was compiled with;
+ * a library that knows more members uses their defaults, and one that knows fewer refuses a
+ * structure whose additional members are not zero. quire_device, quire_tensor and quire_scale stay
+ * as they are. Enumerations travel as int32_t, booleans as int32_t that is 0 or 1.
+ *
+ * Threads. A plan serves one call at a time; different plans may be used from different threads.
+ * Everything that is passed by pointer is read before the call returns, except the memory that
+ * tensors point to: see quire_plan_update() and quire_attention_config.
+ */
+#ifndef QUIRE_QUIRE_C_H_
+#define QUIRE_QUIRE_C_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define QUIRE_C_API
+#else
+#define QUIRE_C_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+ * Status */
+
+typedef int32_t quire_status;
+enum {
+  QUIRE_OK = 0,
+  QUIRE_INVALID_ARGUMENT = 1, /* a mistake of the caller: quire::Error, or a null pointer */
+  QUIRE_OUT_OF_MEMORY = 2,
+  QUIRE_INTERNAL = 3 /* a device failed, or Quire did */
+};
+
+/* "0.1.0" */
+QUIRE_C_API const char* quire_version(void);
+
+/* The text of the calling thread's last failure, "" if it had none. Valid until this thread's next
+ * failing call; successful calls leave it alone. Long texts are cut. */
+QUIRE_C_API const char* quire_last_error(void);
+
+/* The argument that the last failure is about, spelled as in the headers ("query", "num_heads"),
+ * "" if it is about none. */
+QUIRE_C_API const char* quire_last_error_argument(void);
+
+/* ------------------------------------------------------------------------------------------------
+ * Tensors (quire/types.h) */
+
+typedef int32_t quire_dtype;
+enum {
+  QUIRE_DTYPE_NONE = 0, /* "no tensor" */
+  QUIRE_DTYPE_FLOAT32 = 1,
+  QUIRE_DTYPE_FLOAT16 = 2,
+  QUIRE_DTYPE_BFLOAT16 = 3,
+  QUIRE_DTYPE_FLOAT8_E4M3 = 4,
+  QUIRE_DTYPE_FLOAT8_E5M2 = 5,
+  QUIRE_DTYPE_INT8 = 6,
+  QUIRE_DTYPE_UINT8 = 7,
+  QUIRE_DTYPE_INT32 = 8,
+  QUIRE_DTYPE_INT64 = 9,
+  QUIRE_DTYPE_BOOL = 10
+};
+
+enum { QUIRE_DEVICE_CPU = 0, QUIRE_DEVICE_CUDA = 1 };
+
+typedef struct quire_device {
+  int32_t type; /* QUIRE_DEVICE_* */
+  int32_t index;
+} quire_device;
+
+enum { QUIRE_MAX_DIMS = 6 };
+
+/* A view of memory that the caller owns. All zeros means "absent". Strides count elements. */
+typedef struct quire_tensor {
+  void* data; /* element [0, ..., 0] */
+  quire_dtype dtype;
+  quire_device device;
+  int32_t ndim;
+  int64_t shape[QUIRE_MAX_DIMS];
+  int64_t strides[QUIRE_MAX_DIMS];
+} quire_tensor;
+
+/* Fills `tensor` as a contiguous (row-major) view on the CPU; change `device` and `strides`
+ * afterwards where they differ. */
+QUIRE_C_API quire_status quire_tensor_init(quire_tensor* tensor, void* data, quire_dtype dtype,
+                                           int32_t ndim, const int64_t* shape);
+
+/* A scale: `value`, or the float that `data` points to in memory of the layer's device if it is
+ * not null, read when the work runs. */
+typedef struct quire_scale {
+  float value;
+  const float* data;
+} quire_scale;
+
+/* ------------------------------------------------------------------------------------------------
+ * Threads and context (quire::ThreadPool, quire::Context) */
+
+typedef struct quire_thread_pool quire_thread_pool;
+
+/* One piece of work: to be called once for each index in [0, num_tasks); `worker` is in
+ * [0, num_threads) and differs between calls that run at the same time. */
+typedef void (*quire_task)(void* task_context, int64_t index, int32_t worker);
+
+/* Runs a task on threads of the caller's: returns when all num_tasks calls have returned, and
+ * blocks rather than spins. */
+typedef void (*quire_run_tasks)(void* user, int64_t num_tasks, quire_task task, void* task_context);
+
+/* A pool of Quire's own: num_threads - 1 threads are started, the calling thread is the last. */
+QUIRE_C_API quire_status quire_thread_pool_create(int32_t num_threads, quire_thread_pool** pool);
+
+/* A pool over threads of the caller's: at most `num_threads` tasks run at a time. */
+QUIRE_C_API quire_status quire_thread_pool_wrap(int32_t num_threads, quire_run_tasks run,
+                                                void* user, quire_thread_pool** pool);
+
+/* Null does nothing. No call may be using the pool. */
+QUIRE_C_API quire_status quire_thread_pool_destroy(quire_thread_pool* pool);
+
+/* Where and how a call runs. Functions accept null for the defaults. */
+typedef struct quire_context {
+  size_t struct_size;
+  void* stream;               /* CUDA: a cudaStream_t; null is the legacy default stream */
+  quire_thread_pool* threads; /* CPU: null is the process-wide pool */
+  int32_t check_indices;      /* 1: look at the data of index tensors first; a debugging aid */
+} quire_context;
+
+QUIRE_C_API quire_status quire_context_init(quire_context* context, size_t struct_size);
+
+/* ------------------------------------------------------------------------------------------------
+ * The layer (quire::AttentionConfig, Mask, Score) */
+
+enum {
+  QUIRE_ATTENTION_DECODER = 0,
+  QUIRE_ATTENTION_ENCODER = 1,
+  QUIRE_ATTENTION_ENCODER_ONLY = 2,
+  QUIRE_ATTENTION_ENCODER_DECODER = 3
+};
+
+enum {
+  QUIRE_WINDOW_NONE = 0,
+  QUIRE_WINDOW_LEFT = 1,
+  QUIRE_WINDOW_BOTH = 2,
+  QUIRE_WINDOW_CHUNKED = 3
+};
+
+enum {
+  QUIRE_KV_CACHE_AUTO = 0,
+  QUIRE_KV_CACHE_FLOAT16 = 1,
+  QUIRE_KV_CACHE_BFLOAT16 = 2,
+  QUIRE_KV_CACHE_FLOAT32 = 3,
+  QUIRE_KV_CACHE_FP8_E4M3 = 4,
+  QUIRE_KV_CACHE_FP8_E5M2 = 5,
+  QUIRE_KV_CACHE_INT8_PER_TOKEN_HEAD = 6,
+  QUIRE_KV_CACHE_FP8_E4M3_PER_TOKEN_HEAD = 7
+};
+
+typedef struct quire_attention_config {
+  size_t struct_size;
+  quire_device device;
+  quire_dtype dtype;      /* of the query; default bfloat16 */
+  int32_t attention_type; /* QUIRE_ATTENTION_*; default decoder */
+  int64_t num_heads;      /* must be set */
+  int64_t num_kv_heads;   /* must be set */
+  int64_t head_size;      /* must be set */
+  int64_t head_size_v;    /* 0: head_size */
+
+  int32_t causal;         /* default 1 */
+  int32_t window;         /* QUIRE_WINDOW_* */
+  int64_t window_size;    /* left and both: the window; chunked: the chunk */
+  int64_t chunk_lookback; /* chunked: earlier chunks that stay visible */
+
+  float softmax_scale; /* 0: 1 / sqrt(head_size) */
+  float soft_cap;      /* 0: none */
+
+  /* float32 [num_heads] or absent. Their memory must outlive the plans made from them. */
+  quire_tensor alibi_slopes;
+  quire_tensor sinks;
+  int32_t alibi_sqrt;
+
+  int32_t kv_cache_dtype;  /* QUIRE_KV_CACHE_*; default auto */
+  int64_t block_size;      /* default 16 */
+  int32_t batch_invariant; /* default 0 */
+  int32_t auto_cascade;    /* default 1 */
+  const char* backend;     /* null or "": the best one of the device */
+} quire_attention_config;
+
+QUIRE_C_API quire_status quire_attention_config_init(quire_attention_config* config,
+                                                     size_t struct_size);
+
+/* ------------------------------------------------------------------------------------------------
+ * The batch (quire::CommonAttentionMetadata); absent tensors are all zeros */
+
+typedef struct quire_batch {
+  size_t struct_size;
+  quire_tensor query_start_loc; /* int32 [num_seqs + 1] */
+  quire_tensor seq_lens;        /* int32 [num_seqs] */
+  quire_tensor block_table;     /* int32 [num_seqs, max_blocks]; absent without a cache */
+  quire_tensor slot_mapping;    /* int64 [>= tokens written] or absent */
+  int64_t num_actual_tokens;
+  int64_t max_query_len;            /* 0: unknown */
+  int64_t max_seq_len;              /* 0: unknown */
+  quire_tensor causal;              /* bool [num_seqs] or absent */
+  quire_tensor mm_prefix_range;     /* int32 [num_seqs, num_ranges, 2] or absent */
+  quire_tensor visible_prefix_lens; /* int32 [num_seqs] or absent */
+  quire_tensor qq_bias;             /* float32 [m, m] or [num_seqs, m, m] or absent */
+  quire_tensor kv_start_loc;        /* int32 [num_seqs + 1] or absent */
+} quire_batch;
+
+QUIRE_C_API quire_status quire_batch_init(quire_batch* batch, size_t struct_size);
+
+/* ------------------------------------------------------------------------------------------------
+ * The plan (quire::Plan) */
+
+typedef struct quire_plan quire_plan;
+
+/* Checks the configuration and sets up the workspace; *plan is null after a failure. `backend` is
+ * copied. */
+QUIRE_C_API quire_status quire_plan_create(const quire_attention_config* config, quire_plan** plan);
+
+/* Plans a batch. The memory of the batch's tensors must stay unchanged until the last attention
+ * call of the step; the structure itself need not. `common_prefix_len` > 0 announces that all block
+ * tables start with the same blocks up to that many tokens. */
+QUIRE_C_API quire_status quire_plan_update(quire_plan* plan, const quire_batch* batch,
+                                           int64_t common_prefix_len, const quire_context* context);
+
+/* Null does nothing. */
+QUIRE_C_API quire_status quire_plan_destroy(quire_plan* plan);
+
+/* "cpu", "cuda", "reference"; lives as long as the library. */
+QUIRE_C_API quire_status quire_plan_backend_name(const quire_plan* plan, const char** name);
+
+QUIRE_C_API quire_status quire_plan_workspace_bytes(const quire_plan* plan, int64_t* bytes);
+
+/* ------------------------------------------------------------------------------------------------
+ * The paged cache (quire::PagedKvCache) */
+
+typedef struct quire_kv_cache {
+  size_t struct_size;
+  quire_tensor key;           /* [num_blocks, block_size, num_kv_heads, head_size] */
+  quire_tensor value;         /* [num_blocks, block_size, num_kv_heads, head_size_v] */
+  int32_t dtype;              /* QUIRE_KV_CACHE_*; default auto */
+  quire_scale k_scale;        /* default 1 */
+  quire_scale v_scale;        /* default 1 */
+  quire_tensor k_scale_cache; /* per token and head: float32 [num_blocks, block_size, */
+  quire_tensor v_scale_cache; /*   num_kv_heads]; otherwise absent */
+} quire_kv_cache;
+
+QUIRE_C_API quire_status quire_kv_cache_init(quire_kv_cache* cache, size_t struct_size);
+
+/* Writes K and V of new tokens into the cache at `slot_mapping` (int64 [num_slots], negative ones
+ * are skipped). key: [>= num_slots, num_kv_heads, head_size], value: [.., head_size_v]. */
+QUIRE_C_API quire_status quire_write_kv_cache(const quire_tensor* key, const quire_tensor* value,
+                                              const quire_kv_cache* cache,
+                                              const quire_tensor* slot_mapping,
+                                              const quire_context* context);
+
+/* ------------------------------------------------------------------------------------------------
+ * Attention (quire::AttentionArgs, quire::attention) */
+
+typedef struct quire_attention_args {
+  size_t struct_size;
+  quire_tensor query;             /* [>= num_actual_tokens, num_heads, head_size] */
+  const quire_kv_cache* kv_cache; /* decoder and cross attention; else null */
+  quire_tensor key;               /* encoder and encoder-only attention; else absent */
+  quire_tensor value;
+  quire_tensor output;      /* [.., num_heads * head_size_v] or [.., num_heads, head_size_v] */
+  quire_tensor lse;         /* float32 [num_heads, >= num_actual_tokens] or absent */
+  quire_scale q_scale;      /* of an fp8 query; default 1 */
+  int32_t has_output_scale; /* 1: fp8 output with the static output_scale */
+  quire_scale output_scale; /* default 1 */
+  quire_tensor output_block_scale; /* fp8 output: receives a scale per group of 128, or absent */
+} quire_attention_args;
+
+QUIRE_C_API quire_status quire_attention_args_init(quire_attention_args* args, size_t struct_size);
+
+/* Attention of one layer over the planned batch. CPU: done on return. CUDA: queued on the
+ * context's stream. */
+QUIRE_C_API quire_status quire_attention(const quire_plan* plan, const quire_attention_args* args,
+                                         const quire_context* context);
+
+/* Merges two results over disjoint keys. o: [num_tokens, num_heads, head_size_v], lse: float32
+ * [num_heads, num_tokens]. `output` may alias o_a or o_b. `lse` may be null or absent, and may
+ * alias lse_a or lse_b. */
+QUIRE_C_API quire_status quire_merge_states(const quire_tensor* o_a, const quire_tensor* lse_a,
+                                            const quire_tensor* o_b, const quire_tensor* lse_b,
+                                            const quire_tensor* output, const quire_tensor* lse,
+                                            const quire_context* context);
+
+/* ------------------------------------------------------------------------------------------------
+ * Backends (quire::AttentionBackend): numbered from 0, best first for each device */
+
+QUIRE_C_API quire_status quire_backend_count(int32_t* count);
+
+/* "cpu", "reference", "cuda"; lives as long as the library. */
+QUIRE_C_API quire_status quire_backend_name(int32_t backend, const char** name);
+
+/* 1 if this machine can run it now, else 0. */
+QUIRE_C_API quire_status quire_backend_available(int32_t backend, int32_t* available);
+
+/* What it runs on ("AVX3", "sm_90", ...), or why it cannot. Text results go to `text`, cut to
+ * `capacity` bytes with the final 0; `length`, if not null, receives the whole length without it.
+ * `text` may be null if `capacity` is 0. */
+QUIRE_C_API quire_status quire_backend_instruction_set(int32_t backend, char* text, size_t capacity,
+                                                       size_t* length);
+
+/* Why the backend cannot serve the configuration, a line for each reason; empty if it can. */
+QUIRE_C_API quire_status quire_backend_supports(int32_t backend,
+                                                const quire_attention_config* config, char* text,
+                                                size_t capacity, size_t* length);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* QUIRE_QUIRE_C_H_ */
