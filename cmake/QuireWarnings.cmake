@@ -10,6 +10,7 @@ function(quire_set_warnings target)
       -Wformat=2
       -Wimplicit-fallthrough
       -Wextra-semi
+      -Wno-missing-field-initializers # designated initialisers leave out what has a default
       -Wnon-virtual-dtor
       -Woverloaded-virtual
       -Wcast-align
