@@ -47,7 +47,7 @@ endfunction()
 
 # quire_add_fuzzer(name SOURCES a.cc... [LIBRARIES lib...]): a libFuzzer program, built by the
 # preset `fuzz` only, as part of the target `fuzzers`. .ci/run runs every bin/fuzz_* for a while,
-# with tests/corpus/<name> as its seeds where that folder exists: call it fuzz_<what>.
+# with tests/fuzz/corpus/<name> as seeds where that folder exists: call it fuzz_<what>.
 function(quire_add_fuzzer name)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "SOURCES;LIBRARIES")
   if(NOT name MATCHES "^fuzz_")
