@@ -1,0 +1,388 @@
+// The functional core: check once, lower to params.h, hand to the backend.
+#include "quire/attention.h"
+
+#include <cmath>
+
+#include "api/check.h"
+#include "api/lower.h"
+
+namespace quire {
+namespace api {
+namespace {
+
+using check::kAny;
+
+bool is_encoder(AttentionType type) {
+  return type == AttentionType::kEncoder || type == AttentionType::kEncoderOnly;
+}
+
+}  // namespace
+
+LayerParams lower_layer(const AttentionConfig& config) {
+  const Score& score = config.score;
+  if (score.alibi_slopes) {
+    check::tensor("config.score.alibi_slopes", score.alibi_slopes, config.device,
+                  {DType::kFloat32}, {config.num_heads});
+    check::contiguous("config.score.alibi_slopes", score.alibi_slopes);
+  }
+  if (score.sinks) {
+    check::tensor("config.score.sinks", score.sinks, config.device, {DType::kFloat32},
+                  {config.num_heads});
+    check::contiguous("config.score.sinks", score.sinks);
+  }
+  LayerParams layer;
+  layer.num_heads = static_cast<std::int32_t>(config.num_heads);
+  layer.num_kv_heads = static_cast<std::int32_t>(config.num_kv_heads);
+  layer.group = layer.num_heads / layer.num_kv_heads;
+  layer.head_size = static_cast<std::int32_t>(config.head_size);
+  layer.head_size_v = static_cast<std::int32_t>(config.value_head_size());
+  layer.block_size = static_cast<std::int32_t>(config.block_size);
+  layer.dtype = config.dtype;
+  layer.paged = !is_encoder(config.type);
+  layer.batch_invariant = config.batch_invariant;
+  layer.auto_cascade = config.auto_cascade && !config.batch_invariant && layer.paged;
+  layer.mask = config.mask;
+  if (config.type != AttentionType::kDecoder) layer.mask.causal = false;
+  layer.softmax_scale = score.softmax_scale != 0.0F
+                            ? score.softmax_scale
+                            : 1.0F / std::sqrt(static_cast<float>(config.head_size));
+  layer.soft_cap = score.soft_cap;
+  layer.alibi_slopes = check::data<const float>(score.alibi_slopes);
+  layer.alibi_sqrt = score.alibi_sqrt;
+  layer.sinks = check::data<const float>(score.sinks);
+  return layer;
+}
+
+namespace {
+
+void lower_masks(const CommonAttentionMetadata& batch, Device device, BatchParams* p) {
+  const std::int64_t num_seqs = p->num_seqs;
+  if (batch.causal) {
+    check::tensor("batch.causal", batch.causal, device, {DType::kBool, DType::kUInt8}, {num_seqs});
+    check::contiguous("batch.causal", batch.causal);
+    p->causal = check::data<const std::uint8_t>(batch.causal);
+  }
+  if (batch.mm_prefix_range) {
+    check::tensor("batch.mm_prefix_range", batch.mm_prefix_range, device, {DType::kInt32},
+                  {num_seqs, kAny, 2});
+    check::contiguous("batch.mm_prefix_range", batch.mm_prefix_range);
+    p->ranges = check::data<const std::int32_t>(batch.mm_prefix_range);
+    p->num_ranges = static_cast<std::int32_t>(batch.mm_prefix_range.shape[1]);
+  }
+  if (batch.visible_prefix_lens) {
+    check::tensor("batch.visible_prefix_lens", batch.visible_prefix_lens, device, {DType::kInt32},
+                  {num_seqs});
+    check::contiguous("batch.visible_prefix_lens", batch.visible_prefix_lens);
+    p->visible_prefix_lens = check::data<const std::int32_t>(batch.visible_prefix_lens);
+  }
+}
+
+void lower_qq_bias(const TensorView& bias, Device device, BatchParams* p) {
+  if (!bias) return;
+  if (bias.ndim == 3) {
+    check::tensor("batch.qq_bias", bias, device, {DType::kFloat32}, {p->num_seqs, kAny, kAny});
+    p->qq_seq_stride = bias.strides[0];
+  } else {
+    check::tensor("batch.qq_bias", bias, device, {DType::kFloat32}, {kAny, kAny});
+  }
+  check::that(bias.shape[bias.ndim - 1] == bias.shape[bias.ndim - 2], "batch.qq_bias",
+              "a square [m, m] for each sequence", bias.to_string());
+  check::unit_last_stride("batch.qq_bias", bias);
+  p->qq_bias = check::data<const float>(bias);
+  p->qq_size = bias.shape[bias.ndim - 1];
+  p->qq_row_stride = bias.strides[bias.ndim - 2];
+}
+
+void lower_keys(const AttentionConfig& config, const CommonAttentionMetadata& batch,
+                BatchParams* p) {
+  if (is_encoder(config.type)) {
+    if (!batch.kv_start_loc) return;
+    check::tensor("batch.kv_start_loc", batch.kv_start_loc, config.device, {DType::kInt32},
+                  {p->num_seqs + 1});
+    check::contiguous("batch.kv_start_loc", batch.kv_start_loc);
+    p->kv_start_loc = check::data<const std::int32_t>(batch.kv_start_loc);
+    return;
+  }
+  check::tensor("batch.seq_lens", batch.seq_lens, config.device, {DType::kInt32}, {p->num_seqs});
+  check::contiguous("batch.seq_lens", batch.seq_lens);
+  check::tensor("batch.block_table", batch.block_table, config.device, {DType::kInt32},
+                {kAny, kAny});
+  check::unit_last_stride("batch.block_table", batch.block_table);
+  check::at_least("batch.block_table", batch.block_table, 0, p->num_seqs, "one row a sequence");
+  const std::int64_t reachable = batch.block_table.shape[1] * config.block_size;
+  // max_seq_len is an upper bound; only a bound that no table entry could serve is a mistake.
+  check::that(batch.max_seq_len <= 0 || batch.max_seq_len <= reachable || p->num_seqs == 0,
+              "batch.block_table",
+              "a width of at least max_seq_len " + std::to_string(batch.max_seq_len) +
+                  " / block_size " + std::to_string(config.block_size),
+              batch.block_table.to_string());
+  p->seq_lens = check::data<const std::int32_t>(batch.seq_lens);
+  p->block_table = check::data<const std::int32_t>(batch.block_table);
+  p->table_stride = batch.block_table.strides[0];
+  p->table_width = batch.block_table.shape[1];
+}
+
+}  // namespace
+
+BatchParams lower_batch(const AttentionConfig& config, const CommonAttentionMetadata& batch,
+                        std::int64_t common_prefix_len) {
+  const Device device = config.device;
+  BatchParams p;
+  check::tensor("batch.query_start_loc", batch.query_start_loc, device, {DType::kInt32}, {kAny});
+  check::contiguous("batch.query_start_loc", batch.query_start_loc);
+  check::at_least("batch.query_start_loc", batch.query_start_loc, 0, 1, "num_seqs + 1 offsets");
+  check::that(batch.query_start_loc.shape[0] <= (1LL << 30), "batch.query_start_loc",
+              "at most 2^30 sequences", batch.query_start_loc.shape[0]);
+  p.num_seqs = static_cast<std::int32_t>(batch.num_seqs());
+  check::that(batch.num_actual_tokens >= 0 && batch.num_actual_tokens < (1LL << 31),
+              "batch.num_actual_tokens", "0 to 2^31 - 1", batch.num_actual_tokens);
+  check::that(batch.max_query_len >= 0, "batch.max_query_len", "at least 0", batch.max_query_len);
+  check::that(batch.max_seq_len >= 0, "batch.max_seq_len", "at least 0", batch.max_seq_len);
+  check::that(common_prefix_len >= 0, "common_prefix_len", "at least 0", common_prefix_len);
+  p.num_tokens = batch.num_actual_tokens;
+  p.max_query_len = batch.max_query_len;
+  p.max_seq_len = batch.max_seq_len;
+  p.query_start_loc = check::data<const std::int32_t>(batch.query_start_loc);
+  p.common_prefix_len = config.batch_invariant ? 0 : common_prefix_len;
+  lower_keys(config, batch, &p);
+  lower_masks(batch, device, &p);
+  lower_qq_bias(batch.qq_bias, device, &p);
+  return p;
+}
+
+namespace {
+
+void lower_query(const AttentionConfig& config, const AttentionArgs& args, AttentionParams* p) {
+  const std::int64_t num_tokens = p->batch->num_tokens;
+  check::tensor("query", args.query, config.device, {config.dtype},
+                {kAny, config.num_heads, config.head_size});
+  check::unit_last_stride("query", args.query);
+  check::at_least("query", args.query, 0, num_tokens, "num_actual_tokens");
+  p->query = args.query.data;
+  p->query_token_stride = args.query.strides[0];
+  p->query_head_stride = args.query.strides[1];
+  if (config.dtype == DType::kFloat8E4M3) {
+    check::scale("q_scale", args.q_scale);
+    p->q_scale = args.q_scale;
+  }
+}
+
+void lower_paged(const AttentionConfig& config, const AttentionArgs& args, AttentionParams* p) {
+  const PagedKvCache& cache = args.kv_cache;
+  check::that(cache.dtype == config.kv_cache_dtype, "kv_cache.dtype",
+              std::string("the plan's ") + to_string(config.kv_cache_dtype),
+              to_string(cache.dtype));
+  lower_cache(cache, config.device, &p->k, &p->v);
+  check::that(cache.dtype != KvCacheDType::kAuto || cache.key.dtype == config.dtype,
+              "kv_cache.key", std::string("the plan's dtype ") + to_string(config.dtype),
+              to_string(cache.key.dtype));
+  check::tensor("kv_cache.key", cache.key, config.device, {cache.key.dtype},
+                {kAny, config.block_size, config.num_kv_heads, config.head_size});
+  check::tensor("kv_cache.value", cache.value, config.device, {cache.value.dtype},
+                {kAny, config.block_size, config.num_kv_heads, config.value_head_size()});
+  check::that(cache.num_blocks() < (1LL << 31), "kv_cache.key", "at most 2^31 - 1 blocks",
+              cache.num_blocks());
+  p->num_blocks = cache.num_blocks();
+}
+
+KvParams lower_direct_side(std::string_view name, const TensorView& view,
+                           const AttentionConfig& config, std::int64_t head_size) {
+  check::tensor(name, view, config.device, {config.dtype}, {kAny, config.num_kv_heads, head_size});
+  check::unit_last_stride(name, view);
+  KvParams params;
+  params.data = view.data;
+  params.dtype = view.dtype;
+  params.strides = {0, view.strides[0], view.strides[1]};
+  return params;
+}
+
+void lower_direct(const AttentionConfig& config, const AttentionArgs& args, AttentionParams* p) {
+  p->k = lower_direct_side("key", args.key, config, config.head_size);
+  p->v = lower_direct_side("value", args.value, config, config.value_head_size());
+  p->num_kv_tokens = args.key.shape[0];
+  check::that(args.value.shape[0] == p->num_kv_tokens, "value", "as many rows as key",
+              args.value.to_string());
+  if (p->batch->kv_start_loc == nullptr) {
+    check::at_least("key", args.key, 0, p->batch->num_tokens, "num_actual_tokens");
+  }
+}
+
+void lower_output_scales(const AttentionConfig& config, const AttentionArgs& args,
+                         AttentionParams* p) {
+  const bool fp8 = args.output.dtype == DType::kFloat8E4M3;
+  const bool block = static_cast<bool>(args.output_block_scale);
+  check::that(!(block && args.has_output_scale), "output_block_scale",
+              "at most one of output_scale and output_block_scale", "both");
+  check::that(fp8 || !args.has_output_scale, "output_scale", "an fp8 output to go with it",
+              to_string(args.output.dtype));
+  check::that(fp8 || !block, "output_block_scale", "an fp8 output to go with it",
+              to_string(args.output.dtype));
+  check::that(!fp8 || block || args.has_output_scale, "output_scale",
+              "an output_scale or output_block_scale for an fp8 output", "none");
+  if (args.has_output_scale) {
+    check::scale("output_scale", args.output_scale);
+    p->has_output_scale = true;
+    p->output_scale = args.output_scale;
+  }
+  if (!block) return;
+  const std::int64_t groups = (config.num_heads * config.value_head_size() + 127) / 128;
+  check::tensor("output_block_scale", args.output_block_scale, config.device, {DType::kFloat32},
+                {kAny, groups});
+  check::at_least("output_block_scale", args.output_block_scale, 0, p->batch->num_tokens,
+                  "num_actual_tokens");
+  p->block_scales = check::data<float>(args.output_block_scale);
+  p->block_scales_token_stride = args.output_block_scale.strides[0];
+  p->block_scales_group_stride = args.output_block_scale.strides[1];
+}
+
+void lower_output(const AttentionConfig& config, const AttentionArgs& args, AttentionParams* p) {
+  const TensorView& output = args.output;
+  const std::int64_t head_size_v = config.value_head_size();
+  constexpr auto kDTypes = {DType::kFloat16, DType::kBFloat16, DType::kFloat32,
+                            DType::kFloat8E4M3};
+  if (output.ndim == 3) {
+    check::tensor("output", output, config.device, kDTypes, {kAny, config.num_heads, head_size_v});
+    p->output_head_stride = output.strides[1];
+  } else {
+    check::tensor("output", output, config.device, kDTypes,
+                  {kAny, config.num_heads * head_size_v});
+    p->output_head_stride = head_size_v;
+  }
+  check::unit_last_stride("output", output);
+  check::at_least("output", output, 0, p->batch->num_tokens, "num_actual_tokens");
+  p->output = output.data;
+  p->output_dtype = output.dtype;
+  p->output_token_stride = output.strides[0];
+  lower_output_scales(config, args, p);
+  if (!args.lse) return;
+  check::tensor("lse", args.lse, config.device, {DType::kFloat32}, {config.num_heads, kAny});
+  check::at_least("lse", args.lse, 1, p->batch->num_tokens, "num_actual_tokens");
+  p->lse = check::data<float>(args.lse);
+  p->lse_head_stride = args.lse.strides[0];
+  p->lse_token_stride = args.lse.strides[1];
+}
+
+}  // namespace
+
+AttentionParams lower_attention(const AttentionConfig& config, const LayerParams& layer,
+                                const BatchParams& batch, const AttentionArgs& args) {
+  AttentionParams params;
+  params.layer = &layer;
+  params.batch = &batch;
+  lower_query(config, args, &params);
+  if (layer.paged) {
+    lower_paged(config, args, &params);
+  } else {
+    lower_direct(config, args, &params);
+  }
+  lower_output(config, args, &params);
+  return params;
+}
+
+}  // namespace api
+
+namespace {
+
+const Backend& supporting_backend(const AttentionConfig& config) {
+  const Backend& backend = pick_backend(config.device, config.backend);
+  const std::vector<std::string> reasons = backend.supports(config);
+  if (!reasons.empty()) {
+    std::string text;
+    for (const std::string& reason : reasons) text += (text.empty() ? "" : "; ") + reason;
+    throw Error("config", std::string("what backend ") + backend.name() + " supports", text);
+  }
+  return backend;
+}
+
+}  // namespace
+
+Plan::Plan(const AttentionConfig& config) : impl_(std::make_unique<Impl>()) {
+  impl_->config = config;
+  impl_->backend = &supporting_backend(config);
+  impl_->layer = api::lower_layer(config);
+  impl_->state = impl_->backend->make_plan(impl_->layer);
+}
+
+Plan::~Plan() = default;
+Plan::Plan(Plan&&) noexcept = default;
+Plan& Plan::operator=(Plan&&) noexcept = default;
+
+void Plan::update(const CommonAttentionMetadata& batch, std::int64_t common_prefix_len,
+                  const Context& ctx) {
+  const BatchParams params = api::lower_batch(impl_->config, batch, common_prefix_len);
+  if (ctx.check_indices) api::check_batch_indices(impl_->layer, params);
+  impl_->planned = false;
+  impl_->backend->plan(*impl_->state, impl_->layer, params, ctx);
+  impl_->batch = batch;
+  impl_->batch_params = params;
+  impl_->planned = true;
+}
+
+const AttentionConfig& Plan::config() const { return impl_->config; }
+const CommonAttentionMetadata& Plan::batch() const { return impl_->batch; }
+const char* Plan::backend_name() const { return impl_->backend->name(); }
+std::int64_t Plan::workspace_bytes() const { return impl_->state->workspace_bytes(); }
+std::string Plan::to_string() const { return impl_->state->to_string(); }
+
+Plan plan(const AttentionConfig& config, const CommonAttentionMetadata& batch,
+          std::int64_t common_prefix_len, const Context& ctx) {
+  Plan result(config);
+  result.update(batch, common_prefix_len, ctx);
+  return result;
+}
+
+void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx) {
+  Plan::Impl& impl = plan.impl();
+  check::that(impl.planned, "plan", "a plan that update() was called on", "none");
+  const AttentionParams params =
+      api::lower_attention(impl.config, impl.layer, impl.batch_params, args);
+  if (ctx.check_indices) api::check_block_table(params);
+  if (impl.batch_params.num_tokens == 0 || impl.batch_params.num_seqs == 0) return;
+  impl.backend->attention(*impl.state, params, ctx);
+}
+
+namespace {
+
+MergePart lower_part(std::string_view o_name, const TensorView& o, std::string_view lse_name,
+                     const TensorView& lse, const TensorView& like) {
+  using check::kAny;
+  check::tensor(o_name, o, like.device, {like.dtype},
+                {like.shape[0], like.shape[1], like.shape[2]});
+  check::unit_last_stride(o_name, o);
+  MergePart part;
+  part.output = o.data;
+  part.token_stride = o.strides[0];
+  part.head_stride = o.strides[1];
+  if (lse) {
+    check::tensor(lse_name, lse, like.device, {DType::kFloat32}, {like.shape[1], kAny});
+    check::at_least(lse_name, lse, 1, like.shape[0], "num_tokens");
+    part.lse = check::data<const float>(lse);
+    part.lse_head_stride = lse.strides[0];
+    part.lse_token_stride = lse.strides[1];
+  }
+  return part;
+}
+
+}  // namespace
+
+void merge_states(const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b,
+                  const TensorView& lse_b, const TensorView& output, const TensorView& lse,
+                  const Context& ctx) {
+  using check::kAny;
+  check::tensor("o_a", o_a, o_a.device, {DType::kFloat16, DType::kBFloat16, DType::kFloat32},
+                {kAny, kAny, kAny});
+  check::that(static_cast<bool>(lse_a), "lse_a", "a tensor", "none");
+  check::that(static_cast<bool>(lse_b), "lse_b", "a tensor", "none");
+  MergeParams params;
+  params.a = lower_part("o_a", o_a, "lse_a", lse_a, o_a);
+  params.b = lower_part("o_b", o_b, "lse_b", lse_b, o_a);
+  params.result = lower_part("output", output, "lse", lse, o_a);
+  params.dtype = o_a.dtype;
+  params.num_tokens = o_a.shape[0];
+  params.num_heads = static_cast<std::int32_t>(o_a.shape[1]);
+  params.head_size_v = static_cast<std::int32_t>(o_a.shape[2]);
+  if (o_a.num_elements() == 0) return;
+  pick_backend(o_a.device, "").merge(params, ctx);
+}
+
+}  // namespace quire

@@ -1,0 +1,64 @@
+// Context::check_indices: the data of index tensors, looked at before anything runs.
+#include <string>
+
+#include "api/check.h"
+#include "api/lower.h"
+
+namespace quire::api {
+namespace {
+
+std::string entry(const char* name, std::int64_t i) {
+  return std::string(name) + "[" + std::to_string(i) + "]";
+}
+
+}  // namespace
+
+void check_batch_indices(const LayerParams& layer, const BatchParams& batch) {
+  const std::int32_t* start = batch.query_start_loc;
+  check::that(start[0] == 0, "query_start_loc[0]", "0", start[0]);
+  for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
+    check::that(start[s + 1] >= start[s], entry("query_start_loc", s + 1),
+                "at least the entry before it, " + std::to_string(start[s]), start[s + 1]);
+  }
+  // Rows past num_actual_tokens are padding and may be named.
+  if (!layer.paged) return;
+  const std::int64_t reachable = batch.table_width * layer.block_size;
+  const bool cross = !layer.mask.causal && layer.mask.window == WindowKind::kNone;
+  for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
+    const std::int64_t seq_len = batch.seq_lens[s];
+    const std::int64_t query_len = start[s + 1] - start[s];
+    check::that(seq_len >= 0, entry("seq_lens", s), "at least 0", seq_len);
+    check::that(seq_len <= reachable, entry("seq_lens", s),
+                "at most block_table's width times block_size, " + std::to_string(reachable),
+                seq_len);
+    check::that(cross || seq_len == 0 || query_len <= seq_len, entry("seq_lens", s),
+                "at least the query length " + std::to_string(query_len), seq_len);
+  }
+}
+
+void check_block_table(const AttentionParams& params) {
+  const LayerParams& layer = *params.layer;
+  const BatchParams& batch = *params.batch;
+  if (!layer.paged) return;
+  for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
+    const Sequence seq = sequence_at(layer, batch, 0, s);
+    const std::int64_t used = (seq.mask.kv_len + layer.block_size - 1) / layer.block_size;
+    const std::int32_t* row = batch.block_table + s * batch.table_stride;
+    for (std::int64_t b = 0; b < used; ++b) {
+      check::that(row[b] >= 0 && row[b] < params.num_blocks,
+                  "block_table[" + std::to_string(s) + "][" + std::to_string(b) + "]",
+                  "a block from 0 to " + std::to_string(params.num_blocks - 1), row[b]);
+    }
+  }
+}
+
+void check_slots(const CacheWriteParams& params) {
+  const std::int64_t num_slots = params.num_blocks * params.block_size;
+  for (std::int64_t i = 0; i < params.num_slots; ++i) {
+    check::that(params.slot_mapping[i] < num_slots, entry("slot_mapping", i),
+                "a slot below " + std::to_string(num_slots) + ", or negative to skip",
+                params.slot_mapping[i]);
+  }
+}
+
+}  // namespace quire::api

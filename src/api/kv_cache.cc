@@ -1,0 +1,205 @@
+// The cache's public side: names, layouts, and the checks of a cache write.
+#include "quire/kv_cache.h"
+
+#include "api/check.h"
+#include "api/lower.h"
+
+namespace quire {
+
+namespace {
+
+struct CacheDTypeName {
+  const char* name;
+  KvCacheDType dtype;
+};
+
+// The first name of a dtype is the one it prints as.
+constexpr CacheDTypeName kCacheDTypeNames[] = {
+    {"auto", KvCacheDType::kAuto},
+    {"float16", KvCacheDType::kFloat16},
+    {"bfloat16", KvCacheDType::kBFloat16},
+    {"float32", KvCacheDType::kFloat32},
+    {"fp8_e4m3", KvCacheDType::kFp8E4M3},
+    {"fp8", KvCacheDType::kFp8E4M3},
+    {"fp8_e5m2", KvCacheDType::kFp8E5M2},
+    {"int8_per_token_head", KvCacheDType::kInt8PerTokenHead},
+    {"fp8_per_token_head", KvCacheDType::kFp8E4M3PerTokenHead},
+};
+
+}  // namespace
+
+KvCacheDType parse_kv_cache_dtype(std::string_view name) {
+  std::string known;
+  for (const CacheDTypeName& entry : kCacheDTypeNames) {
+    if (name == entry.name) return entry.dtype;
+    known += known.empty() ? "" : ", ";
+    known += entry.name;
+  }
+  throw Error("kv_cache_dtype", "one of " + known, "\"" + std::string(name) + "\"");
+}
+
+const char* to_string(KvCacheDType dtype) {
+  for (const CacheDTypeName& entry : kCacheDTypeNames) {
+    if (dtype == entry.dtype) return entry.name;
+  }
+  return "unknown";
+}
+
+DType storage_dtype(KvCacheDType dtype, DType model_dtype) {
+  switch (dtype) {
+    case KvCacheDType::kAuto: return model_dtype;
+    case KvCacheDType::kFloat16: return DType::kFloat16;
+    case KvCacheDType::kBFloat16: return DType::kBFloat16;
+    case KvCacheDType::kFloat32: return DType::kFloat32;
+    case KvCacheDType::kFp8E4M3:
+    case KvCacheDType::kFp8E4M3PerTokenHead: return DType::kFloat8E4M3;
+    case KvCacheDType::kFp8E5M2: return DType::kFloat8E5M2;
+    case KvCacheDType::kInt8PerTokenHead: return DType::kInt8;
+  }
+  return DType::kNone;
+}
+
+namespace {
+
+// Byte tensors hold fp8 or int8 caches of frameworks that lack those types.
+TensorView reinterpret_bytes(TensorView view, KvCacheDType dtype) {
+  const DType storage = storage_dtype(dtype, view.dtype);
+  if (view.dtype == DType::kUInt8 && size_of(storage) == 1) view.dtype = storage;
+  return view;
+}
+
+}  // namespace
+
+PagedKvCache PagedKvCache::from_combined(const TensorView& kv_cache, KvCacheDType dtype) {
+  check::that(kv_cache.ndim == 5 && kv_cache.shape[1] == 2, "kv_cache",
+              "shape [num_blocks, 2, block_size, num_kv_heads, head_size]", kv_cache.to_string());
+  const TensorView view = reinterpret_bytes(kv_cache, dtype);
+  PagedKvCache cache;
+  cache.key = view.select(1, 0);
+  cache.value = view.select(1, 1);
+  cache.dtype = dtype;
+  return cache;
+}
+
+PagedKvCache PagedKvCache::from_packed(const TensorView& kv_cache, std::int64_t head_size,
+                                       KvCacheDType dtype) {
+  check::that(kv_cache.ndim == 4, "kv_cache",
+              "shape [num_blocks, num_kv_heads, block_size, head_size + head_size_v]",
+              kv_cache.to_string());
+  check::that(head_size >= 1 && head_size < kv_cache.shape[3], "head_size",
+              "1 to " + std::to_string(kv_cache.shape[3] - 1), head_size);
+  const TensorView rows = reinterpret_bytes(kv_cache, dtype).transpose(1, 2);
+  PagedKvCache cache;
+  cache.key = rows.slice(3, 0, head_size);
+  cache.value = rows.slice(3, head_size, rows.shape[3]);
+  cache.dtype = dtype;
+  return cache;
+}
+
+namespace api {
+namespace {
+
+void check_token_scales(std::string_view name, const TensorView& scales, const TensorView& store,
+                        KvCacheDType dtype) {
+  if (!is_per_token_head(dtype)) return;
+  check::tensor(name, scales, store.device, {DType::kFloat32},
+                {store.shape[0], store.shape[1], store.shape[2]});
+}
+
+void check_store(std::string_view name, const TensorView& store, KvCacheDType dtype,
+                 Device device) {
+  using check::kAny;
+  if (dtype == KvCacheDType::kAuto) {
+    check::tensor(name, store, device, {DType::kFloat16, DType::kBFloat16, DType::kFloat32},
+                  {kAny, kAny, kAny, kAny});
+  } else {
+    check::tensor(name, store, device, {storage_dtype(dtype, DType::kNone)},
+                  {kAny, kAny, kAny, kAny});
+  }
+  check::unit_last_stride(name, store);
+}
+
+KvParams lower_store(const TensorView& store, const TensorView& scales, Scale scale,
+                     KvCacheDType dtype) {
+  KvParams params;
+  params.data = store.data;
+  params.dtype = store.dtype;
+  params.strides = {store.strides[0], store.strides[1], store.strides[2]};
+  if (is_per_token_head(dtype)) {
+    params.token_scales = static_cast<float*>(scales.data);
+    params.token_scale_strides = {scales.strides[0], scales.strides[1], scales.strides[2]};
+  }
+  if (is_per_tensor_fp8(dtype)) params.scale = scale;
+  return params;
+}
+
+}  // namespace
+
+void lower_cache(const PagedKvCache& cache, Device device, KvParams* k, KvParams* v) {
+  check_store("kv_cache.key", cache.key, cache.dtype, device);
+  check_store("kv_cache.value", cache.value, cache.dtype, device);
+  const TensorView& key = cache.key;
+  const TensorView& value = cache.value;
+  check::that(key.shape[0] == value.shape[0] && key.shape[1] == value.shape[1] &&
+                  key.shape[2] == value.shape[2] && key.dtype == value.dtype,
+              "kv_cache.value", "the key's dtype, num_blocks, block_size and num_kv_heads",
+              value.to_string());
+  check_token_scales("kv_cache.k_scale_cache", cache.k_scale_cache, key, cache.dtype);
+  check_token_scales("kv_cache.v_scale_cache", cache.v_scale_cache, value, cache.dtype);
+  if (is_per_tensor_fp8(cache.dtype)) {
+    check::scale("kv_cache.k_scale", cache.k_scale);
+    check::scale("kv_cache.v_scale", cache.v_scale);
+  }
+  *k = lower_store(key, cache.k_scale_cache, cache.k_scale, cache.dtype);
+  *v = lower_store(value, cache.v_scale_cache, cache.v_scale, cache.dtype);
+}
+
+CacheWriteParams lower_cache_write(const TensorView& key, const TensorView& value,
+                                   const PagedKvCache& cache, const TensorView& slot_mapping) {
+  using check::kAny;
+  CacheWriteParams p;
+  const Device device = cache.key.device;
+  lower_cache(cache, device, &p.k, &p.v);
+  check::that(cache.block_size() >= 1, "kv_cache.key", "a block_size of at least 1",
+              cache.key.to_string());
+  check::tensor("slot_mapping", slot_mapping, device, {DType::kInt64}, {kAny});
+  check::contiguous("slot_mapping", slot_mapping);
+  p.num_slots = slot_mapping.shape[0];
+
+  check::tensor("key", key, device, {DType::kFloat16, DType::kBFloat16, DType::kFloat32},
+                {kAny, cache.key.shape[2], cache.key.shape[3]});
+  check::tensor("value", value, device, {key.dtype},
+                {kAny, cache.value.shape[2], cache.value.shape[3]});
+  check::unit_last_stride("key", key);
+  check::unit_last_stride("value", value);
+  check::at_least("key", key, 0, p.num_slots, "one row for each slot of slot_mapping");
+  check::at_least("value", value, 0, p.num_slots, "one row for each slot of slot_mapping");
+
+  p.key = key.data;
+  p.value = value.data;
+  p.dtype = key.dtype;
+  p.key_token_stride = key.strides[0];
+  p.key_head_stride = key.strides[1];
+  p.value_token_stride = value.strides[0];
+  p.value_head_stride = value.strides[1];
+  p.slot_mapping = check::data<std::int64_t>(slot_mapping);
+  p.num_blocks = cache.num_blocks();
+  p.block_size = cache.block_size();
+  p.num_kv_heads = static_cast<std::int32_t>(cache.key.shape[2]);
+  p.head_size = static_cast<std::int32_t>(cache.key.shape[3]);
+  p.head_size_v = static_cast<std::int32_t>(cache.value.shape[3]);
+  p.cache_dtype = cache.dtype;
+  return p;
+}
+
+}  // namespace api
+
+void write_kv_cache(const TensorView& key, const TensorView& value, const PagedKvCache& cache,
+                    const TensorView& slot_mapping, const Context& ctx) {
+  const CacheWriteParams params = api::lower_cache_write(key, value, cache, slot_mapping);
+  if (ctx.check_indices) api::check_slots(params);
+  if (params.num_slots == 0) return;
+  pick_backend(cache.key.device, "").cache_write(params, ctx);
+}
+
+}  // namespace quire

@@ -1,0 +1,41 @@
+// From public arguments to params.h, with every check on the way. Used by the functional core and
+// by the backend layer, so that forward() can check all of a step before it writes anything.
+#pragma once
+
+#include "backend.h"
+#include "params.h"
+#include "quire/attention.h"
+
+namespace quire::api {
+
+LayerParams lower_layer(const AttentionConfig& config);
+BatchParams lower_batch(const AttentionConfig& config, const CommonAttentionMetadata& batch,
+                        std::int64_t common_prefix_len);
+AttentionParams lower_attention(const AttentionConfig& config, const LayerParams& layer,
+                                const BatchParams& batch, const AttentionArgs& args);
+CacheWriteParams lower_cache_write(const TensorView& key, const TensorView& value,
+                                   const PagedKvCache& cache, const TensorView& slot_mapping);
+
+// Checks a cache view and fills both sides.
+void lower_cache(const PagedKvCache& cache, Device device, KvParams* k, KvParams* v);
+
+// The data of index tensors (Context::check_indices). CPU memory only.
+void check_batch_indices(const LayerParams& layer, const BatchParams& batch);
+void check_block_table(const AttentionParams& params);
+void check_slots(const CacheWriteParams& params);
+
+}  // namespace quire::api
+
+namespace quire {
+
+struct Plan::Impl {
+  AttentionConfig config;
+  const Backend* backend = nullptr;
+  LayerParams layer;
+  CommonAttentionMetadata batch;
+  BatchParams batch_params;
+  std::unique_ptr<PlanState> state;
+  bool planned = false;
+};
+
+}  // namespace quire

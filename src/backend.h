@@ -1,0 +1,51 @@
+// What a backend is. The stages have the same names as the public calls: plan, cache_write,
+// attention, and merge. Everything handed over has been checked by src/api.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "params.h"
+#include "quire/backend.h"
+
+namespace quire {
+
+// A backend's plan and workspace.
+class PlanState {
+ public:
+  virtual ~PlanState() = default;
+  virtual std::int64_t workspace_bytes() const = 0;
+  virtual std::string to_string() const = 0;
+};
+
+class Backend : public AttentionBackend {
+ public:
+  // A configuration is supported unless one of the capabilities is missing.
+  std::vector<std::string> supports(const AttentionConfig& config) const override;
+
+  virtual std::unique_ptr<PlanState> make_plan(const LayerParams& layer) const = 0;
+  virtual void plan(PlanState& state, const LayerParams& layer, const BatchParams& batch,
+                    const Context& ctx) const = 0;
+  virtual void cache_write(const CacheWriteParams& params, const Context& ctx) const = 0;
+  virtual void attention(PlanState& state, const AttentionParams& params,
+                         const Context& ctx) const = 0;
+  virtual void merge(const MergeParams& params, const Context& ctx) const = 0;
+};
+
+// The one explicit list of backends (backends.cc), best first for each device.
+const std::vector<const Backend*>& backends();
+
+// The backend that serves a device: `name`, or QUIRE_BACKEND, or the first available one. Throws
+// Error if there is none.
+const Backend& pick_backend(Device device, const std::string& name);
+
+namespace reference {
+const Backend& backend();
+}
+namespace cpu {
+const Backend& backend();
+}
+
+}  // namespace quire
