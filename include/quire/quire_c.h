@@ -25,7 +25,7 @@
  *
  * Threads. A plan serves one call at a time; different plans may be used from different threads.
  * Everything that is passed by pointer is read before the call returns, except the memory that
- * tensors point to: see quire_plan_update() and quire_attention_config.
+ * tensors point to: see quire_plan_update() and quire_score.
  */
 #ifndef QUIRE_QUIRE_C_H_
 #define QUIRE_QUIRE_C_H_
@@ -175,6 +175,19 @@ enum {
   QUIRE_KV_CACHE_FP8_E4M3_PER_TOKEN_HEAD = 7
 };
 
+/* How a score is made from a dot product (quire::Score). */
+typedef struct quire_score {
+  size_t struct_size;
+  float softmax_scale; /* 0: 1 / sqrt(head_size) */
+  float soft_cap;      /* 0: none */
+  /* float32 [num_heads] or absent. Their memory must outlive the plans made from them. */
+  quire_tensor alibi_slopes;
+  quire_tensor sinks;
+  int32_t alibi_sqrt;
+} quire_score;
+
+QUIRE_C_API quire_status quire_score_init(quire_score* score, size_t struct_size);
+
 typedef struct quire_attention_config {
   size_t struct_size;
   quire_device device;
@@ -190,13 +203,7 @@ typedef struct quire_attention_config {
   int64_t window_size;    /* left and both: the window; chunked: the chunk */
   int64_t chunk_lookback; /* chunked: earlier chunks that stay visible */
 
-  float softmax_scale; /* 0: 1 / sqrt(head_size) */
-  float soft_cap;      /* 0: none */
-
-  /* float32 [num_heads] or absent. Their memory must outlive the plans made from them. */
-  quire_tensor alibi_slopes;
-  quire_tensor sinks;
-  int32_t alibi_sqrt;
+  const quire_score* score; /* null: the defaults of quire_score; copied */
 
   int32_t kv_cache_dtype;  /* QUIRE_KV_CACHE_*; default auto */
   int64_t block_size;      /* default 16 */
@@ -286,6 +293,7 @@ typedef struct quire_attention_args {
   quire_tensor value;
   quire_tensor output;      /* [.., num_heads * head_size_v] or [.., num_heads, head_size_v] */
   quire_tensor lse;         /* float32 [num_heads, >= num_actual_tokens] or absent */
+  const quire_score* score; /* this layer's own, where layers share a plan; null: the plan's */
   quire_scale q_scale;      /* of an fp8 query; default 1 */
   int32_t has_output_scale; /* 1: fp8 output with the static output_scale */
   quire_scale output_scale; /* default 1 */

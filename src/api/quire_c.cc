@@ -119,6 +119,13 @@ quire_attention_config defaults() {
 }
 
 template <>
+quire_score defaults() {
+  quire_score score{};
+  score.struct_size = sizeof score;
+  return score;
+}
+
+template <>
 quire_batch defaults() {
   quire_batch batch{};
   batch.struct_size = sizeof batch;
@@ -244,6 +251,17 @@ Context to_context(const quire_context* from) {
   return context;
 }
 
+Score to_score(const quire_score* from) {
+  const quire_score in = read(from, "score");
+  Score score;
+  score.softmax_scale = in.softmax_scale;
+  score.soft_cap = in.soft_cap;
+  score.alibi_slopes = to_view(in.alibi_slopes, "alibi_slopes");
+  score.alibi_sqrt = to_bool(in.alibi_sqrt, "alibi_sqrt");
+  score.sinks = to_view(in.sinks, "sinks");
+  return score;
+}
+
 AttentionConfig to_config(const quire_attention_config* from) {
   const quire_attention_config in = read(from, "config");
   AttentionConfig config;
@@ -258,11 +276,7 @@ AttentionConfig to_config(const quire_attention_config* from) {
   config.mask.window = to_enum(in.window, WindowKind::kChunked, "window");
   config.mask.window_size = in.window_size;
   config.mask.chunk_lookback = in.chunk_lookback;
-  config.score.softmax_scale = in.softmax_scale;
-  config.score.soft_cap = in.soft_cap;
-  config.score.alibi_slopes = to_view(in.alibi_slopes, "alibi_slopes");
-  config.score.alibi_sqrt = to_bool(in.alibi_sqrt, "alibi_sqrt");
-  config.score.sinks = to_view(in.sinks, "sinks");
+  if (in.score != nullptr) config.score = to_score(in.score);
   config.block_size = in.block_size;
   config.kv_cache_dtype =
       to_enum(in.kv_cache_dtype, KvCacheDType::kFp8E4M3PerTokenHead, "kv_cache_dtype");
@@ -303,7 +317,8 @@ PagedKvCache to_cache(const quire_kv_cache* from) {
   return cache;
 }
 
-AttentionArgs to_args(const quire_attention_args* from) {
+// `score` receives what the arguments' own score points to.
+AttentionArgs to_args(const quire_attention_args* from, Score* score) {
   const quire_attention_args in = read(from, "args");
   AttentionArgs args;
   args.query = to_view(in.query, "query");
@@ -312,6 +327,10 @@ AttentionArgs to_args(const quire_attention_args* from) {
   args.value = to_view(in.value, "value");
   args.output = to_view(in.output, "output");
   args.lse = to_view(in.lse, "lse");
+  if (in.score != nullptr) {
+    *score = to_score(in.score);
+    args.score = score;
+  }
   args.q_scale = to_scale(in.q_scale);
   args.has_output_scale = to_bool(in.has_output_scale, "has_output_scale");
   args.output_scale = to_scale(in.output_scale);
@@ -427,6 +446,10 @@ quire_status quire_context_init(quire_context* context, size_t struct_size) {
   return quire::init(context, struct_size, "context");
 }
 
+quire_status quire_score_init(quire_score* score, size_t struct_size) {
+  return quire::init(score, struct_size, "score");
+}
+
 quire_status quire_attention_config_init(quire_attention_config* config, size_t struct_size) {
   return quire::init(config, struct_size, "config");
 }
@@ -483,7 +506,9 @@ quire_status quire_write_kv_cache(const quire_tensor* key, const quire_tensor* v
 quire_status quire_attention(const quire_plan* plan, const quire_attention_args* args,
                              const quire_context* context) {
   return guarded([&] {
-    quire::attention(deref(plan, "plan").plan, quire::to_args(args), quire::to_context(context));
+    quire::Score score;
+    quire::attention(deref(plan, "plan").plan, quire::to_args(args, &score),
+                     quire::to_context(context));
   });
 }
 

@@ -33,6 +33,8 @@ static const int32_t query_start_loc[kNumSeqs + 1] = {0, 1, 4};
 static const int32_t seq_lens[kNumSeqs] = {6, 9};
 static const int32_t block_table[kNumSeqs][kMaxBlocks] = {{5, 2, 0, 0}, {7, 1, 3, 0}};
 
+static const float sinks[kNumHeads] = {-1.0f, 0.5f, 0.0f, 1.0f, -2.0f, 0.25f};
+
 /* The whole of one small layer: cache, query and what comes out. */
 typedef struct layer {
   float key_cache[kNumSlots][kNumKvHeads][kHeadSize];
@@ -127,7 +129,7 @@ static void expect_row(layer* data, int seq, int row, int q_pos, int head, int w
     scores[j] = dot / sqrt(kHeadSize);
     highest = fmax(highest, scores[j]);
   }
-  double sum = 0.0;
+  double sum = exp(sinks[head] - highest); /* a logit without a value */
   double out[kHeadSize] = {0};
   for (int j = begin; j <= q_pos; ++j) {
     const float* value = data->value_cache[slot_of(seq, j)][kv_head];
@@ -200,9 +202,13 @@ static void run_on(const char* backend, int window, const quire_context* context
   expect_all(&data, window);
   const quire_kv_cache cache = make_cache(&data);
   const quire_batch batch = make_batch();
-  const quire_attention_args args = make_args(&data, &cache);
+  quire_attention_args args = make_args(&data, &cache);
   quire_attention_config config = make_config();
+  quire_score score;
+  CHECK(quire_score_init(&score, sizeof score) == QUIRE_OK);
+  score.sinks = tensor(sinks, QUIRE_DTYPE_FLOAT32, 1, kNumHeads, 0, 0, 0);
   config.backend = backend;
+  *(window > 0 ? &args.score : &config.score) = &score; /* the call's own, or the plan's */
   if (window > 0) {
     config.window = QUIRE_WINDOW_LEFT;
     config.window_size = window;
@@ -310,7 +316,10 @@ static void test_config_errors(void) {
   config.causal = 7;
   EXPECT_INVALID(quire_plan_create(&config, &plan), "causal");
   config = make_config();
-  config.sinks.ndim = 9;
+  quire_score score;
+  CHECK(quire_score_init(&score, sizeof score) == QUIRE_OK);
+  score.sinks.ndim = 9;
+  config.score = &score;
   EXPECT_INVALID(quire_plan_create(&config, &plan), "sinks.ndim");
   config = make_config();
   config.backend = "abacus";
