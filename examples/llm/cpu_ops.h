@@ -1,0 +1,46 @@
+// The operations of a Llama model on the CPU: float32, matrix products by a BLAS.
+#pragma once
+
+#include <memory>
+
+#include "device_ops.h"
+
+namespace quire::llm {
+
+class CpuOps final : public DeviceOps {
+ public:
+  // `num_threads` 0: Quire's default pool. The same threads serve Quire's attention.
+  explicit CpuOps(int num_threads = 0);
+
+  Device device() const override { return {}; }
+  DType dtype() const override { return DType::kFloat32; }
+  Context context() const override;
+
+  Tensor allocate(DType dtype, std::span<const std::int64_t> shape) override;
+  void upload(const void* host, std::size_t bytes, void* device) override;
+  void download(const void* device, std::size_t bytes, void* host) override;
+  void synchronize() override {}
+
+  Tensor load_weight(std::span<const GgufTensor* const> parts) override;
+  void gather_rows(const TensorView& in, const TensorView& indices,
+                   const TensorView& out) override;
+  void rms_norm(const TensorView& x, const TensorView& weight, float epsilon,
+                const TensorView& out) override;
+  void linear(const TensorView& x, const TensorView& weight, const TensorView& out) override;
+  void linear_add(const TensorView& x, const TensorView& weight, const TensorView& out) override;
+  void rope_angles(const TensorView& positions, const TensorView& frequencies,
+                   const TensorView& out) override;
+  void rope(const TensorView& x, const TensorView& angles) override;
+  void swiglu(const TensorView& x, const TensorView& out) override;
+
+ private:
+  // Calls work(begin, end) for parts of [0, count), each at least `grain` long, on the threads.
+  template <class Work>
+  void parallel(std::int64_t count, std::int64_t grain, const Work& work) const;
+  void multiply(const TensorView& x, const TensorView& weight, float beta, const TensorView& out);
+
+  std::unique_ptr<ThreadPool> own_threads_;
+  ThreadPool& threads_;
+};
+
+}  // namespace quire::llm

@@ -1,0 +1,64 @@
+// What a Llama model needs of a device besides attention. One implementation a device: cpu_ops.h.
+//
+// Matrices are quire::TensorView in the device's memory, row-major, of dtype(), with unit stride in
+// the last dimension; rows may be further apart than they are long. Operations are queued in order;
+// only download() and synchronize() wait.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "gguf.h"
+#include "quire/types.h"
+
+namespace quire::llm {
+
+// Memory of a device and a view of it. Copies share the memory.
+struct Tensor {
+  std::shared_ptr<void> memory;
+  TensorView view;
+};
+
+class DeviceOps {
+ public:
+  virtual ~DeviceOps() = default;
+
+  virtual Device device() const = 0;
+  // Of activations and weights, and so of the queries that attention sees.
+  virtual DType dtype() const = 0;
+  // What Quire's calls are to run with, so that they follow the operations here.
+  virtual Context context() const = 0;
+
+  // A contiguous tensor of any dtype and at most four dimensions. Its content is zero.
+  virtual Tensor allocate(DType dtype, std::span<const std::int64_t> shape) = 0;
+  virtual void upload(const void* host, std::size_t bytes, void* device) = 0;
+  virtual void download(const void* device, std::size_t bytes, void* host) = 0;
+  virtual void synchronize() = 0;
+
+  // The rows of several stored weights with equally long rows, one below the other.
+  virtual Tensor load_weight(std::span<const GgufTensor* const> parts) = 0;
+
+  // out[i] = in[indices[i]], rows; indices int32 on the device.
+  virtual void gather_rows(const TensorView& in, const TensorView& indices,
+                           const TensorView& out) = 0;
+  // out = x / rms(x) * weight, by rows; weight [1, cols].
+  virtual void rms_norm(const TensorView& x, const TensorView& weight, float epsilon,
+                        const TensorView& out) = 0;
+  // out = x weight^T, or out += x weight^T; weight [out cols, x cols].
+  virtual void linear(const TensorView& x, const TensorView& weight, const TensorView& out) = 0;
+  virtual void linear_add(const TensorView& x, const TensorView& weight,
+                          const TensorView& out) = 0;
+  // The angles of rotary embeddings: out[i] = cos(positions[i] * frequencies), then as many sines.
+  // positions int32 [rows], frequencies float32 [pairs], out float32 [rows, 2 * pairs].
+  virtual void rope_angles(const TensorView& positions, const TensorView& frequencies,
+                           const TensorView& out) = 0;
+  // Rotates, in place, elements (2i, 2i + 1) of each head of x [rows, heads, head_size] by the
+  // row's angle i. That is the order in which GGUF files store Llama's q and k.
+  virtual void rope(const TensorView& x, const TensorView& angles) = 0;
+  // out = silu(left half of x) * right half of x, by rows.
+  virtual void swiglu(const TensorView& x, const TensorView& out) = 0;
+};
+
+}  // namespace quire::llm
