@@ -47,6 +47,7 @@ constexpr Feature kFeatures[] = {
 template <class Enum>
 std::vector<std::string> names_of(const std::vector<Enum>& values) {
   std::vector<std::string> names;
+  names.reserve(values.size());
   for (const Enum value : values) {
     names.emplace_back(to_string(value));
   }

@@ -84,7 +84,7 @@ THIRD_PARTY = {
 }
 # Operating-system headers: the thread pool and CPU detection need them, the edge may use them.
 SYSTEM = r"(sys|linux)/|unistd\.h$|pthread\.h$|sched\.h$|fcntl\.h$|cpuid\.h$|immintrin\.h$"
-SYSTEM_LAYERS = {"cpu", "src", "llm", "cli", "bench", "tests", "conformance", "examples"}
+SYSTEM_LAYERS = {"api", "cpu", "src", "llm", "cli", "bench", "tests", "conformance", "examples"}
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 
@@ -109,8 +109,8 @@ def problem(layer, included, includer):
         if target_layer not in ALLOWED[layer]:
             return f"'{layer}' must not include '{target_layer or target}'"
         return None
-    if included.startswith("quire/"):
-        return "no such public header"
+    if re.match(r"(quire|src|cli|examples|tests|bench)/", included):
+        return "no such file"
     if included in C_HEADERS or re.fullmatch(r"[a-z_0-9]+", included):
         return None  # the standard library
     if layer in SYSTEM_LAYERS and re.match(SYSTEM, included):
