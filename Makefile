@@ -32,7 +32,7 @@ build: configure
 	@cmake --build $(BUILD_DIR) -j $(JOBS)
 
 run: configure
-	@scripts/fetch_model.sh
+	@scripts/fetch_model.sh > /dev/null
 	@cmake --build $(BUILD_DIR) -j $(JOBS) --target quire_cli
 	@$(QUIRE) generate $(ARGS)
 

@@ -62,7 +62,7 @@ ALLOWED = {
     "generate": {"public"} | LLM,
     "llm": {"public"} | LLM,
     "examples": {"public", "examples"},
-    "cli": {"public", "cli", "generate", "conformance"},
+    "cli": {"public", "cli", "generate", "conformance", "bench"},
     "bench": {"public", "bench"},
     "python": {"public", "python"},
 }
