@@ -41,6 +41,9 @@ const std::vector<const Backend*>& backends();
 // Error if there is none.
 const Backend& pick_backend(Device device, const std::string& name);
 
+// The whole of semantics.md: what the reference and the CPU backend have.
+BackendCapabilities full_capabilities();
+
 namespace reference {
 const Backend& backend();
 }

@@ -18,18 +18,33 @@ bool is_encoder(AttentionType type) {
 
 }  // namespace
 
-LayerParams lower_layer(const AttentionConfig& config) {
-  const Score& score = config.score;
+void lower_score(const AttentionConfig& config, const Score& score, LayerParams* layer) {
   if (score.alibi_slopes) {
-    check::tensor("config.score.alibi_slopes", score.alibi_slopes, config.device,
+    check::tensor("score.alibi_slopes", score.alibi_slopes, config.device,
                   {DType::kFloat32}, {config.num_heads});
-    check::contiguous("config.score.alibi_slopes", score.alibi_slopes);
+    check::contiguous("score.alibi_slopes", score.alibi_slopes);
   }
   if (score.sinks) {
-    check::tensor("config.score.sinks", score.sinks, config.device, {DType::kFloat32},
+    check::tensor("score.sinks", score.sinks, config.device, {DType::kFloat32},
                   {config.num_heads});
-    check::contiguous("config.score.sinks", score.sinks);
+    check::contiguous("score.sinks", score.sinks);
   }
+  check::that(std::isfinite(score.softmax_scale), "score.softmax_scale", "a finite scale",
+              std::to_string(score.softmax_scale));
+  check::that(std::isfinite(score.soft_cap) && score.soft_cap >= 0, "score.soft_cap",
+              "a finite cap of at least 0", std::to_string(score.soft_cap));
+  check::that(!score.alibi_sqrt || score.alibi_slopes, "score.alibi_slopes",
+              "slopes to go with alibi_sqrt", "none");
+  layer->softmax_scale = score.softmax_scale != 0.0F
+                             ? score.softmax_scale
+                             : 1.0F / std::sqrt(static_cast<float>(config.head_size));
+  layer->soft_cap = score.soft_cap;
+  layer->alibi_slopes = check::data<const float>(score.alibi_slopes);
+  layer->alibi_sqrt = score.alibi_sqrt;
+  layer->sinks = check::data<const float>(score.sinks);
+}
+
+LayerParams lower_layer(const AttentionConfig& config) {
   LayerParams layer;
   layer.num_heads = static_cast<std::int32_t>(config.num_heads);
   layer.num_kv_heads = static_cast<std::int32_t>(config.num_kv_heads);
@@ -43,13 +58,7 @@ LayerParams lower_layer(const AttentionConfig& config) {
   layer.auto_cascade = config.auto_cascade && !config.batch_invariant && layer.paged;
   layer.mask = config.mask;
   if (config.type != AttentionType::kDecoder) layer.mask.causal = false;
-  layer.softmax_scale = score.softmax_scale != 0.0F
-                            ? score.softmax_scale
-                            : 1.0F / std::sqrt(static_cast<float>(config.head_size));
-  layer.soft_cap = score.soft_cap;
-  layer.alibi_slopes = check::data<const float>(score.alibi_slopes);
-  layer.alibi_sqrt = score.alibi_sqrt;
-  layer.sinks = check::data<const float>(score.sinks);
+  lower_score(config, config.score, &layer);
   return layer;
 }
 
@@ -238,10 +247,11 @@ void lower_output_scales(const AttentionConfig& config, const AttentionArgs& arg
 void lower_output(const AttentionConfig& config, const AttentionArgs& args, AttentionParams* p) {
   const TensorView& output = args.output;
   const std::int64_t head_size_v = config.value_head_size();
-  constexpr auto kDTypes = {DType::kFloat16, DType::kBFloat16, DType::kFloat32,
+  const auto kDTypes = {DType::kFloat16, DType::kBFloat16, DType::kFloat32,
                             DType::kFloat8E4M3};
   if (output.ndim == 3) {
-    check::tensor("output", output, config.device, kDTypes, {kAny, config.num_heads, head_size_v});
+    check::tensor("output", output, config.device, kDTypes,
+                  {kAny, config.num_heads, head_size_v});
     p->output_head_stride = output.strides[1];
   } else {
     check::tensor("output", output, config.device, kDTypes,
@@ -264,13 +274,14 @@ void lower_output(const AttentionConfig& config, const AttentionArgs& args, Atte
 
 }  // namespace
 
-AttentionParams lower_attention(const AttentionConfig& config, const LayerParams& layer,
-                                const BatchParams& batch, const AttentionArgs& args) {
+AttentionParams lower_attention(const AttentionConfig& config, const BatchParams& batch,
+                                const AttentionArgs& args, LayerParams* layer) {
+  if (args.score != nullptr) lower_score(config, *args.score, layer);
   AttentionParams params;
-  params.layer = &layer;
+  params.layer = layer;
   params.batch = &batch;
   lower_query(config, args, &params);
-  if (layer.paged) {
+  if (layer->paged) {
     lower_paged(config, args, &params);
   } else {
     lower_direct(config, args, &params);
@@ -334,8 +345,9 @@ Plan plan(const AttentionConfig& config, const CommonAttentionMetadata& batch,
 void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx) {
   Plan::Impl& impl = plan.impl();
   check::that(impl.planned, "plan", "a plan that update() was called on", "none");
+  LayerParams layer = impl.layer;
   const AttentionParams params =
-      api::lower_attention(impl.config, impl.layer, impl.batch_params, args);
+      api::lower_attention(impl.config, impl.batch_params, args, &layer);
   if (ctx.check_indices) api::check_block_table(params);
   if (impl.batch_params.num_tokens == 0 || impl.batch_params.num_seqs == 0) return;
   impl.backend->attention(*impl.state, params, ctx);

@@ -67,7 +67,7 @@ bool same_layer(const AttentionConfig& a, const AttentionConfig& b) {
   return a.num_heads == b.num_heads && a.num_kv_heads == b.num_kv_heads &&
          a.head_size == b.head_size && a.value_head_size() == b.value_head_size() &&
          a.block_size == b.block_size && a.kv_cache_dtype == b.kv_cache_dtype &&
-         a.type == b.type && a.dtype == b.dtype && a.device == b.device;
+         a.type == b.type && a.dtype == b.dtype && a.device == b.device && a.mask == b.mask;
 }
 
 }  // namespace
@@ -94,6 +94,7 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const TensorView& q
   args.query = query;
   args.output = output;
   args.lse = lse;
+  args.score = &config_.score;
   args.q_scale = scales.q;
   args.has_output_scale = output_scale.has_value();
   if (output_scale) args.output_scale = *output_scale;
@@ -108,8 +109,9 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const TensorView& q
   // Everything is checked before the cache changes.
   const Plan::Impl& impl = plan.impl();
   check::that(impl.planned, "metadata", "metadata of a successful build()", "an unplanned batch");
+  LayerParams layer = impl.layer;
   const AttentionParams params =
-      api::lower_attention(impl.config, impl.layer, impl.batch_params, args);
+      api::lower_attention(impl.config, impl.batch_params, args, &layer);
   if (ctx.check_indices) api::check_block_table(params);
   if (!encoder && (key || value)) {
     do_kv_cache_update(scales, key, value, kv_cache, metadata->common.slot_mapping, ctx);

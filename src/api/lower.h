@@ -11,8 +11,9 @@ namespace quire::api {
 LayerParams lower_layer(const AttentionConfig& config);
 BatchParams lower_batch(const AttentionConfig& config, const CommonAttentionMetadata& batch,
                         std::int64_t common_prefix_len);
-AttentionParams lower_attention(const AttentionConfig& config, const LayerParams& layer,
-                                const BatchParams& batch, const AttentionArgs& args);
+// `layer` starts as the plan's and receives the call's own score, if any.
+AttentionParams lower_attention(const AttentionConfig& config, const BatchParams& batch,
+                                const AttentionArgs& args, LayerParams* layer);
 CacheWriteParams lower_cache_write(const TensorView& key, const TensorView& value,
                                    const PagedKvCache& cache, const TensorView& slot_mapping);
 

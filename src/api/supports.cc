@@ -105,6 +105,33 @@ std::vector<std::string> Backend::supports(const AttentionConfig& config) const 
   return reasons.list;
 }
 
+BackendCapabilities full_capabilities() {
+  BackendCapabilities caps;
+  caps.dtypes = {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat8E4M3};
+  caps.kv_cache_dtypes = {KvCacheDType::kAuto,
+                          KvCacheDType::kFloat16,
+                          KvCacheDType::kBFloat16,
+                          KvCacheDType::kFloat32,
+                          KvCacheDType::kFp8E4M3,
+                          KvCacheDType::kFp8E5M2,
+                          KvCacheDType::kInt8PerTokenHead,
+                          KvCacheDType::kFp8E4M3PerTokenHead};
+  caps.output_dtypes = {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat8E4M3};
+  caps.min_head_size = 8;
+  caps.max_head_size = 576;
+  for (bool BackendCapabilities::*flag :
+       {&BackendCapabilities::sinks, &BackendCapabilities::alibi, &BackendCapabilities::soft_cap,
+        &BackendCapabilities::sliding_window, &BackendCapabilities::chunked,
+        &BackendCapabilities::bidirectional_ranges, &BackendCapabilities::visible_prefix,
+        &BackendCapabilities::qq_bias, &BackendCapabilities::cross_attention,
+        &BackendCapabilities::encoder_attention, &BackendCapabilities::cascade,
+        &BackendCapabilities::lse, &BackendCapabilities::fp8_output,
+        &BackendCapabilities::block_scale_output, &BackendCapabilities::batch_invariant}) {
+    caps.*flag = true;
+  }
+  return caps;
+}
+
 std::vector<std::int64_t> AttentionBackend::kv_cache_shape(std::int64_t num_blocks,
                                                            std::int64_t block_size,
                                                            std::int64_t num_kv_heads,

@@ -1,0 +1,504 @@
+// The CPU attention kernel of one ISA.
+//
+//   per item (query tile x kv head), per unit of kv_tile keys:
+//     resolve the unit's rows through the block table -> widen K and V to fp32 scratch ->
+//     S = Q K^T -> soft cap, mask, bias -> online softmax -> O = alpha O + P V
+//
+// Bytes: each needed K and V row is read once per query tile. Flops: 4 rows x keys x head size.
+// Two ways to S: few rows take dot products of K rows as they lie (memory-bound, no transposition);
+// many rows transpose K into panels once and run the same 6-row micro-kernel as P V.
+// Everything a row computes is the same whatever other rows share its tile.
+#if defined(QUIRE_CPU_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef QUIRE_CPU_ATTENTION_INL_H_
+#undef QUIRE_CPU_ATTENTION_INL_H_
+#else
+#define QUIRE_CPU_ATTENTION_INL_H_
+#endif
+
+#include <algorithm>
+#include <limits>
+
+#include "cpu/kernels.h"
+#include "cpu/simd/vec-inl.h"
+#include "hwy/cache_control.h"
+#include "semantics/kv_address.h"
+#include "semantics/score.h"
+#include "semantics/softmax_state.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace quire::cpu::HWY_NAMESPACE {
+
+constexpr std::int32_t kVec = static_cast<std::int32_t>(kLanes);
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Micro-kernel: 6 rows by a panel of vectors; accumulators, one row of B and a broadcast fit the
+// register file (32 registers on AVX-512 and NEON, 16 on AVX2).
+constexpr std::int32_t kBlockRows = 6;
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SSSE3
+constexpr std::int32_t kPanelVectors = 2;
+#else
+constexpr std::int32_t kPanelVectors = 4;
+#endif
+constexpr std::int32_t kPanel = kPanelVectors * kVec;
+static_assert(kMaxKvTile % kPanel == 0 && kPadV % kPanel == 0);
+
+// ---- the micro-kernel -------------------------------------------------------------------------
+
+// c[r][0, kPanel) = (alpha ? alpha[r] * c[r] : 0) + sum_k a[r][k] * b[k][0, kPanel)
+template <int kRows>
+HWY_INLINE void block_times_panel(const float* HWY_RESTRICT a, std::int64_t lda,
+                                  const float* HWY_RESTRICT b, std::int32_t depth,
+                                  float* HWY_RESTRICT c, std::int64_t ldc, const float* alpha) {
+  const Df d;
+  Vf acc[kRows][kPanelVectors];
+  HWY_UNROLL(6)
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kPanelVectors; ++v) {
+      acc[r][v] = alpha == nullptr
+                      ? hn::Zero(d)
+                      : hn::Mul(hn::Set(d, alpha[r]), hn::LoadU(d, c + r * ldc + v * kVec));
+    }
+  }
+  for (std::int32_t k = 0; k < depth; ++k) {
+    Vf row[kPanelVectors];
+    for (int v = 0; v < kPanelVectors; ++v) row[v] = hn::Load(d, b + k * kPanel + v * kVec);
+    HWY_UNROLL(6)
+    for (int r = 0; r < kRows; ++r) {
+      const Vf x = hn::Set(d, a[r * lda + k]);
+      for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = hn::MulAdd(x, row[v], acc[r][v]);
+    }
+  }
+  HWY_UNROLL(6)
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kPanelVectors; ++v) hn::StoreU(acc[r][v], d, c + r * ldc + v * kVec);
+  }
+}
+
+// The same for any number of rows and panels; panel p of b starts at p * panel_stride.
+HWY_NOINLINE void rows_times_panels(const float* a, std::int64_t lda, const float* b,
+                                    std::int64_t panel_stride, std::int32_t num_panels,
+                                    std::int32_t depth, float* c, std::int64_t ldc,
+                                    std::int32_t rows, const float* alpha) {
+  for (std::int32_t p = 0; p < num_panels; ++p) {
+    const float* panel = b + p * panel_stride;
+    float* out = c + p * kPanel;
+    std::int32_t r = 0;
+    const auto scale = [&] { return alpha == nullptr ? nullptr : alpha + r; };
+    for (; r + kBlockRows <= rows; r += kBlockRows) {
+      block_times_panel<kBlockRows>(a + r * lda, lda, panel, depth, out + r * ldc, ldc, scale());
+    }
+    const float* rest = a + r * lda;
+    float* out_rest = out + r * ldc;
+    switch (rows - r) {
+      case 1: block_times_panel<1>(rest, lda, panel, depth, out_rest, ldc, scale()); break;
+      case 2: block_times_panel<2>(rest, lda, panel, depth, out_rest, ldc, scale()); break;
+      case 3: block_times_panel<3>(rest, lda, panel, depth, out_rest, ldc, scale()); break;
+      case 4: block_times_panel<4>(rest, lda, panel, depth, out_rest, ldc, scale()); break;
+      case 5: block_times_panel<5>(rest, lda, panel, depth, out_rest, ldc, scale()); break;
+      default: break;
+    }
+  }
+}
+
+// ---- loading a unit -----------------------------------------------------------------------------
+
+// The rows of keys [first, first + count) of one side. A null row reads as zeros.
+struct UnitRows {
+  const char* row[kMaxKvTile];
+  float scale[kMaxKvTile];
+};
+
+HWY_INLINE void resolve_rows(const Item& item, const KvParams& kv, std::int64_t first,
+                             std::int32_t count, UnitRows* out) {
+  const AttentionParams& p = *item.params;
+  const LayerParams& layer = *p.layer;
+  const std::int64_t element = size_of(kv.dtype);
+  const auto set = [&](std::int32_t t, std::int64_t block, std::int64_t slot) {
+    const std::int64_t offset = semantics::cache_offset(kv.strides, block, slot, item.kv_head);
+    out->row[t] = static_cast<const char*>(kv.data) + offset * element;
+    out->scale[t] = kv.token_scales == nullptr
+                        ? 1.0F
+                        : kv.token_scales[semantics::cache_offset(kv.token_scale_strides, block,
+                                                                  slot, item.kv_head)];
+  };
+  if (!layer.paged) {
+    for (std::int32_t t = 0; t < count; ++t) set(t, 0, item.first_kv_row + first + t);
+    return;
+  }
+  const std::int32_t* table = p.batch->block_table + item.tile->seq * p.batch->table_stride;
+  std::int64_t logical = first / layer.block_size;
+  std::int64_t slot = first % layer.block_size;
+  std::int64_t block =
+      semantics::physical_block(table, p.batch->table_width, logical, p.num_blocks);
+  for (std::int32_t t = 0; t < count; ++t) {
+    if (block >= 0) {
+      set(t, block, slot);
+    } else {
+      out->row[t] = nullptr;
+      out->scale[t] = 0.0F;
+    }
+    if (++slot == layer.block_size) {
+      slot = 0;
+      block = semantics::physical_block(table, p.batch->table_width, ++logical, p.num_blocks);
+    }
+  }
+}
+
+HWY_INLINE void widen_or_zero(WidenRow widen, const char* row, std::int32_t size, float scale,
+                              float* to, std::int32_t padded) {
+  if (row != nullptr) {
+    widen(row, size, scale, to, padded);
+  } else {
+    std::fill(to, to + padded, 0.0F);
+  }
+}
+
+// K rows one after another, [count, padded_k]; rounded up to whole vectors of keys with zeros.
+HWY_INLINE void load_k_rows(const Item& item, const UnitRows& rows, std::int32_t count) {
+  const WidenRow widen = widener(item.params->k.dtype);
+  float* to = item.scratch->k;
+  const auto padded_count = static_cast<std::int32_t>(round_up(count, kVec));
+  for (std::int32_t t = 0; t < padded_count; ++t, to += item.padded_k) {
+    widen_or_zero(widen, t < count ? rows.row[t] : nullptr, item.params->layer->head_size,
+                  t < count ? rows.scale[t] : 0.0F, to, item.padded_k);
+  }
+}
+
+// K transposed into panels: [key panel][padded_k][kPanel].
+HWY_INLINE void load_k_panels(const Item& item, const UnitRows& rows, std::int32_t count) {
+  const Df d;
+  const WidenRow widen = widener(item.params->k.dtype);
+  float* staging = item.scratch->staging;
+  const auto padded_count = static_cast<std::int32_t>(round_up(count, kPanel));
+  for (std::int32_t first = 0; first < padded_count; first += kVec) {
+    for (std::int32_t t = 0; t < kVec; ++t) {
+      const bool exists = first + t < count;
+      widen_or_zero(widen, exists ? rows.row[first + t] : nullptr, item.params->layer->head_size,
+                    exists ? rows.scale[first + t] : 0.0F, staging + t * item.padded_k,
+                    item.padded_k);
+    }
+    float* panel = item.scratch->k + static_cast<std::int64_t>(first / kPanel) * item.padded_k *
+                                         kPanel + first % kPanel;
+    for (std::int32_t i = 0; i < item.padded_k; i += kVec) {
+      Vf block[kLanes];
+      for (std::int32_t t = 0; t < kVec; ++t) {
+        block[t] = hn::LoadU(d, staging + t * item.padded_k + i);
+      }
+      transpose(block);
+      for (std::int32_t r = 0; r < kVec; ++r) hn::StoreU(block[r], d, panel + (i + r) * kPanel);
+    }
+  }
+}
+
+// V in panels: [output panel][kMaxKvTile][kPanel].
+HWY_INLINE void load_v_panels(const Item& item, const UnitRows& rows, std::int32_t count) {
+  const KvParams& kv = item.params->v;
+  const WidenRow widen = widener(kv.dtype);
+  const std::int32_t size = item.params->layer->head_size_v;
+  const std::int64_t element = size_of(kv.dtype);
+  for (std::int32_t t = 0; t < count; ++t) {
+    float* to = item.scratch->v + t * kPanel;
+    for (std::int32_t i = 0; i < size; i += kPanel, to += kMaxKvTile * kPanel) {
+      const char* row = rows.row[t] == nullptr ? nullptr : rows.row[t] + i * element;
+      widen_or_zero(widen, row, std::min(kPanel, size - i), rows.scale[t], to, kPanel);
+    }
+  }
+}
+
+// Asks for the next unit's rows while this one is being computed.
+HWY_INLINE void prefetch_rows(const UnitRows& rows, std::int32_t count, std::int64_t row_bytes) {
+  for (std::int32_t t = 0; t < count; ++t) {
+    if (rows.row[t] == nullptr) continue;
+    for (std::int64_t byte = 0; byte < row_bytes; byte += 64) {
+      hwy::Prefetch(rows.row[t] + byte);
+    }
+  }
+}
+
+// ---- scores -------------------------------------------------------------------------------------
+
+// S[r][t] for K rows as they lie: kLanes dot products at a time, summed together.
+HWY_INLINE void scores_by_dots(const Item& item, std::int32_t count) {
+  const Df d;
+  const Scratch& scratch = *item.scratch;
+  for (std::int32_t r = 0; r < item.rows; ++r) {
+    const float* q = scratch.q + static_cast<std::int64_t>(r) * item.padded_k;
+    float* s = scratch.s + r * kMaxKvTile;
+    for (std::int32_t t = 0; t < count; t += kVec) {
+      const float* k = scratch.k + static_cast<std::int64_t>(t) * item.padded_k;
+      Vf acc[kLanes];
+      for (std::size_t n = 0; n < kLanes; ++n) acc[n] = hn::Zero(d);
+      for (std::int32_t i = 0; i < item.padded_k; i += kVec) {
+        const Vf x = hn::Load(d, q + i);
+        for (std::size_t n = 0; n < kLanes; ++n) {
+          acc[n] = hn::MulAdd(x, hn::Load(d, k + n * item.padded_k + i), acc[n]);
+        }
+      }
+      hn::Store(sums_of(acc), d, s + t);
+    }
+  }
+}
+
+HWY_INLINE void scores_by_panels(const Item& item, std::int32_t count) {
+  const Scratch& scratch = *item.scratch;
+  rows_times_panels(scratch.q, item.padded_k, scratch.k,
+                    static_cast<std::int64_t>(item.padded_k) * kPanel,
+                    (count + kPanel - 1) / kPanel, item.params->layer->head_size, scratch.s,
+                    kMaxKvTile, item.rows, nullptr);
+}
+
+// Key columns of a unit relative to its first key.
+struct Columns {
+  std::int32_t begin = 0;
+  std::int32_t end = 0;
+};
+
+HWY_INLINE Columns columns_of(semantics::Span span, std::int64_t first, std::int32_t count) {
+  return {static_cast<std::int32_t>(std::clamp<std::int64_t>(span.begin - first, 0, count)),
+          static_cast<std::int32_t>(std::clamp<std::int64_t>(span.end - first, 0, count))};
+}
+
+HWY_INLINE void add_qq_bias(const BatchParams& batch, const TileToken& token, std::int64_t first,
+                            std::int32_t count, float* s) {
+  if (token.query_index >= batch.qq_size) return;
+  const float* bias = batch.qq_bias + token.seq * batch.qq_seq_stride +
+                      token.query_index * batch.qq_row_stride;
+  const Columns own = columns_of({token.context_len, token.context_len + batch.qq_size}, first,
+                                 count);
+  for (std::int32_t t = own.begin; t < own.end; ++t) s[t] += bias[first + t - token.context_len];
+}
+
+// Soft cap and ALiBi on one row of logits; mask and the rest follow.
+HWY_INLINE void modify_scores(const LayerParams& layer, std::int32_t head, std::int64_t distance,
+                              std::int32_t count, float* s) {
+  const Df d;
+  const VecOps ops;
+  const Vf cap = hn::Set(d, layer.soft_cap);
+  const Vf inverse_cap = hn::Set(d, layer.soft_cap > 0 ? 1.0F / layer.soft_cap : 0.0F);
+  const Vf slope = hn::Set(d, layer.alibi_slopes != nullptr ? layer.alibi_slopes[head] : 0.0F);
+  for (std::int32_t t = 0; t < count; t += kVec) {
+    Vf x = hn::Load(d, s + t);
+    if (layer.soft_cap > 0) x = semantics::soft_cap(ops, x, cap, inverse_cap);
+    if (layer.alibi_slopes != nullptr) {
+      // j - p is exact in fp32 up to 2^24; beyond, its rounding is far below the slope's effect.
+      const Vf j_minus_p =
+          hn::Add(hn::Set(d, static_cast<float>(distance + t)), hn::Iota(d, 0.0F));
+      x = layer.alibi_sqrt ? semantics::alibi_sqrt(ops, x, slope, j_minus_p)
+                           : semantics::alibi(ops, x, slope, j_minus_p);
+    }
+    hn::Store(x, d, s + t);
+  }
+}
+
+// Masks one row (columns outside both spans become -inf) and returns its maximum. `padded` columns
+// are written, a whole number of vectors.
+HWY_INLINE float mask_and_max(Columns a, Columns b, std::int32_t padded, float* s) {
+  const Df d;
+  Vf max = hn::Set(d, kMinusInfinity);
+  const bool all = (a.begin == 0 && a.end == padded) || (b.begin == 0 && b.end == padded);
+  if (all) {
+    for (std::int32_t t = 0; t < padded; t += kVec) max = hn::Max(max, hn::Load(d, s + t));
+    return hn::GetLane(hn::MaxOfLanes(d, max));
+  }
+  const auto bound = [&](std::int32_t x) { return hn::Set(d, static_cast<float>(x)); };
+  const Vf a_begin = bound(a.begin), a_end = bound(a.end);
+  const Vf b_begin = bound(b.begin), b_end = bound(b.end);
+  for (std::int32_t t = 0; t < padded; t += kVec) {
+    const Vf column = hn::Iota(d, static_cast<float>(t));
+    const auto in_a = hn::And(hn::Ge(column, a_begin), hn::Lt(column, a_end));
+    const auto in_b = hn::And(hn::Ge(column, b_begin), hn::Lt(column, b_end));
+    const Vf x = hn::IfThenElse(hn::Or(in_a, in_b), hn::Load(d, s + t), hn::Set(d, kMinusInfinity));
+    hn::Store(x, d, s + t);
+    max = hn::Max(max, x);
+  }
+  return hn::GetLane(hn::MaxOfLanes(d, max));
+}
+
+HWY_INLINE void finish_scores(const Item& item, std::int64_t first, std::int32_t count,
+                              std::int32_t padded) {
+  const AttentionParams& p = *item.params;
+  const LayerParams& layer = *p.layer;
+  const Scratch& scratch = *item.scratch;
+  const bool modified = layer.soft_cap > 0 || layer.alibi_slopes != nullptr;
+  for (std::int32_t r = 0; r < item.rows; ++r) {
+    const TileToken& token = scratch.tokens[r / layer.group];
+    float* s = scratch.s + r * kMaxKvTile;
+    if (modified) {
+      modify_scores(layer, item.kv_head * layer.group + r % layer.group, first - token.q_pos,
+                    padded, s);
+    }
+    if (p.batch->qq_bias != nullptr) add_qq_bias(*p.batch, token, first, count, s);
+    scratch.new_max[r] = mask_and_max(columns_of(token.visible.prefix, first, count),
+                                      columns_of(token.visible.main, first, count), padded, s);
+  }
+}
+
+// ---- softmax ------------------------------------------------------------------------------------
+
+// New maxima, and what earlier sums and outputs are multiplied with. Vectors run over rows.
+HWY_INLINE void update_max(const Item& item, const PartialRows& state) {
+  const Df d;
+  const Scratch& scratch = *item.scratch;
+  const Vf minus_infinity = hn::Set(d, kMinusInfinity);
+  for (std::int32_t r = 0; r < item.rows; r += kVec) {
+    const Vf old_max = hn::LoadU(d, state.max + r);
+    const Vf max = hn::Max(old_max, hn::LoadU(d, scratch.new_max + r));
+    const Vf shift = hn::IfThenElse(hn::Eq(max, minus_infinity), hn::Zero(d), max);
+    hn::StoreU(max, d, state.max + r);
+    hn::StoreU(shift, d, scratch.new_max + r);
+    hn::StoreU(hn::Exp(d, hn::Sub(old_max, shift)), d, scratch.alpha + r);
+  }
+}
+
+// S -> P = exp(S - shift) in place, and the row sums.
+HWY_INLINE void exponentiate(const Item& item, std::int32_t padded, const PartialRows& state) {
+  const Df d;
+  const Scratch& scratch = *item.scratch;
+  for (std::int32_t r = 0; r < item.rows; ++r) {
+    float* s = scratch.s + r * kMaxKvTile;
+    const Vf shift = hn::Set(d, scratch.new_max[r]);
+    Vf sum = hn::Zero(d);
+    for (std::int32_t t = 0; t < padded; t += kVec) {
+      const Vf weight = hn::Exp(d, hn::Sub(hn::Load(d, s + t), shift));
+      hn::Store(weight, d, s + t);
+      sum = hn::Add(sum, weight);
+    }
+    state.sum[r] = state.sum[r] * scratch.alpha[r] + hn::GetLane(hn::SumOfLanes(d, sum));
+  }
+}
+
+// ---- entry points -------------------------------------------------------------------------------
+
+void load_queries(const Item& item) {
+  const AttentionParams& p = *item.params;
+  const LayerParams& layer = *p.layer;
+  const WidenRow widen = widener(layer.dtype);
+  for (std::int32_t r = 0; r < item.rows; ++r) {
+    const std::int64_t row = item.scratch->tokens[r / layer.group].row;
+    const std::int64_t head = item.kv_head * layer.group + r % layer.group;
+    const char* from = static_cast<const char*>(p.query) +
+                       (row * p.query_token_stride + head * p.query_head_stride) *
+                           size_of(layer.dtype);
+    widen(from, layer.head_size, item.query_scale,
+          item.scratch->q + static_cast<std::int64_t>(r) * item.padded_k, item.padded_k);
+  }
+}
+
+void clear(const Item& item, const PartialRows& out) {
+  const auto rows = round_up(item.rows, kPadK);
+  std::fill(out.o, out.o + static_cast<std::int64_t>(item.rows) * item.padded_v, 0.0F);
+  std::fill(out.max, out.max + rows, kMinusInfinity);
+  std::fill(out.sum, out.sum + rows, 0.0F);
+}
+
+void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
+               const PartialRows& out) {
+  const planning::WorkTile& tile = *item.tile;
+  const AttentionParams& p = *item.params;
+  const Scratch& scratch = *item.scratch;
+  const std::int64_t k_bytes = p.layer->head_size * size_of(p.k.dtype);
+  const std::int64_t v_bytes = p.layer->head_size_v * size_of(p.v.dtype);
+  const auto count_of = [&](std::int32_t u) {
+    const std::int64_t first = std::int64_t{tile.units.at(u)} * tile.kv_tile;
+    return static_cast<std::int32_t>(
+        std::clamp<std::int64_t>(item.hull_end - first, 0, tile.kv_tile));
+  };
+  const auto resolve = [&](std::int32_t u, UnitRows* k, UnitRows* v) {
+    const std::int64_t first = std::int64_t{tile.units.at(u)} * tile.kv_tile;
+    resolve_rows(item, p.k, first, count_of(u), k);
+    resolve_rows(item, p.v, first, count_of(u), v);
+  };
+  clear(item, out);
+  UnitRows k_rows[2];
+  UnitRows v_rows[2];
+  if (unit_begin < unit_end) resolve(unit_begin, &k_rows[0], &v_rows[0]);
+  for (std::int32_t u = unit_begin; u < unit_end; ++u) {
+    const std::int32_t now = (u - unit_begin) & 1;
+    if (u + 1 < unit_end) {
+      resolve(u + 1, &k_rows[now ^ 1], &v_rows[now ^ 1]);
+      prefetch_rows(k_rows[now ^ 1], count_of(u + 1), k_bytes);
+      prefetch_rows(v_rows[now ^ 1], count_of(u + 1), v_bytes);
+    }
+    const std::int32_t count = count_of(u);
+    if (count == 0) continue;
+    const std::int64_t first = std::int64_t{tile.units.at(u)} * tile.kv_tile;
+    const auto padded = static_cast<std::int32_t>(round_up(count, kVec));
+    if (tile.few_rows) {
+      load_k_rows(item, k_rows[now], count);
+      scores_by_dots(item, count);
+    } else {
+      load_k_panels(item, k_rows[now], count);
+      scores_by_panels(item, count);
+    }
+    load_v_panels(item, v_rows[now], count);
+    finish_scores(item, first, count, padded);
+    update_max(item, out);
+    exponentiate(item, padded, out);
+    rows_times_panels(scratch.s, kMaxKvTile, scratch.v, std::int64_t{kMaxKvTile} * kPanel,
+                      (p.layer->head_size_v + kPanel - 1) / kPanel, count, out.o, item.padded_v,
+                      item.rows, scratch.alpha);
+  }
+}
+
+// into[0, size) = into * weight_into + part * weight_part
+HWY_INLINE void weighted_sum(float* into, float weight_into, const float* part, float weight_part,
+                             std::int32_t size) {
+  const Df d;
+  const Vf wi = hn::Set(d, weight_into);
+  const Vf wp = hn::Set(d, weight_part);
+  for (std::int32_t i = 0; i < size; i += kVec) {
+    const Vf sum = hn::MulAdd(hn::LoadU(d, part + i), wp, hn::Mul(hn::LoadU(d, into + i), wi));
+    hn::StoreU(sum, d, into + i);
+  }
+}
+
+void fold(const PartialRows& into, const PartialRows& part, std::int32_t rows,
+          std::int32_t padded_v) {
+  for (std::int32_t r = 0; r < rows; ++r) {
+    const auto merged =
+        semantics::merge(semantics::SoftmaxState<float>{into.max[r], into.sum[r]},
+                         semantics::SoftmaxState<float>{part.max[r], part.sum[r]});
+    const std::int64_t row = static_cast<std::int64_t>(r) * padded_v;
+    weighted_sum(into.o + row, merged.weight_a, part.o + row, merged.weight_b, padded_v);
+    into.max[r] = merged.state.max;
+    into.sum[r] = merged.state.sum;
+  }
+}
+
+void store_row(const float* from, std::int64_t size, float scale, void* to, DType dtype) {
+  const Df d;
+  const hn::RebindToUnsigned<Df> du;
+  const hn::Rebind<std::uint16_t, Df> d16;
+  const hn::Rebind<hwy::float16_t, Df> df16;
+  const Vf factor = hn::Set(d, scale);
+  std::int64_t i = 0;
+  const std::int64_t whole = size - size % kVec;
+  if (dtype == DType::kFloat32) {
+    for (; i < whole; i += kVec) {
+      hn::StoreU(hn::Mul(hn::LoadU(d, from + i), factor), d, static_cast<float*>(to) + i);
+    }
+  } else if (dtype == DType::kFloat16) {
+    for (; i < whole; i += kVec) {
+      hn::StoreU(hn::DemoteTo(df16, hn::Mul(hn::LoadU(d, from + i), factor)), df16,
+                 static_cast<hwy::float16_t*>(to) + i);
+    }
+  } else if (dtype == DType::kBFloat16) {
+    for (; i < whole; i += kVec) {
+      const Vf x = hn::Mul(hn::LoadU(d, from + i), factor);
+      const auto bits = hn::BitCast(du, x);
+      const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
+      const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7FFF)));
+      const auto quiet = hn::Or(bits, hn::Set(du, 0x400000));
+      const auto is_nan = hn::RebindMask(du, hn::IsNaN(x));
+      const auto code = hn::ShiftRight<16>(hn::IfThenElse(is_nan, quiet, rounded));
+      hn::StoreU(hn::DemoteTo(d16, hn::BitCast(hn::RebindToSigned<Df>(), code)), d16,
+                 static_cast<std::uint16_t*>(to) + i);
+    }
+  }
+  for (; i < size; ++i) semantics::store_element(to, dtype, i, from[i] * scale);
+}
+
+}  // namespace quire::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // toggle

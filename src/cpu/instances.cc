@@ -1,0 +1,73 @@
+// Compiles the kernels once per instruction set and picks one at run time.
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+// AVX-512 is AVX3 in Highway's words. Anything older than AVX2 takes the scalar build; scalable
+// vectors (SVE) cannot live in arrays of registers, so Arm takes NEON.
+#define HWY_DISABLED_TARGETS \
+  (HWY_SSSE3 | HWY_SSE4 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/instances.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+
+#include "cpu/attention-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace quire::cpu::HWY_NAMESPACE {
+
+Kernels table() {
+  return {hwy::TargetName(HWY_TARGET), load_queries, run_chunk, fold, store_row};
+}
+
+}  // namespace quire::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+
+namespace quire::cpu {
+
+HWY_EXPORT(table);
+
+namespace {
+
+// "SCALAR" for the build without SIMD, Highway's target names otherwise.
+std::string name_of(std::int64_t target) { return hwy::TargetName(target); }
+
+std::vector<std::int64_t> usable_targets() {
+  std::vector<std::int64_t> targets;
+  for (std::int64_t bits = hwy::SupportedTargets() & HWY_TARGETS; bits != 0; bits &= bits - 1) {
+    targets.push_back(bits & -bits);
+  }
+  return targets;  // best first: Highway numbers better targets lower
+}
+
+Kernels choose() {
+  std::int64_t allowed = hwy::SupportedTargets();
+  const char* forced = std::getenv("QUIRE_CPU_ISA");
+  if (forced != nullptr && *forced != '\0') {
+    std::string usable;
+    allowed = 0;
+    for (const std::int64_t target : usable_targets()) {
+      usable += (usable.empty() ? "" : ", ") + name_of(target);
+      if (name_of(target) == forced) allowed = target;
+    }
+    if (allowed == 0) throw Error("QUIRE_CPU_ISA", "one of " + usable, forced);
+  }
+  hwy::GetChosenTarget().Update(allowed);
+  return HWY_DYNAMIC_DISPATCH(table)();
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+}  // namespace quire::cpu
+
+#endif  // HWY_ONCE

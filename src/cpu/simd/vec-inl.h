@@ -1,0 +1,158 @@
+// The vector vocabulary of the CPU kernels, on Highway. Included once per target.
+#if defined(QUIRE_CPU_SIMD_VEC_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef QUIRE_CPU_SIMD_VEC_INL_H_
+#undef QUIRE_CPU_SIMD_VEC_INL_H_
+#else
+#define QUIRE_CPU_SIMD_VEC_INL_H_
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "hwy/contrib/math/math-inl.h"
+#include "hwy/highway.h"
+#include "quire/types.h"
+#include "semantics/quant.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace quire::cpu::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Fixed-size vectors only: kernels keep them in arrays.
+using Df = hn::ScalableTag<float>;
+using Vf = hn::Vec<Df>;
+constexpr std::size_t kLanes = hn::MaxLanes(Df());
+
+// ---- widening: one row of any stored type to float ----------------------------------------
+
+template <DType kDType>
+HWY_INLINE Vf load_widened(const void* row, std::size_t i) {
+  const Df d;
+  const hn::RebindToSigned<Df> di;
+  if constexpr (kDType == DType::kFloat32) {
+    return hn::LoadU(d, static_cast<const float*>(row) + i);
+  } else if constexpr (kDType == DType::kBFloat16) {
+    const hn::Rebind<std::uint16_t, Df> d16;
+    const hn::RebindToUnsigned<Df> du;
+    const auto bits = hn::PromoteTo(du, hn::LoadU(d16, static_cast<const std::uint16_t*>(row) + i));
+    return hn::BitCast(d, hn::ShiftLeft<16>(bits));
+  } else if constexpr (kDType == DType::kFloat16) {
+    const hn::Rebind<hwy::float16_t, Df> d16;
+    return hn::PromoteTo(d, hn::LoadU(d16, static_cast<const hwy::float16_t*>(row) + i));
+  } else if constexpr (kDType == DType::kInt8) {
+    const hn::Rebind<std::int8_t, Df> d8;
+    return hn::ConvertTo(
+        d, hn::PromoteTo(di, hn::LoadU(d8, static_cast<const std::int8_t*>(row) + i)));
+  } else {
+    // fp8: shift the magnitude into place and re-bias; small codes are integers times an ulp.
+    constexpr bool kE4M3 = kDType == DType::kFloat8E4M3;
+    constexpr int kMantissa = kE4M3 ? 3 : 2;
+    constexpr int kBias = kE4M3 ? 7 : 15;
+    const hn::Rebind<std::uint8_t, Df> d8;
+    const auto code =
+        hn::PromoteTo(di, hn::LoadU(d8, static_cast<const std::uint8_t*>(row) + i));
+    const auto magnitude = hn::And(code, hn::Set(di, 0x7F));
+    const auto sign = hn::ShiftLeft<24>(hn::And(code, hn::Set(di, 0x80)));
+    const auto normal = hn::Add(hn::ShiftLeft<23 - kMantissa>(magnitude),
+                                hn::Set(di, (127 - kBias) << 23));
+    const Vf ulp = hn::BitCast(d, hn::Set(di, (127 + 1 - kBias - kMantissa) << 23));
+    const auto subnormal = hn::BitCast(di, hn::Mul(hn::ConvertTo(d, magnitude), ulp));
+    auto bits = hn::IfThenElse(hn::Lt(magnitude, hn::Set(di, 1 << kMantissa)), subnormal, normal);
+    if constexpr (kE4M3) {
+      bits = hn::IfThenElse(hn::Eq(magnitude, hn::Set(di, 0x7F)), hn::Set(di, 0x7FC00000), bits);
+    } else {
+      const auto special = hn::Or(hn::Set(di, 0x7F800000),
+                                  hn::ShiftLeft<21>(hn::And(magnitude, hn::Set(di, 3))));
+      bits = hn::IfThenElse(hn::Gt(magnitude, hn::Set(di, 0x7B)), special, bits);
+    }
+    return hn::BitCast(d, hn::Or(bits, sign));
+  }
+}
+
+// to[0, padded) = row[0, size) * scale, then zeros. Never reads past the row's `size` elements.
+template <DType kDType>
+void widen_row(const void* row, std::int32_t size, float scale, float* HWY_RESTRICT to,
+               std::int32_t padded) {
+  const Df d;
+  const Vf factor = hn::Set(d, scale);
+  const auto lanes = static_cast<std::int32_t>(kLanes);
+  std::int32_t i = 0;
+  for (; i + lanes <= size; i += lanes) {
+    hn::StoreU(hn::Mul(load_widened<kDType>(row, static_cast<std::size_t>(i)), factor), d, to + i);
+  }
+  if (i < size) {
+    constexpr std::size_t kBytes = static_cast<std::size_t>(size_of(kDType));
+    HWY_ALIGN unsigned char tail[kLanes * kBytes] = {};
+    std::memcpy(tail, static_cast<const unsigned char*>(row) + static_cast<std::size_t>(i) * kBytes,
+                static_cast<std::size_t>(size - i) * kBytes);
+    HWY_ALIGN float wide[kLanes];
+    hn::Store(hn::Mul(load_widened<kDType>(tail, 0), factor), d, wide);
+    for (std::int32_t rest = 0; i < size; ++i, ++rest) to[i] = wide[rest];
+  }
+  for (; i < padded; ++i) to[i] = 0.0F;
+}
+
+using WidenRow = void (*)(const void*, std::int32_t, float, float*, std::int32_t);
+
+HWY_INLINE WidenRow widener(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return widen_row<DType::kFloat32>;
+    case DType::kFloat16: return widen_row<DType::kFloat16>;
+    case DType::kBFloat16: return widen_row<DType::kBFloat16>;
+    case DType::kFloat8E4M3: return widen_row<DType::kFloat8E4M3>;
+    case DType::kFloat8E5M2: return widen_row<DType::kFloat8E5M2>;
+    default: return widen_row<DType::kInt8>;
+  }
+}
+
+// ---- across lanes -------------------------------------------------------------------------
+
+#if HWY_TARGET == HWY_SCALAR
+HWY_INLINE Vf even_lanes(Vf, Vf low) { return low; }
+HWY_INLINE Vf odd_lanes(Vf, Vf low) { return low; }
+#else
+HWY_INLINE Vf even_lanes(Vf high, Vf low) { return hn::ConcatEven(Df(), high, low); }
+HWY_INLINE Vf odd_lanes(Vf high, Vf low) { return hn::ConcatOdd(Df(), high, low); }
+#endif
+
+// The sums of kLanes vectors, in order, as one vector. Each step adds neighbours and halves the
+// number of vectors: kLanes - 1 steps of two shuffles and an addition.
+HWY_INLINE Vf sums_of(Vf (&v)[kLanes]) {
+  for (std::size_t n = kLanes; n > 1; n /= 2) {
+    for (std::size_t i = 0; i < n / 2; ++i) {
+      v[i] = hn::Add(even_lanes(v[2 * i + 1], v[2 * i]), odd_lanes(v[2 * i + 1], v[2 * i]));
+    }
+  }
+  return v[0];
+}
+
+// Transposes kLanes x kLanes in place. Splitting neighbours into evens and odds rotates the bits of
+// (row, column) by one; log2(kLanes) rotations exchange row and column.
+HWY_INLINE void transpose(Vf (&v)[kLanes]) {
+  for (std::size_t n = kLanes; n > 1; n /= 2) {
+    Vf next[kLanes];
+    for (std::size_t i = 0; i < kLanes / 2; ++i) {
+      next[i] = even_lanes(v[2 * i + 1], v[2 * i]);
+      next[i + kLanes / 2] = odd_lanes(v[2 * i + 1], v[2 * i]);
+    }
+    for (std::size_t i = 0; i < kLanes; ++i) v[i] = next[i];
+  }
+}
+
+// ---- score modifiers' number type ------------------------------------------------------------
+
+struct VecOps {
+  HWY_INLINE Vf mul(Vf a, Vf b) const { return hn::Mul(a, b); }
+  HWY_INLINE Vf add(Vf a, Vf b) const { return hn::Add(a, b); }
+  HWY_INLINE Vf neg(Vf a) const { return hn::Neg(a); }
+  HWY_INLINE Vf max(Vf a, Vf b) const { return hn::Max(a, b); }
+  HWY_INLINE Vf sqrt(Vf a) const { return hn::Sqrt(a); }
+  HWY_INLINE Vf tanh(Vf a) const { return hn::Tanh(Df(), a); }
+  HWY_INLINE Vf zero() const { return hn::Zero(Df()); }
+};
+
+}  // namespace quire::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // toggle

@@ -1,0 +1,92 @@
+#include "cpu/workspace.h"
+
+#include <algorithm>
+
+namespace quire::cpu {
+
+void Workspace::plan(const LayerParams& layer, const BatchParams& batch, int num_threads) {
+  layer_ = layer;
+  planning::build(layer, batch, num_threads, &work_);
+  slots_.grow(std::max(work_.shared.num_slots * slot_floats(work_.shared),
+                       work_.main.num_slots * slot_floats(work_.main)));
+  shared_results_.grow(static_cast<std::int64_t>(work_.shared_rows.size()) * layer.num_heads *
+                       (padded_v() + 2));
+  reserve_workers(num_threads);
+}
+
+void Workspace::reserve_workers(int num_threads) {
+  if (scratch_.size() < static_cast<std::size_t>(num_threads)) {
+    scratch_.resize(static_cast<std::size_t>(num_threads));
+  }
+  for (Scratch& scratch : scratch_) size_scratch(&scratch);
+}
+
+float* Workspace::reserve_block_output(std::int64_t count) {
+  block_output_.grow(count);
+  return block_output_.data();
+}
+
+void Workspace::size_scratch(Scratch* scratch) const {
+  const std::int64_t rows = round_up(std::max(work_.max_rows, 1), kPadK);
+  const std::int64_t k = padded_k();
+  const std::int64_t v = padded_v();
+  const std::int64_t counts[] = {
+      rows * k,           // q
+      kMaxKvTile * k,     // k
+      kMaxKvTile * v,     // v
+      kPadK * k,          // staging
+      rows * kMaxKvTile,  // s
+      rows,               // alpha
+      rows,               // new_max
+      rows * (v + 2),     // result
+      rows * (v + 2),     // chunk
+  };
+  std::int64_t total = 0;
+  for (const std::int64_t count : counts) total += round_up(count, kPadK);
+  scratch->memory.grow(total);
+  float* next = scratch->memory.data();
+  std::size_t i = 0;
+  const auto take = [&] {
+    float* block = next;
+    next += round_up(counts[i++], kPadK);
+    return block;
+  };
+  scratch->q = take();
+  scratch->k = take();
+  scratch->v = take();
+  scratch->staging = take();
+  scratch->s = take();
+  scratch->alpha = take();
+  scratch->new_max = take();
+  std::fill(scratch->new_max, scratch->new_max + rows, 0.0F);
+  for (PartialRows* partial : {&scratch->result, &scratch->chunk}) {
+    partial->o = take();
+    partial->max = partial->o + rows * v;
+    partial->sum = partial->max + rows;
+  }
+  const auto tokens = static_cast<std::size_t>(std::max(work_.max_rows / layer_.group, 1));
+  if (scratch->tokens.size() < tokens) scratch->tokens.resize(tokens);
+}
+
+std::int64_t Workspace::slot_floats(const planning::Schedule& schedule) const {
+  return round_up(schedule.slot_rows, kPadK) * (padded_v() + 2);
+}
+
+PartialRows Workspace::slot(const planning::Schedule& schedule, std::int64_t slot) const {
+  const std::int64_t rows = round_up(schedule.slot_rows, kPadK);
+  float* o = slots_.data() + slot * slot_floats(schedule);
+  return {o, o + rows * padded_v(), o + rows * (padded_v() + 1)};
+}
+
+PartialRows Workspace::shared_result(std::int64_t shared_row, std::int32_t head) const {
+  float* o = shared_results_.data() + (shared_row * layer_.num_heads + head) * (padded_v() + 2);
+  return {o, o + padded_v(), o + padded_v() + 1};
+}
+
+std::int64_t Workspace::workspace_bytes() const {
+  std::int64_t bytes = slots_.bytes() + shared_results_.bytes() + block_output_.bytes();
+  for (const Scratch& scratch : scratch_) bytes += scratch.memory.bytes();
+  return bytes;
+}
+
+}  // namespace quire::cpu

@@ -1,0 +1,68 @@
+// The CPU backend's plan and workspace: everything a call needs, allocated when it grows only.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+#include "cpu/kernels.h"
+#include "plan/plan.h"
+
+namespace quire::cpu {
+
+class Workspace final : public PlanState {
+ public:
+  explicit Workspace(const LayerParams& layer) : layer_(layer) {}
+
+  // Plans a batch for `num_threads` workers.
+  void plan(const LayerParams& layer, const BatchParams& batch, int num_threads);
+
+  // Scratch for workers [0, num_threads): a call may bring a larger pool than the plan's.
+  void reserve_workers(int num_threads);
+  // The unquantised outputs of block-scale output, [num_tokens, num_heads * head_size_v].
+  float* reserve_block_output(std::int64_t count);
+
+  const planning::WorkPlan& work() const { return work_; }
+  Scratch& scratch(int worker) { return scratch_[static_cast<std::size_t>(worker)]; }
+  // Partial `slot` of the running schedule.
+  PartialRows slot(const planning::Schedule& schedule, std::int64_t slot) const;
+  // The prefix result of one shared row and head.
+  PartialRows shared_result(std::int64_t shared_row, std::int32_t head) const;
+
+  std::int32_t padded_k() const { return static_cast<std::int32_t>(round_up(layer_.head_size, kPadK)); }
+  std::int32_t padded_v() const {
+    return static_cast<std::int32_t>(round_up(layer_.head_size_v, kPadV));
+  }
+
+  std::int64_t workspace_bytes() const override;
+  std::string to_string() const override { return planning::to_string(layer_, work_); }
+
+ private:
+  std::int64_t slot_floats(const planning::Schedule& schedule) const;
+  void size_scratch(Scratch* scratch) const;
+
+  LayerParams layer_;
+  planning::WorkPlan work_;
+  std::vector<Scratch> scratch_;
+  AlignedFloats slots_;
+  AlignedFloats shared_results_;
+  AlignedFloats block_output_;
+};
+
+// Runs one attention call (src/cpu/attention.cc).
+void run_attention(Workspace& workspace, const AttentionParams& params, ThreadPool& pool);
+
+void run_cache_write(const CacheWriteParams& params, ThreadPool& pool);
+void run_merge(const MergeParams& params, ThreadPool& pool);
+
+// pool.run with any callable f(index, worker); allocates nothing.
+template <class F>
+void parallel_for(ThreadPool& pool, std::int64_t count, F& f) {
+  pool.run(
+      count,
+      [](void* context, std::int64_t index, int worker) { (*static_cast<F*>(context))(index, worker); },
+      &f);
+}
+
+}  // namespace quire::cpu

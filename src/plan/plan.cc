@@ -1,0 +1,221 @@
+#include "plan/plan.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "plan/tuning.h"
+
+namespace quire::planning {
+
+using semantics::Spans;
+
+void Schedule::clear() {
+  tiles.clear();
+  ranges.clear();
+  splits.clear();
+  num_slots = 0;
+  slot_rows = 0;
+}
+
+namespace {
+
+// Direct attention bounds its keys by the key tensor's rows, which the plan does not know; the
+// kernel clamps again.
+constexpr std::int64_t kAnyKvTokens = std::numeric_limits<std::int32_t>::max();
+
+void set_units(const TilePolicy& policy, const Spans& visible, WorkTile* tile) {
+  tile->kv_tile = policy.kv_tile;
+  tile->few_rows = policy.few_rows;
+  tile->units = semantics::make_units(visible, policy.kv_tile);
+  const std::int32_t num_units = tile->units.count();
+  tile->units_per_chunk =
+      policy.splittable ? semantics::chunk_units(num_units, policy.min_units_per_chunk)
+                        : std::max(num_units, 1);
+  tile->num_chunks = semantics::num_chunks(num_units, tile->units_per_chunk);
+}
+
+Spans shared_tile_spans(const LayerParams& layer, const BatchParams& batch, const WorkPlan& plan,
+                        const WorkTile& tile) {
+  Spans all;
+  for (std::int32_t i = 0; i < tile.num_tokens; ++i) {
+    const SharedRow& shared = plan.shared_rows[tile.first + i];
+    const Sequence seq = sequence_at(layer, batch, kAnyKvTokens, shared.seq);
+    const Spans row =
+        clip(semantics::row_spans(seq.mask, seq.position(shared.row)), tile.kv_begin, tile.kv_end);
+    for (const semantics::Span part : {row.prefix, row.main}) {
+      if (part.empty()) continue;
+      all.main = all.main.empty() ? part
+                                  : semantics::Span{std::min(all.main.begin, part.begin),
+                                                    std::max(all.main.end, part.end)};
+    }
+  }
+  return all;
+}
+
+void add_sequence(const LayerParams& layer, const BatchParams& batch, std::int32_t s,
+                  WorkPlan* plan) {
+  const Sequence seq = sequence_at(layer, batch, kAnyKvTokens, s);
+  if (seq.query_len == 0) return;
+  const TilePolicy policy = cpu_policy(layer, seq.query_len);
+  const std::int64_t shared_prefix = plan->prefix_len[s];
+  for (std::int64_t i = 0; i < seq.query_len; i += policy.tokens) {
+    WorkTile tile;
+    tile.seq = s;
+    tile.first = seq.first_row + i;
+    tile.num_tokens = static_cast<std::int32_t>(std::min<std::int64_t>(policy.tokens,
+                                                                       seq.query_len - i));
+    tile.shared_first = shared_prefix > 0 ? plan->first_shared_row[s] + i : -1;
+    tile.kv_begin = shared_prefix;
+    tile.kv_end = seq.mask.kv_len;
+    const std::int64_t first_pos = seq.context_len + i;
+    const Spans visible = clip(
+        semantics::union_spans(seq.mask, first_pos, first_pos + tile.num_tokens - 1),
+        tile.kv_begin, tile.kv_end);
+    set_units(policy, visible, &tile);
+    plan->max_rows = std::max(plan->max_rows, tile.num_tokens * layer.group);
+    plan->main.tiles.push_back(tile);
+  }
+}
+
+std::int64_t chunk_cost(const LayerParams& layer, const WorkTile& tile, std::int32_t chunk) {
+  const std::int64_t rows = std::int64_t{tile.num_tokens} * layer.group;
+  const std::int32_t units =
+      std::min(tile.units_per_chunk, tile.units.count() - chunk * tile.units_per_chunk);
+  // The last term is a tile's own overhead: loading queries, storing outputs.
+  return cpu_unit_cost(layer, rows, tile.kv_tile) * std::max(units, 0) +
+         (chunk == 0 ? rows * (layer.head_size + layer.head_size_v) / 16 + 16 : 0);
+}
+
+std::int64_t item_cost(const LayerParams& layer, const WorkTile& tile) {
+  const std::int64_t rows = std::int64_t{tile.num_tokens} * layer.group;
+  return cpu_unit_cost(layer, rows, tile.kv_tile) * tile.units.count() +
+         rows * (layer.head_size + layer.head_size_v) / 16 + 16;
+}
+
+// Cuts the items of a schedule into ranges. Cuts fall between items unless an item is so large
+// that snapping to its ends would leave ranges uneven.
+class RangeCutter {
+ public:
+  RangeCutter(const LayerParams& layer, std::int32_t num_ranges, Schedule* schedule)
+      : layer_(layer), schedule_(schedule) {
+    for (const WorkTile& tile : schedule->tiles) {
+      total_ += item_cost(layer, tile) * layer.num_kv_heads;
+    }
+    target_ = std::max<std::int64_t>(total_ / num_ranges, 1);
+  }
+
+  void run() {
+    const auto num_tiles = static_cast<std::int32_t>(schedule_->tiles.size());
+    for (std::int32_t t = 0; t < num_tiles; ++t) {
+      const WorkTile& tile = schedule_->tiles[t];
+      const std::int64_t cost = item_cost(layer_, tile);
+      const bool worth_splitting = tile.num_chunks > 1 && cost > target_ / 8;
+      for (std::int32_t h = 0; h < layer_.num_kv_heads; ++h) {
+        if (worth_splitting && filled_ + cost > target_ + target_ / 8) {
+          split_item(tile, t, h);
+        } else {
+          // Stop before an item that would overfill the range by more than it underfills it.
+          if (filled_ > 0 && filled_ + cost / 2 > target_) cut({t, h, 0});
+          filled_ += cost;
+        }
+      }
+    }
+    if (num_tiles > 0) cut({num_tiles, 0, 0});
+  }
+
+ private:
+  void split_item(const WorkTile& tile, std::int32_t t, std::int32_t h) {
+    SplitItem item{t, h, 0, schedule_->num_slots};
+    for (std::int32_t chunk = 0; chunk < tile.num_chunks; ++chunk) {
+      const std::int64_t cost = chunk_cost(layer_, tile, chunk);
+      if (filled_ > 0 && filled_ + cost / 2 > target_) {
+        if (chunk > 0 && item.first_cut == 0) item.first_cut = chunk;
+        if (chunk > 0) last_slot_ = item.slot;
+        cut({t, h, chunk});
+        if (chunk > 0) first_slot_ = item.slot;
+      }
+      filled_ += cost;
+    }
+    if (item.first_cut == 0) return;
+    schedule_->splits.push_back(item);
+    schedule_->num_slots += tile.num_chunks;
+    schedule_->slot_rows = std::max(schedule_->slot_rows, tile.num_tokens * layer_.group);
+  }
+
+  void cut(WorkPoint end) {
+    if (end == begin_) return;
+    schedule_->ranges.push_back({begin_, end, first_slot_, last_slot_});
+    begin_ = end;
+    first_slot_ = last_slot_ = -1;
+    filled_ = 0;
+  }
+
+  const LayerParams& layer_;
+  Schedule* schedule_;
+  std::int64_t total_ = 0;
+  std::int64_t target_ = 1;
+  std::int64_t filled_ = 0;
+  WorkPoint begin_;
+  std::int64_t first_slot_ = -1;
+  std::int64_t last_slot_ = -1;
+};
+
+}  // namespace
+
+Spans tile_spans(const LayerParams& layer, const BatchParams& batch, const WorkPlan& plan,
+                 const WorkTile& tile, bool shared) {
+  if (shared) return shared_tile_spans(layer, batch, plan, tile);
+  const Sequence seq = sequence_at(layer, batch, kAnyKvTokens, tile.seq);
+  const std::int64_t first_pos = seq.position(tile.first);
+  return clip(semantics::union_spans(seq.mask, first_pos, first_pos + tile.num_tokens - 1),
+              tile.kv_begin, tile.kv_end);
+}
+
+void build(const LayerParams& layer, const BatchParams& batch, int num_threads, WorkPlan* plan) {
+  plan->shared.clear();
+  plan->main.clear();
+  plan->shared_rows.clear();
+  plan->max_rows = 0;
+  find_shared_prefixes(layer, batch, plan);
+  const TilePolicy shared_policy = cpu_shared_prefix_policy(layer);
+  for (WorkTile& tile : plan->shared.tiles) {
+    set_units(shared_policy, shared_tile_spans(layer, batch, *plan, tile), &tile);
+    plan->max_rows = std::max(plan->max_rows, tile.num_tokens * layer.group);
+  }
+  for (std::int32_t s = 0; s < batch.num_seqs; ++s) add_sequence(layer, batch, s, plan);
+  const std::int32_t num_ranges = num_threads == 1 ? 1 : num_threads * kRangesPerThread;
+  RangeCutter(layer, num_ranges, &plan->shared).run();
+  RangeCutter(layer, num_ranges, &plan->main).run();
+}
+
+namespace {
+
+void append(const LayerParams& layer, const char* name, const Schedule& schedule,
+            std::string* text) {
+  const auto number = [](auto value) { return std::to_string(value); };
+  for (const WorkTile& tile : schedule.tiles) {
+    *text += std::string(name) + " tile: sequence " + number(tile.seq) + ", rows " +
+             number(tile.first) + "+" + number(tile.num_tokens) + " x " + number(layer.group) +
+             " heads, units of " + number(tile.kv_tile) + " keys: " +
+             number(tile.units.prefix_first) + "+" + number(tile.units.prefix_count) + ", " +
+             number(tile.units.main_first) + "+" + number(tile.units.main_count) + ", chunks " +
+             number(tile.num_chunks) + "\n";
+  }
+  for (const WorkRange& range : schedule.ranges) {
+    *text += std::string(name) + " range: (" + number(range.begin.tile) + ", " +
+             number(range.begin.head) + ", " + number(range.begin.chunk) + ") to (" +
+             number(range.end.tile) + ", " + number(range.end.head) + ", " +
+             number(range.end.chunk) + ")\n";
+  }
+}
+
+}  // namespace
+
+std::string to_string(const LayerParams& layer, const WorkPlan& plan) {
+  std::string text;
+  append(layer, "shared", plan.shared, &text);
+  append(layer, "main", plan.main, &text);
+  return text;
+}
+
+}  // namespace quire::planning

@@ -1,0 +1,118 @@
+// Cascade: sequences whose block tables start with the same blocks read them once, together.
+#include <algorithm>
+
+#include "plan/plan.h"
+#include "plan/tuning.h"
+
+namespace quire::planning {
+namespace {
+
+const std::int32_t* table_row(const BatchParams& batch, std::int32_t s) {
+  return batch.block_table + s * batch.table_stride;
+}
+
+// Whole blocks of context (never this step's own tokens, so every row sees the prefix causally).
+std::int64_t context_blocks(const LayerParams& layer, const BatchParams& batch, std::int32_t s) {
+  const Sequence seq = sequence_at(layer, batch, 0, s);
+  if (seq.query_len == 0) return 0;
+  return std::max<std::int64_t>(std::min(seq.context_len, seq.mask.kv_len), 0) / layer.block_size;
+}
+
+std::int64_t equal_blocks(const BatchParams& batch, std::int32_t a, std::int32_t b,
+                          std::int64_t most) {
+  const std::int32_t* row_a = table_row(batch, a);
+  const std::int32_t* row_b = table_row(batch, b);
+  return std::mismatch(row_a, row_a + most, row_b).first - row_a;
+}
+
+void add_group(const LayerParams& layer, const BatchParams& batch, std::int64_t prefix_blocks,
+               const std::int32_t* begin, const std::int32_t* end, WorkPlan* plan) {
+  const std::int64_t prefix = prefix_blocks * layer.block_size;
+  const auto first_row = static_cast<std::int64_t>(plan->shared_rows.size());
+  for (const std::int32_t* s = begin; s != end; ++s) {
+    const Sequence seq = sequence_at(layer, batch, 0, *s);
+    plan->prefix_len[*s] = prefix;
+    plan->first_shared_row[*s] = static_cast<std::int64_t>(plan->shared_rows.size());
+    for (std::int64_t i = 0; i < seq.query_len; ++i) {
+      plan->shared_rows.push_back({seq.first_row + i, *s});
+    }
+  }
+  const std::int64_t tokens = cpu_shared_prefix_policy(layer).tokens;
+  const auto num_rows = static_cast<std::int64_t>(plan->shared_rows.size());
+  for (std::int64_t row = first_row; row < num_rows; row += tokens) {
+    WorkTile tile;
+    tile.seq = *begin;
+    tile.first = row;
+    tile.num_tokens = static_cast<std::int32_t>(std::min(tokens, num_rows - row));
+    tile.kv_end = prefix;
+    plan->shared.tiles.push_back(tile);
+  }
+}
+
+// The announced prefix. Sequences that do not keep the promise are left to plain attention.
+void add_announced(const LayerParams& layer, const BatchParams& batch, WorkPlan* plan) {
+  const std::int64_t blocks =
+      std::min(batch.common_prefix_len / layer.block_size, batch.table_width);
+  if (blocks == 0) return;
+  std::vector<std::int32_t>& order = plan->order;
+  for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
+    if (context_blocks(layer, batch, s) < blocks) continue;
+    if (!order.empty() && equal_blocks(batch, order.front(), s, blocks) < blocks) continue;
+    order.push_back(s);
+  }
+  if (order.size() < 2) return;
+  add_group(layer, batch, blocks, order.data(), order.data() + order.size(), plan);
+}
+
+// Sequences with the same first block are compared with the first of them.
+void add_detected(const LayerParams& layer, const BatchParams& batch, WorkPlan* plan) {
+  const std::int64_t min_blocks =
+      (kMinSharedPrefix + layer.block_size - 1) / layer.block_size;
+  std::vector<std::int32_t>& order = plan->order;
+  for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
+    const std::int64_t query_len =
+        std::int64_t{batch.query_start_loc[s + 1]} - batch.query_start_loc[s];
+    // Long queries reuse what they read by themselves.
+    if (query_len * layer.group > kCpuSplitRows) continue;
+    if (context_blocks(layer, batch, s) >= min_blocks) order.push_back(s);
+  }
+  std::sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
+    const std::int32_t block_a = *table_row(batch, a);
+    const std::int32_t block_b = *table_row(batch, b);
+    return block_a != block_b ? block_a < block_b : a < b;
+  });
+  auto* const all_end = order.data() + order.size();
+  for (std::int32_t* begin = order.data(); begin != all_end;) {
+    std::int32_t* end = begin + 1;
+    std::int64_t shared = context_blocks(layer, batch, *begin);
+    // Members that share too little move behind the group and stay plain.
+    std::int32_t* kept = end;
+    while (end != all_end && *table_row(batch, *end) == *table_row(batch, *begin)) {
+      const std::int64_t most = std::min(shared, context_blocks(layer, batch, *end));
+      const std::int64_t equal = equal_blocks(batch, *begin, *end, most);
+      if (equal >= min_blocks) {
+        shared = equal;
+        std::swap(*kept++, *end);
+      }
+      ++end;
+    }
+    if (kept - begin >= 2) add_group(layer, batch, shared, begin, kept, plan);
+    begin = end;
+  }
+}
+
+}  // namespace
+
+void find_shared_prefixes(const LayerParams& layer, const BatchParams& batch, WorkPlan* plan) {
+  plan->order.clear();
+  plan->prefix_len.assign(static_cast<std::size_t>(batch.num_seqs), 0);
+  plan->first_shared_row.assign(static_cast<std::size_t>(batch.num_seqs), -1);
+  if (!layer.paged || batch.table_width == 0 || batch.num_seqs < 2) return;
+  if (batch.common_prefix_len > 0) {
+    add_announced(layer, batch, plan);
+  } else if (layer.auto_cascade) {
+    add_detected(layer, batch, plan);
+  }
+}
+
+}  // namespace quire::planning

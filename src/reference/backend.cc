@@ -1,0 +1,296 @@
+// What "correct" means, runnable: float64, one row at a time, plain loops over semantics/.
+//
+//   for each sequence, query row, head:  logits -> softmax -> weighted sum of value rows
+//
+// Slow on purpose: nothing here is tiled, split or vectorised.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "backend.h"
+#include "semantics/kv_address.h"
+#include "semantics/kv_row.h"
+#include "semantics/quant.h"
+#include "semantics/score.h"
+#include "semantics/softmax_state.h"
+
+namespace quire::reference {
+namespace {
+
+using semantics::SoftmaxState;
+using semantics::Spans;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+struct DoubleOps {
+  double mul(double a, double b) const { return a * b; }
+  double add(double a, double b) const { return a + b; }
+  double neg(double a) const { return -a; }
+  double max(double a, double b) const { return a > b ? a : b; }
+  double sqrt(double a) const { return std::sqrt(a); }
+  double tanh(double a) const { return std::tanh(a); }
+  double zero() const { return 0.0; }
+};
+
+double value_of(const Scale& scale) { return scale.data != nullptr ? *scale.data : scale.value; }
+
+// One side of one key: its elements and their scale; a null row reads as zeros.
+struct KvRow {
+  const void* row = nullptr;
+  DType dtype = DType::kNone;
+  double scale = 1.0;
+  double operator[](std::int64_t i) const {
+    return row == nullptr ? 0.0 : scale * semantics::load_element(row, dtype, i);
+  }
+};
+
+class Row {
+ public:
+  Row(const AttentionParams& p, std::int32_t s, std::int64_t row, std::int32_t head)
+      : p_(p),
+        layer_(*p.layer),
+        seq_(sequence_at(layer_, *p.batch, p.num_kv_tokens, s)),
+        seq_index_(s),
+        row_(row),
+        head_(head),
+        q_pos_(seq_.position(row)) {}
+
+  void run(std::vector<double>* output, double* lse) {
+    const Spans visible = semantics::row_spans(seq_.mask, q_pos_);
+    SoftmaxState<double> state;
+    for (std::int64_t j = 0; j < seq_.mask.kv_len; ++j) {
+      if (visible.contains(j)) state.max = std::max(state.max, logit(j));
+    }
+    const double shift = semantics::softmax_shift(state.max);
+    output->assign(static_cast<std::size_t>(layer_.head_size_v), 0.0);
+    for (std::int64_t j = 0; j < seq_.mask.kv_len; ++j) {
+      if (!visible.contains(j)) continue;
+      const double weight = std::exp(logit(j) - shift);
+      if (weight == 0.0) continue;
+      state.sum += weight;
+      const KvRow value = side(p_.v, j);
+      for (std::int64_t i = 0; i < layer_.head_size_v; ++i) (*output)[i] += weight * value[i];
+    }
+    const bool has_sink = layer_.sinks != nullptr;
+    const auto finished =
+        semantics::finish(state, has_sink, has_sink ? double{layer_.sinks[head_]} : 0.0);
+    for (double& x : *output) x *= finished.output_scale;
+    *lse = finished.lse;
+  }
+
+ private:
+  KvRow side(const KvParams& kv, std::int64_t j) const {
+    const std::int32_t kv_head = head_ / layer_.group;
+    std::int64_t block = 0;
+    std::int64_t slot = seq_.first_kv_row + j;
+    if (layer_.paged) {
+      block = semantics::physical_block(
+          p_.batch->block_table + seq_index_ * p_.batch->table_stride, p_.batch->table_width,
+          j / layer_.block_size, p_.num_blocks);
+      slot = j % layer_.block_size;
+      if (block < 0) return {};
+    }
+    const char* data = static_cast<const char*>(kv.data);
+    const std::int64_t offset = semantics::cache_offset(kv.strides, block, slot, kv_head);
+    const double scale =
+        kv.token_scales == nullptr
+            ? value_of(kv.scale)
+            : kv.token_scales[semantics::cache_offset(kv.token_scale_strides, block, slot, kv_head)];
+    return {data + offset * size_of(kv.dtype), kv.dtype, scale};
+  }
+
+  double logit(std::int64_t j) const {
+    const DoubleOps ops;
+    const char* query = static_cast<const char*>(p_.query) +
+                        (row_ * p_.query_token_stride + head_ * p_.query_head_stride) *
+                            size_of(layer_.dtype);
+    const KvRow key = side(p_.k, j);
+    double dot = 0.0;
+    for (std::int64_t i = 0; i < layer_.head_size; ++i) {
+      dot += semantics::load_element(query, layer_.dtype, i) * key[i];
+    }
+    double s = double{layer_.softmax_scale} * value_of(p_.q_scale) * dot;
+    if (layer_.soft_cap > 0) {
+      s = semantics::soft_cap(ops, s, double{layer_.soft_cap}, 1.0 / layer_.soft_cap);
+    }
+    if (layer_.alibi_slopes != nullptr) {
+      const double slope = layer_.alibi_slopes[head_];
+      const double distance = static_cast<double>(j - q_pos_);
+      s = layer_.alibi_sqrt ? semantics::alibi_sqrt(ops, s, slope, distance)
+                            : semantics::alibi(ops, s, slope, distance);
+    }
+    return s + qq_bias(j);
+  }
+
+  double qq_bias(std::int64_t j) const {
+    const BatchParams& batch = *p_.batch;
+    const std::int64_t i = row_ - seq_.first_row;
+    const std::int64_t n = j - seq_.context_len;
+    if (batch.qq_bias == nullptr || i >= batch.qq_size || n < 0 || n >= batch.qq_size) return 0.0;
+    return batch.qq_bias[seq_index_ * batch.qq_seq_stride + i * batch.qq_row_stride + n];
+  }
+
+  const AttentionParams& p_;
+  const LayerParams& layer_;
+  const Sequence seq_;
+  const std::int32_t seq_index_;
+  const std::int64_t row_;
+  const std::int32_t head_;
+  const std::int64_t q_pos_;
+};
+
+void* output_row(const AttentionParams& p, std::int64_t row, std::int32_t head) {
+  return static_cast<char*>(p.output) +
+         (row * p.output_token_stride + head * p.output_head_stride) * size_of(p.output_dtype);
+}
+
+// One token's heads, [num_heads, head_size_v], to the output's dtype.
+void store_token(const AttentionParams& p, std::int64_t row, const std::vector<double>& token) {
+  const std::int64_t size = p.layer->head_size_v;
+  const std::int64_t total = static_cast<std::int64_t>(token.size());
+  const double fixed = p.has_output_scale ? value_of(p.output_scale) : 1.0;
+  for (std::int64_t begin = 0; begin < total; begin += semantics::kOutputGroup) {
+    const std::int64_t end = std::min(begin + semantics::kOutputGroup, total);
+    double scale = fixed;
+    if (p.block_scales != nullptr) {
+      float absmax = 0.0F;
+      for (std::int64_t i = begin; i < end; ++i) {
+        absmax = std::max(absmax, static_cast<float>(std::fabs(token[i])));
+      }
+      const float group_scale = semantics::block_output_scale(absmax);
+      p.block_scales[row * p.block_scales_token_stride +
+                     begin / semantics::kOutputGroup * p.block_scales_group_stride] = group_scale;
+      scale = group_scale;
+    }
+    for (std::int64_t i = begin; i < end; ++i) {
+      semantics::store_element(output_row(p, row, static_cast<std::int32_t>(i / size)),
+                               p.output_dtype, i % size, static_cast<float>(token[i] / scale));
+    }
+  }
+}
+
+void run_attention(const AttentionParams& p) {
+  const LayerParams& layer = *p.layer;
+  std::vector<double> token;
+  std::vector<double> head_output;
+  for (std::int32_t s = 0; s < p.batch->num_seqs; ++s) {
+    const Sequence seq = sequence_at(layer, *p.batch, p.num_kv_tokens, s);
+    for (std::int64_t row = seq.first_row; row < seq.first_row + seq.query_len; ++row) {
+      token.clear();
+      for (std::int32_t head = 0; head < layer.num_heads; ++head) {
+        double lse = -kInfinity;
+        Row(p, s, row, head).run(&head_output, &lse);
+        token.insert(token.end(), head_output.begin(), head_output.end());
+        if (p.lse != nullptr) {
+          p.lse[head * p.lse_head_stride + row * p.lse_token_stride] = static_cast<float>(lse);
+        }
+      }
+      store_token(p, row, token);
+    }
+  }
+}
+
+void write_side(const CacheWriteParams& p, const KvParams& kv, const void* x,
+                std::int64_t token_stride, std::int64_t head_stride, std::int64_t size,
+                std::int64_t token, std::int64_t slot) {
+  for (std::int32_t head = 0; head < p.num_kv_heads; ++head) {
+    const std::int64_t block = slot / p.block_size;
+    const std::int64_t offset = slot % p.block_size;
+    float* token_scale =
+        kv.token_scales == nullptr
+            ? nullptr
+            : kv.token_scales +
+                  semantics::cache_offset(kv.token_scale_strides, block, offset, head);
+    semantics::store_kv_row(
+        static_cast<const char*>(x) +
+            (token * token_stride + head * head_stride) * size_of(p.dtype),
+        p.dtype, size,
+        static_cast<char*>(kv.data) +
+            semantics::cache_offset(kv.strides, block, offset, head) * size_of(kv.dtype),
+        kv.dtype, static_cast<float>(value_of(kv.scale)), token_scale);
+  }
+}
+
+class EmptyPlan final : public PlanState {
+ public:
+  std::int64_t workspace_bytes() const override { return 0; }
+  std::string to_string() const override { return "reference: one row at a time\n"; }
+};
+
+class ReferenceBackend final : public Backend {
+ public:
+  const char* name() const override { return "reference"; }
+  DeviceType device_type() const override { return DeviceType::kCpu; }
+  bool available() const override { return true; }
+  std::string instruction_set() const override { return "float64"; }
+  const BackendCapabilities& capabilities() const override {
+    static const BackendCapabilities caps = full_capabilities();
+    return caps;
+  }
+  std::unique_ptr<PlanState> make_plan(const LayerParams&) const override {
+    return std::make_unique<EmptyPlan>();
+  }
+  // Cascade, splits and ranges are ways of computing the same thing: nothing to plan.
+  void plan(PlanState&, const LayerParams&, const BatchParams&, const Context&) const override {}
+
+  void attention(PlanState&, const AttentionParams& params, const Context&) const override {
+    run_attention(params);
+  }
+
+  void cache_write(const CacheWriteParams& p, const Context&) const override {
+    for (std::int64_t token = 0; token < p.num_slots; ++token) {
+      const std::int64_t slot = p.slot_mapping[token];
+      if (slot < 0 || slot >= p.num_blocks * p.block_size) continue;
+      write_side(p, p.k, p.key, p.key_token_stride, p.key_head_stride, p.head_size, token, slot);
+      write_side(p, p.v, p.value, p.value_token_stride, p.value_head_stride, p.head_size_v, token,
+                 slot);
+    }
+  }
+
+  void merge(const MergeParams& p, const Context&) const override {
+    for (std::int64_t token = 0; token < p.num_tokens; ++token) {
+      for (std::int32_t head = 0; head < p.num_heads; ++head) merge_row(p, token, head);
+    }
+  }
+
+ private:
+  static double lse_of(const MergePart& part, std::int64_t token, std::int32_t head) {
+    return part.lse[head * part.lse_head_stride + token * part.lse_token_stride];
+  }
+  static const void* row_of(const MergeParams& p, const MergePart& part, std::int64_t token,
+                            std::int32_t head) {
+    return static_cast<const char*>(part.output) +
+           (token * part.token_stride + head * part.head_stride) * size_of(p.dtype);
+  }
+  static void merge_row(const MergeParams& p, std::int64_t token, std::int32_t head) {
+    const auto merged = semantics::merge(SoftmaxState<double>{lse_of(p.a, token, head), 1.0},
+                                         SoftmaxState<double>{lse_of(p.b, token, head), 1.0});
+    const auto finished = semantics::finish(merged.state, false, 0.0);
+    const double weight_a = merged.weight_a * finished.output_scale;
+    const double weight_b = merged.weight_b * finished.output_scale;
+    const void* a = row_of(p, p.a, token, head);
+    const void* b = row_of(p, p.b, token, head);
+    void* result = const_cast<void*>(row_of(p, p.result, token, head));
+    for (std::int64_t i = 0; i < p.head_size_v; ++i) {
+      // A part without keys may hold anything, NaN included.
+      const double part_a = weight_a > 0 ? weight_a * semantics::load_element(a, p.dtype, i) : 0.0;
+      const double part_b = weight_b > 0 ? weight_b * semantics::load_element(b, p.dtype, i) : 0.0;
+      semantics::store_element(result, p.dtype, i, static_cast<float>(part_a + part_b));
+    }
+    if (p.result.lse != nullptr) {
+      const_cast<float*>(p.result.lse)[head * p.result.lse_head_stride +
+                                       token * p.result.lse_token_stride] =
+          static_cast<float>(finished.lse);
+    }
+  }
+};
+
+}  // namespace
+
+const Backend& backend() {
+  static const ReferenceBackend instance;
+  return instance;
+}
+
+}  // namespace quire::reference
