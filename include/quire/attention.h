@@ -116,6 +116,9 @@ struct AttentionArgs {
   // that sees no key gets 0.
   TensorView output;
 
+  // This layer's own scale, cap, slopes and sinks, where layers share a plan; null: the plan's.
+  const Score* score = nullptr;
+
   // Optional result: float32 [num_heads, >= num_actual_tokens], natural logarithm of the softmax
   // denominator, sink included. -inf for a row that sees no key and has no sink.
   TensorView lse;

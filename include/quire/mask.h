@@ -35,6 +35,8 @@ struct Mask {
   // kChunked: how many earlier chunks stay visible (L >= 0; 0 is Llama 4's attention).
   std::int64_t chunk_lookback = 0;
 
+  friend constexpr bool operator==(const Mask&, const Mask&) = default;
+
   static Mask full() { return {.causal = false}; }
   static Mask sliding_window(std::int64_t size) {
     return {.causal = true, .window = WindowKind::kLeft, .window_size = size};
