@@ -22,7 +22,6 @@
 #include "cpu/simd/vec-inl.h"
 #include "hwy/cache_control.h"
 #include "semantics/kv_address.h"
-#include "semantics/score.h"
 #include "semantics/softmax_state.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -278,13 +277,13 @@ HWY_INLINE void modify_scores(const LayerParams& layer, std::int32_t head, std::
   const Vf slope = hn::Set(d, layer.alibi_slopes != nullptr ? layer.alibi_slopes[head] : 0.0F);
   for (std::int32_t t = 0; t < count; t += kVec) {
     Vf x = hn::Load(d, s + t);
-    if (layer.soft_cap > 0) x = semantics::soft_cap(ops, x, cap, inverse_cap);
+    if (layer.soft_cap > 0) x = soft_cap(ops, x, cap, inverse_cap);
     if (layer.alibi_slopes != nullptr) {
       // j - p is exact in fp32 up to 2^24; beyond, its rounding is far below the slope's effect.
       const Vf j_minus_p =
           hn::Add(hn::Set(d, static_cast<float>(distance + t)), hn::Iota(d, 0.0F));
-      x = layer.alibi_sqrt ? semantics::alibi_sqrt(ops, x, slope, j_minus_p)
-                           : semantics::alibi(ops, x, slope, j_minus_p);
+      x = layer.alibi_sqrt ? alibi_sqrt(ops, x, slope, j_minus_p)
+                           : alibi(ops, x, slope, j_minus_p);
     }
     hn::Store(x, d, s + t);
   }

@@ -12,7 +12,6 @@
 #include "semantics/kv_address.h"
 #include "semantics/kv_row.h"
 #include "semantics/quant.h"
-#include "semantics/score.h"
 #include "semantics/softmax_state.h"
 
 namespace quire::reference {
@@ -32,6 +31,8 @@ struct DoubleOps {
   double tanh(double a) const { return std::tanh(a); }
   double zero() const { return 0.0; }
 };
+
+#include "semantics/score.inc"
 
 double value_of(const Scale& scale) { return scale.data != nullptr ? *scale.data : scale.value; }
 
@@ -112,13 +113,13 @@ class Row {
     }
     double s = double{layer_.softmax_scale} * value_of(p_.q_scale) * dot;
     if (layer_.soft_cap > 0) {
-      s = semantics::soft_cap(ops, s, double{layer_.soft_cap}, 1.0 / layer_.soft_cap);
+      s = soft_cap(ops, s, double{layer_.soft_cap}, 1.0 / layer_.soft_cap);
     }
     if (layer_.alibi_slopes != nullptr) {
       const double slope = layer_.alibi_slopes[head_];
       const double distance = static_cast<double>(j - q_pos_);
-      s = layer_.alibi_sqrt ? semantics::alibi_sqrt(ops, s, slope, distance)
-                            : semantics::alibi(ops, s, slope, distance);
+      s = layer_.alibi_sqrt ? alibi_sqrt(ops, s, slope, distance)
+                            : alibi(ops, s, slope, distance);
     }
     return s + qq_bias(j);
   }

@@ -12,6 +12,7 @@
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 #include "quire/types.h"
+#include "semantics/host_device.h"
 #include "semantics/quant.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -151,6 +152,8 @@ struct VecOps {
   HWY_INLINE Vf tanh(Vf a) const { return hn::Tanh(Df(), a); }
   HWY_INLINE Vf zero() const { return hn::Zero(Df()); }
 };
+
+#include "semantics/score.inc"
 
 }  // namespace quire::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
