@@ -53,6 +53,17 @@ std::int64_t parse_bytes(const std::string& text) {
   return number;
 }
 
+// The number behind `key` in a file of lines "key number"; 0 if there is none.
+std::int64_t field_of(const std::string& path, const std::string& key) {
+  std::ifstream file(path);
+  std::string name;
+  std::int64_t number = 0;
+  while (file >> name >> number) {
+    if (name == key) return number;
+  }
+  return 0;
+}
+
 std::int64_t last_level_cache_bytes() {
   std::int64_t largest = 0;
   for (int i = 0; i < 8; ++i) {
@@ -82,7 +93,8 @@ Machine inspect_machine() {
   machine.available_memory_bytes = parse_bytes(value_of("/proc/meminfo", "MemAvailable"));
   const std::int64_t bound = parse_bytes(first_line("/sys/fs/cgroup/memory.max"));
   if (bound > 0) {
-    const std::int64_t used = parse_bytes(first_line("/sys/fs/cgroup/memory.current"));
+    const std::int64_t used = parse_bytes(first_line("/sys/fs/cgroup/memory.current")) -
+                              field_of("/sys/fs/cgroup/memory.stat", "inactive_file");
     machine.available_memory_bytes =
         std::min(machine.available_memory_bytes, std::max<std::int64_t>(bound - used, 0));
   }

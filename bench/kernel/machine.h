@@ -12,7 +12,8 @@ struct Machine {
   std::string cpu_name;
   int num_cpus = 0;  // that this process may use
   std::int64_t memory_bytes = 0;
-  std::int64_t available_memory_bytes = 0;  // now, within the container's bounds if there are any
+  // Now, within the container's bounds if there are any; 0 if the system does not tell.
+  std::int64_t available_memory_bytes = 0;
   std::int64_t last_level_cache_bytes = 0;  // as the system reports it; 32 MiB if it does not
 };
 
