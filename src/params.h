@@ -23,7 +23,7 @@ struct LayerParams {
   std::int32_t block_size = 0;
   DType dtype = DType::kNone;
   bool paged = true;       // K and V live in a paged cache; else in key/value tensors
-  bool self_keys = false;  // not paged: keys are the step's own tokens
+  bool cross = false;      // cross attention: sequence and query lengths are unrelated
   bool batch_invariant = false;
   bool auto_cascade = false;
   Mask mask;

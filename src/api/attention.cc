@@ -54,6 +54,7 @@ LayerParams lower_layer(const AttentionConfig& config) {
   layer.block_size = static_cast<std::int32_t>(config.block_size);
   layer.dtype = config.dtype;
   layer.paged = !is_encoder(config.type);
+  layer.cross = config.type == AttentionType::kEncoderDecoder;
   layer.batch_invariant = config.batch_invariant;
   layer.auto_cascade = config.auto_cascade && !config.batch_invariant && layer.paged;
   layer.mask = config.mask;

@@ -23,7 +23,6 @@ void check_batch_indices(const LayerParams& layer, const BatchParams& batch) {
   // Rows past num_actual_tokens are padding and may be named.
   if (!layer.paged) return;
   const std::int64_t reachable = batch.table_width * layer.block_size;
-  const bool cross = !layer.mask.causal && layer.mask.window == WindowKind::kNone;
   for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
     const std::int64_t seq_len = batch.seq_lens[s];
     const std::int64_t query_len = start[s + 1] - start[s];
@@ -31,7 +30,7 @@ void check_batch_indices(const LayerParams& layer, const BatchParams& batch) {
     check::that(seq_len <= reachable, entry("seq_lens", s),
                 "at most block_table's width times block_size, " + std::to_string(reachable),
                 seq_len);
-    check::that(cross || seq_len == 0 || query_len <= seq_len, entry("seq_lens", s),
+    check::that(layer.cross || seq_len == 0 || query_len <= seq_len, entry("seq_lens", s),
                 "at least the query length " + std::to_string(query_len), seq_len);
   }
 }
