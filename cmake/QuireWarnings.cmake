@@ -8,6 +8,7 @@ function(quire_set_warnings target)
       -Wshadow
       -Wvla
       -Wformat=2
+      -Wno-format-nonliteral
       -Wimplicit-fallthrough
       -Wextra-semi
       -Wno-missing-field-initializers # designated initialisers leave out what has a default
@@ -17,6 +18,9 @@ function(quire_set_warnings target)
       -Wpointer-arith)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     list(APPEND cxx_warnings -Wduplicated-cond -Wduplicated-branches -Wlogical-op)
+    if(CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+      list(APPEND cxx_warnings -Wno-restrict) # fires on std::string operator+ (GCC bug 105329)
+    endif()
   endif()
   set(c_warnings -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes)
   if(QUIRE_WERROR)
