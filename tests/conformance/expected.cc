@@ -1,0 +1,199 @@
+#include "tests/conformance/expected.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "tests/conformance/number_format.h"
+
+namespace quire::conformance {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// One sequence of the batch, in the words of semantics.md.
+struct Sequence {
+  std::int64_t s;
+  std::int64_t first_row, query_len, seq_len, context_len;
+};
+
+Sequence sequence_at(const Case& c, std::int64_t s) {
+  Sequence sequence{};
+  sequence.s = s;
+  sequence.first_row = static_cast<std::int64_t>(c.query_start_loc.get({s}));
+  sequence.query_len =
+      static_cast<std::int64_t>(c.query_start_loc.get({s + 1})) - sequence.first_row;
+  sequence.seq_len = static_cast<std::int64_t>(c.seq_lens.get({s}));
+  if (!c.spec.has_cache()) {
+    // Without a cache keys and queries are the same tokens, unless kv_start_loc says otherwise.
+    sequence.seq_len =
+        c.kv_start_loc
+            ? static_cast<std::int64_t>(c.kv_start_loc.get({s + 1}) - c.kv_start_loc.get({s}))
+            : sequence.query_len;
+  }
+  sequence.context_len = sequence.seq_len - sequence.query_len;
+  return sequence;
+}
+
+// Rows of K or V of one sequence and kv head, dequantised: [seq_len, size]. A block that is not
+// there reads as zeros.
+std::vector<double> gather(const Case& c, const Sequence& sequence, std::int64_t head,
+                           bool is_key) {
+  const bool cached = c.spec.has_cache();
+  const Tensor& rows = cached ? (is_key ? c.key_cache : c.value_cache) : (is_key ? c.key : c.value);
+  const Tensor& scales = is_key ? c.k_scale_cache : c.v_scale_cache;
+  const std::int64_t size = rows.shape.back();
+  std::vector<double> gathered(sequence.seq_len * size, 0.0);
+  for (std::int64_t j = 0; j < sequence.seq_len; ++j) {
+    double* to = gathered.data() + j * size;
+    if (!cached) {
+      const Tensor& starts = c.kv_start_loc ? c.kv_start_loc : c.query_start_loc;
+      const auto first = static_cast<std::int64_t>(starts.get({sequence.s}));
+      decode_row(rows.dtype, rows.at({first + j, head, 0}), size, to);
+      continue;
+    }
+    const std::int64_t block_size = c.spec.config.block_size;
+    const auto block = static_cast<std::int64_t>(c.block_table.get({sequence.s, j / block_size}));
+    if (block < 0 || block >= rows.shape[0]) continue;
+    decode_row(rows.dtype, rows.at({block, j % block_size, head, 0}), size, to);
+    double scale = 1;
+    if (is_per_tensor_fp8(c.spec.config.kv_cache_dtype)) scale = is_key ? c.k_scale() : c.v_scale();
+    if (scales) scale = scales.get({block, j % block_size, head});
+    for (std::int64_t d = 0; d < size; ++d) to[d] *= scale;
+  }
+  return gathered;
+}
+
+bool in_one_range(const Case& c, std::int64_t s, std::int64_t p, std::int64_t j) {
+  if (!c.mm_prefix_range) return false;
+  for (std::int64_t r = 0; r < c.mm_prefix_range.shape[1]; ++r) {
+    const auto start = static_cast<std::int64_t>(c.mm_prefix_range.get({s, r, 0}));
+    const auto end = static_cast<std::int64_t>(c.mm_prefix_range.get({s, r, 1}));
+    if (start < end && start <= p && p <= end && start <= j && j <= end) return true;
+  }
+  return false;
+}
+
+bool in_window(const Case& c, std::int64_t s, std::int64_t p, std::int64_t j) {
+  const Mask& mask = c.spec.config.mask;
+  const std::int64_t size = mask.window_size;
+  if (c.visible_prefix_lens && j < c.visible_prefix_lens.get({s})) return true;
+  switch (mask.window) {
+    case WindowKind::kNone: return true;
+    case WindowKind::kLeft: return p - j < size;
+    case WindowKind::kBoth: return std::abs(p - j) < size;
+    case WindowKind::kChunked: return p / size - j / size <= mask.chunk_lookback;
+  }
+  return false;
+}
+
+bool allowed(const Case& c, std::int64_t s, std::int64_t p, std::int64_t j) {
+  const AttentionConfig& config = c.spec.config;
+  bool causal = config.type == AttentionType::kDecoder && config.mask.causal;
+  if (config.type == AttentionType::kDecoder && c.causal) causal = c.causal.get({s}) != 0;
+  const bool base = !causal || j <= p;
+  return (base && in_window(c, s, p, j)) || in_one_range(c, s, p, j);
+}
+
+// Steps 1 to 5 for one query row and one key.
+double score(const Case& c, const Sequence& sequence, std::int64_t head, std::int64_t i,
+             std::int64_t j, double dot) {
+  const Score& config = c.spec.config.score;
+  const std::int64_t p = sequence.context_len + i;
+  const double scale = config.softmax_scale != 0.0F
+                           ? config.softmax_scale
+                           : 1.0 / std::sqrt(static_cast<double>(c.spec.config.head_size));
+  double s = scale * dot;
+  if (config.soft_cap > 0) s = config.soft_cap * std::tanh(s / config.soft_cap);
+  if (!allowed(c, sequence.s, p, j)) return -kInfinity;
+  if (c.alibi_slopes) {
+    const double slope = c.alibi_slopes.get({head});
+    const auto distance = static_cast<double>(p - j);
+    if (config.alibi_sqrt) {
+      s += slope * (j <= p ? -std::sqrt(distance) : 0.0);
+    } else {
+      s += slope * -distance;
+    }
+  }
+  const std::int64_t n = j - sequence.context_len;
+  const std::int64_t m = c.spec.qq_bias_size;
+  if (c.qq_bias && n >= 0 && n < m && i < m) {
+    s += c.spec.qq_bias_per_sequence ? c.qq_bias.get({sequence.s, i, n}) : c.qq_bias.get({i, n});
+  }
+  return s;
+}
+
+// Softmax over the scores and the weighted sum of the values, for one row and head.
+void attend_row(const Case& c, const std::vector<double>& scores, const std::vector<double>& values,
+                std::int64_t head, double* out, double* lse) {
+  const std::int64_t size = c.spec.config.value_head_size();
+  double highest = -kInfinity;
+  for (const double s : scores) highest = std::max(highest, s);
+  if (c.sinks) highest = std::max(highest, c.sinks.get({head}));
+  *lse = -kInfinity;
+  if (highest == -kInfinity) return;
+  double denominator = c.sinks ? std::exp(c.sinks.get({head}) - highest) : 0.0;
+  for (std::size_t j = 0; j < scores.size(); ++j) {
+    const double weight = std::exp(scores[j] - highest);
+    if (weight == 0) continue;
+    denominator += weight;
+    for (std::int64_t d = 0; d < size; ++d) out[d] += weight * values[j * size + d];
+  }
+  for (std::int64_t d = 0; d < size; ++d) out[d] /= denominator;
+  *lse = highest + std::log(denominator);
+}
+
+void attend_head(const Case& c, const Sequence& sequence, std::int64_t head, Expected* expected) {
+  const AttentionConfig& config = c.spec.config;
+  const std::int64_t kv_head = head / (config.num_heads / config.num_kv_heads);
+  const std::vector<double> keys = gather(c, sequence, kv_head, true);
+  const std::vector<double> values = gather(c, sequence, kv_head, false);
+  std::vector<double> q(config.head_size);
+  std::vector<double> scores(sequence.seq_len);
+  for (std::int64_t i = 0; i < sequence.query_len; ++i) {
+    const std::int64_t row = sequence.first_row + i;
+    if (!expected->written[row]) continue;
+    decode_row(c.query.dtype, c.query.at({row, head, 0}), config.head_size, q.data());
+    for (std::int64_t j = 0; j < sequence.seq_len; ++j) {
+      double dot = 0;
+      for (std::int64_t d = 0; d < config.head_size; ++d) {
+        dot += q[d] * keys[j * config.head_size + d];
+      }
+      scores[j] = score(c, sequence, head, i, j, dot * c.q_scale());
+    }
+    attend_row(c, scores, values, head, expected->out(row, head),
+               &expected->lse[head * expected->num_rows + row]);
+  }
+}
+
+}  // namespace
+
+Expected empty_expected(const Case& c) {
+  const AttentionConfig& config = c.spec.config;
+  Expected expected;
+  expected.num_rows = c.spec.num_rows();
+  expected.num_heads = config.num_heads;
+  expected.head_size_v = config.value_head_size();
+  expected.written.assign(expected.num_rows, false);
+  const auto begin = static_cast<std::int64_t>(c.query_start_loc.get({0}));
+  const auto end = static_cast<std::int64_t>(c.query_start_loc.get({c.num_seqs()}));
+  for (std::int64_t row = begin; row < std::min(end, c.spec.num_actual_tokens()); ++row) {
+    expected.written[row] = true;
+  }
+  expected.output.assign(expected.num_rows * expected.num_heads * expected.head_size_v, 0.0);
+  expected.lse.assign(expected.num_rows * expected.num_heads, -kInfinity);
+  return expected;
+}
+
+Expected literal_attention(const Case& c) {
+  Expected expected = empty_expected(c);
+  for (std::int64_t s = 0; s < c.num_seqs(); ++s) {
+    const Sequence sequence = sequence_at(c, s);
+    for (std::int64_t head = 0; head < c.spec.config.num_heads; ++head) {
+      attend_head(c, sequence, head, &expected);
+    }
+  }
+  return expected;
+}
+
+}  // namespace quire::conformance

@@ -1,0 +1,32 @@
+// What a case must give, in float64: by a literal transcription of semantics.md that shares nothing
+// with src/, and by the library's own backend "reference".
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "tests/conformance/case.h"
+
+namespace quire::conformance {
+
+struct Expected {
+  std::int64_t num_rows = 0, num_heads = 0, head_size_v = 0;
+  std::vector<bool> written;   // [num_rows]: belongs to a sequence and is < num_actual_tokens
+  std::vector<double> output;  // [num_rows, num_heads, head_size_v], before output quantisation
+  std::vector<double> lse;     // [num_heads, num_rows]
+
+  double* out(std::int64_t row, std::int64_t head) {
+    return output.data() + (row * num_heads + head) * head_size_v;
+  }
+  const double* out(std::int64_t row, std::int64_t head) const {
+    return output.data() + (row * num_heads + head) * head_size_v;
+  }
+};
+
+// Zero results of the right size, and which rows are written.
+Expected empty_expected(const Case& c);
+
+// semantics.md, transcribed.
+Expected literal_attention(const Case& c);
+
+}  // namespace quire::conformance
