@@ -39,7 +39,7 @@ struct ModelOptions {
   std::int64_t num_blocks = 512;
   std::int64_t block_size = 16;
   KvCacheDType kv_cache_dtype = KvCacheDType::kAuto;
-  std::string backend;                  // as AttentionConfig::backend
+  std::string backend{};                // as AttentionConfig::backend
   std::int64_t max_batch_tokens = 512;  // of one forward()
   std::int64_t max_seqs = 64;
 };

@@ -37,11 +37,6 @@ std::vector<std::byte> pseudo_random(std::size_t size) {
   return bytes;
 }
 
-// Halves in the blocks' scale fields that are numbers: 0.25 * (i + 1).
-void put_half(std::vector<std::byte>& bytes, std::size_t offset, std::uint16_t half) {
-  poke(bytes, offset, half);
-}
-
 constexpr std::uint16_t kHalf0p25 = 0x3400;
 constexpr std::uint16_t kHalfMinus1p5 = 0xBE00;
 constexpr std::uint16_t kHalfSmallest = 0x0001;  // 2^-24
@@ -88,7 +83,7 @@ TEST(Dequantize, BFloat16) {
 
 TEST(Dequantize, Q8_0) {
   std::vector<std::byte> data = pseudo_random(4 * 34);
-  for (std::size_t b = 0; b < 4; ++b) put_half(data, b * 34, b == 3 ? kHalfSmallest : kHalf0p25);
+  for (std::size_t b = 0; b < 4; ++b) poke(data, b * 34, b == 3 ? kHalfSmallest : kHalf0p25);
   const std::vector<float> out = dequantize(8, data);
   for (std::size_t i = 0; i < out.size(); ++i) {
     const std::size_t block = i / 32;
@@ -99,7 +94,7 @@ TEST(Dequantize, Q8_0) {
 
 TEST(Dequantize, Q4_0) {
   std::vector<std::byte> data = pseudo_random(4 * 18);
-  for (std::size_t b = 0; b < 4; ++b) put_half(data, b * 18, kHalfMinus1p5);
+  for (std::size_t b = 0; b < 4; ++b) poke(data, b * 18, kHalfMinus1p5);
   const std::vector<float> out = dequantize(2, data);
   for (std::size_t i = 0; i < out.size(); ++i) {
     const int byte = static_cast<int>(data[i / 32 * 18 + 2 + i % 16]);
@@ -111,8 +106,8 @@ TEST(Dequantize, Q4_0) {
 TEST(Dequantize, Q4_1) {
   std::vector<std::byte> data = pseudo_random(4 * 20);
   for (std::size_t b = 0; b < 4; ++b) {
-    put_half(data, b * 20, kHalf0p25);
-    put_half(data, b * 20 + 2, kHalfMinus1p5);
+    poke(data, b * 20, kHalf0p25);
+    poke(data, b * 20 + 2, kHalfMinus1p5);
   }
   const std::vector<float> out = dequantize(3, data);
   for (std::size_t i = 0; i < out.size(); ++i) {
