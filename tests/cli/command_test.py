@@ -61,7 +61,8 @@ class CommandTest(unittest.TestCase):
         shown = re.search(r"<!-- quire info -->\n(.*?)<!-- end -->",
                           open(README, encoding="utf-8").read(), re.S)
         self.assertIsNotNone(shown)
-        self.assertEqual(table_of(shown.group(1)), table_of(quire("info").stdout))
+        self.assertEqual(table_of(shown.group(1)), table_of(quire("info").stdout),
+                         "run scripts/update_readme.py")
 
 
 if __name__ == "__main__":
