@@ -75,15 +75,16 @@ class OutputCheck {
     const double* wanted = expected_.out(row, head);
     const std::int64_t size = expected_.head_size_v;
     const double row_scale = root_mean_square(wanted, size);
+    const double step = smallest_step(c_.output.dtype);
     for (std::int64_t d = 0; d < size; ++d) {
       const double got = decode(c_.output.dtype, &actual_.output[offset_of(row, head, d)]);
       const double error = std::fabs(got - wanted[d]);
-      if (!(error <= element_bound(tolerance_, row_scale, wanted[d]))) {
+      if (!(error <= element_bound(tolerance_, row_scale, wanted[d]) + step)) {
         return format("output[%lld][%lld][%lld] is %.9g, not %.9g (row scale %.3g)",
                       static_cast<long long>(row), static_cast<long long>(head),
                       static_cast<long long>(d), got, wanted[d], row_scale);
       }
-      account(error, wanted[d]);
+      account(std::max(error - step, 0.0), wanted[d]);
     }
     return {};
   }

@@ -161,6 +161,15 @@ double largest_finite(DType dtype) {
   }
 }
 
+double smallest_step(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16: return 0x1p-24;
+    case DType::kFloat8E4M3: return 0x1p-9;
+    case DType::kFloat8E5M2: return 0x1p-16;
+    default: return 0x1p-126;  // float32 and bf16 kernels may flush subnormals
+  }
+}
+
 int ordinal_of_float8(std::uint8_t code) {
   const int magnitude = code & 0x7F;
   return (code & 0x80) != 0 ? -magnitude : magnitude;

@@ -22,6 +22,8 @@ void decode_row(DType dtype, const void* elements, std::int64_t count, double* v
 bool is_float(DType dtype);
 bool is_float8(DType dtype);
 double largest_finite(DType dtype);
+// The distance between neighbours next to zero.
+double smallest_step(DType dtype);
 
 // Position of an fp8 value in the order of all values of its type: neighbours differ by 1, and
 // -0 and +0 are the same. Not for NaN.

@@ -1,0 +1,27 @@
+// Stored cases of vLLM's Triton kernel: they pin the meaning of semantics.md to the system that
+// this project re-creates. tests/golden/README.md describes the files.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "quire/quire.h"
+#include "tests/conformance/case.h"
+#include "tests/conformance/expected.h"
+
+namespace quire::conformance {
+
+struct GoldenCase {
+  std::string name;  // "triton_seed101_0.safetensors/009 fp8_kv"
+  Case inputs;       // key and value, if stored: row i was written to slot i
+  Expected expected;
+  double tolerance = 0;
+};
+
+// Throws std::runtime_error on files that are not what they should be.
+std::vector<GoldenCase> read_golden(const std::string& path);
+
+// Runs the stored cache write, where there is one, and attention. "" or what is wrong.
+std::string run_golden(const GoldenCase& golden, const AttentionBackend& backend);
+
+}  // namespace quire::conformance
