@@ -49,8 +49,7 @@ ChatTemplate::ChatTemplate(const GgufFile& file) {
     // Llama 3.1's template; the date is the one it falls back to, so that answers do not depend on
     // the day.
     if (program.find("Cutting Knowledge Date: December 2023") != std::string_view::npos) {
-      system_preamble_ =
-          "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+      system_preamble_ = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
     }
   } else {
     file.fail("key \"tokenizer.chat_template\": expected a ChatML or Llama 3 template, got " +
@@ -95,8 +94,7 @@ std::vector<TextPiece> ChatTemplate::render_llama3(std::span<const ChatMessage> 
   const bool has_system = !messages.empty() && messages.front().role == "system";
   if (!has_system && !system_preamble_.empty()) add("system", system_preamble_);
   for (const ChatMessage& message : messages) {
-    add(message.role,
-        (message.role == "system" ? system_preamble_ : "") + trim(message.content));
+    add(message.role, (message.role == "system" ? system_preamble_ : "") + trim(message.content));
   }
   open("assistant");
   return pieces;

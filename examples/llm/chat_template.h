@@ -36,7 +36,7 @@ class ChatTemplate {
   std::vector<TextPiece> render_llama3(std::span<const ChatMessage> messages) const;
 
   Family family_ = Family::kChatMl;
-  std::string default_system_;  // ChatML; empty: none
+  std::string default_system_;   // ChatML; empty: none
   std::string system_preamble_;  // Llama 3.1 and later: stands before every system message
 };
 

@@ -22,8 +22,7 @@ class CpuOps final : public DeviceOps {
   void synchronize() override {}
 
   Tensor load_weight(std::span<const GgufTensor* const> parts) override;
-  void gather_rows(const TensorView& in, const TensorView& indices,
-                   const TensorView& out) override;
+  void gather_rows(const TensorView& in, const TensorView& indices, const TensorView& out) override;
   void rms_norm(const TensorView& x, const TensorView& weight, float epsilon,
                 const TensorView& out) override;
   void linear(const TensorView& x, const TensorView& weight, const TensorView& out) override;

@@ -33,8 +33,8 @@ void dequantize_f16(const std::byte* in, std::int64_t count, float* out) {
 
 void dequantize_bf16(const std::byte* in, std::int64_t count, float* out) {
   for (std::int64_t i = 0; i < count; ++i) {
-    out[i] = std::bit_cast<float>(static_cast<std::uint32_t>(load<std::uint16_t>(in + 2 * i))
-                                  << 16);
+    out[i] =
+        std::bit_cast<float>(static_cast<std::uint32_t>(load<std::uint16_t>(in + 2 * i)) << 16);
   }
 }
 
@@ -74,8 +74,7 @@ void dequantize_q4_1(const std::byte* in, std::int64_t count, float* out) {
 }  // namespace
 
 void dequantize_rows(const GgufTensor& tensor, std::int64_t begin, std::int64_t end, float* out) {
-  const std::int64_t row_bytes =
-      static_cast<std::int64_t>(tensor.data.size()) / tensor.num_rows();
+  const std::int64_t row_bytes = static_cast<std::int64_t>(tensor.data.size()) / tensor.num_rows();
   const std::byte* in = tensor.data.data() + begin * row_bytes;
   const std::int64_t count = (end - begin) * tensor.row_size();
   switch (tensor.type) {

@@ -48,8 +48,7 @@ class DeviceOps {
                         const TensorView& out) = 0;
   // out = x weight^T, or out += x weight^T; weight [out cols, x cols].
   virtual void linear(const TensorView& x, const TensorView& weight, const TensorView& out) = 0;
-  virtual void linear_add(const TensorView& x, const TensorView& weight,
-                          const TensorView& out) = 0;
+  virtual void linear_add(const TensorView& x, const TensorView& weight, const TensorView& out) = 0;
   // The angles of rotary embeddings: out[i] = cos(positions[i] * frequencies), then as many sines.
   // positions int32 [rows], frequencies float32 [pairs], out float32 [rows, 2 * pairs].
   virtual void rope_angles(const TensorView& positions, const TensorView& frequencies,

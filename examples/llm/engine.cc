@@ -80,8 +80,8 @@ void Engine::build_batch(std::span<const ScheduledChunk> chunks) {
   batch = Batch{};
   batch.query_start_loc.push_back(0);
   for (const ScheduledChunk& chunk : chunks) {
-    batch.max_blocks = std::max(batch.max_blocks,
-                                static_cast<std::int64_t>(chunk.sequence->blocks.blocks.size()));
+    batch.max_blocks =
+        std::max(batch.max_blocks, static_cast<std::int64_t>(chunk.sequence->blocks.blocks.size()));
   }
   for (const ScheduledChunk& chunk : chunks) {
     const Sequence& sequence = *chunk.sequence;

@@ -182,8 +182,8 @@ void run(Options options) {
   report.total_seconds = seconds_since(start);
   report.device = options.device;
   report.backend = model.backend_name();
-  report.kv_cache_dtype = quire::to_string(
-      storage_dtype(model.options().kv_cache_dtype, ops.dtype()));
+  report.kv_cache_dtype =
+      quire::to_string(storage_dtype(model.options().kv_cache_dtype, ops.dtype()));
   report.num_threads = ops.context().threads->num_threads();
   report.block_size = options.block_size;
   report.num_blocks = options.num_blocks;
@@ -201,8 +201,7 @@ void add_prompt_options(CLI::App& command, Options& options) {
   command.add_option("--model", options.model,
                      "GGUF file of a Llama-architecture model (default: $QUIRE_MODEL, else what "
                      "scripts/fetch_model.sh fetched)");
-  command
-      .add_option("--prompt", options.prompts, "A prompt; may be given several times")
+  command.add_option("--prompt", options.prompts, "A prompt; may be given several times")
       ->take_all()
       ->expected(1);
   command.add_option("--prompts-file", options.prompts_file, "A file with a prompt on each line");

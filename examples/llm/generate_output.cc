@@ -106,11 +106,12 @@ void print_table(const RunReport& report) {
   };
   row("prefill", engine.prefill_tokens, engine.prefill_seconds);
   row("decode", engine.decode_tokens, engine.decode_seconds);
-  std::printf("blocks     %lld of %lld used at most, %lld of them shared at most; a prefix block "
-              "was found %lld times (%lld tokens not computed)\n",
-              static_cast<long long>(blocks.peak_used), static_cast<long long>(report.num_blocks),
-              static_cast<long long>(blocks.peak_shared), static_cast<long long>(blocks.reused),
-              static_cast<long long>(blocks.reused * report.block_size));
+  std::printf(
+      "blocks     %lld of %lld used at most, %lld of them shared at most; a prefix block "
+      "was found %lld times (%lld tokens not computed)\n",
+      static_cast<long long>(blocks.peak_used), static_cast<long long>(report.num_blocks),
+      static_cast<long long>(blocks.peak_shared), static_cast<long long>(blocks.reused),
+      static_cast<long long>(blocks.reused * report.block_size));
   std::printf("cache      %s, blocks of %lld tokens, %.1f MiB; %lld preemptions\n",
               report.kv_cache_dtype.c_str(), static_cast<long long>(report.block_size),
               static_cast<double>(report.cache_bytes) / (1 << 20),

@@ -95,13 +95,12 @@ std::string shape_string(const std::vector<std::int64_t>& shape) {
 
 std::shared_ptr<const void> map_file(const std::string& path, std::span<const std::byte>& bytes) {
   const auto fail = [&](const char* action) -> void {
-    throw ModelError(path + ": cannot " + action + ": " +
-                     std::system_category().message(errno));
+    throw ModelError(path + ": cannot " + action + ": " + std::system_category().message(errno));
   };
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) fail("open");
   const std::shared_ptr<void> closer(nullptr, [fd](void*) { ::close(fd); });
-  struct stat status{};
+  struct stat status {};
   if (::fstat(fd, &status) != 0) fail("read its size");
   if (!S_ISREG(status.st_mode)) throw ModelError(path + ": expected a GGUF file, got no file");
   const auto size = static_cast<std::size_t>(status.st_size);
@@ -366,9 +365,7 @@ GgufFile GgufFile::parse(std::span<const std::byte> bytes, std::string name) {
   return file;
 }
 
-void GgufFile::fail(const std::string& message) const {
-  throw ModelError(name_ + ": " + message);
-}
+void GgufFile::fail(const std::string& message) const { throw ModelError(name_ + ": " + message); }
 
 template <class T>
 const T& GgufFile::value(std::string_view key, const char* expected) const {

@@ -81,9 +81,9 @@ class GgufFile {
   [[noreturn]] void fail(const std::string& message) const;
 
  private:
-  using Value = std::variant<bool, std::int64_t, double, std::string_view,
-                             std::vector<std::int64_t>, std::vector<double>,
-                             std::vector<std::string_view>>;
+  using Value =
+      std::variant<bool, std::int64_t, double, std::string_view, std::vector<std::int64_t>,
+                   std::vector<double>, std::vector<std::string_view>>;
   friend class GgufParser;
 
   template <class T>

@@ -24,8 +24,10 @@ TensorView first_rows(const Tensor& tensor, std::int64_t rows) {
 // Columns from `column` on of a matrix, seen as [rows, num_heads, head_size].
 TensorView heads(const TensorView& matrix, std::int64_t column, std::int64_t num_heads,
                  std::int64_t head_size) {
-  return {static_cast<char*>(matrix.data) + column * size_of(matrix.dtype), matrix.dtype,
-          {matrix.shape[0], num_heads, head_size}, {matrix.strides[0], head_size, 1},
+  return {static_cast<char*>(matrix.data) + column * size_of(matrix.dtype),
+          matrix.dtype,
+          {matrix.shape[0], num_heads, head_size},
+          {matrix.strides[0], head_size, 1},
           matrix.device};
 }
 
@@ -105,8 +107,8 @@ void Model::load_weights(const GgufFile& file) {
                       {"attn_k.weight", c.num_kv_heads * c.head_size},
                       {"attn_v.weight", c.num_kv_heads * c.head_size_v}},
                      c.hidden_size);
-    layer.attention_output = load(file, prefix, {{"attn_output.weight", c.hidden_size}},
-                                  c.num_heads * c.head_size_v);
+    layer.attention_output =
+        load(file, prefix, {{"attn_output.weight", c.hidden_size}}, c.num_heads * c.head_size_v);
     layer.ffn_norm = load(file, prefix, {{"ffn_norm.weight", 1}}, c.hidden_size);
     layer.gate_up =
         load(file, prefix, {{"ffn_gate.weight", c.ffn_size}, {"ffn_up.weight", c.ffn_size}},
@@ -116,8 +118,8 @@ void Model::load_weights(const GgufFile& file) {
   // A tensor that nobody asked for, a bias for example, means that the model computes something
   // else than what is done here. Tables of rotations are the exception: they can be derived.
   for (const GgufTensor& tensor : file.tensors()) {
-    const bool derived = tensor.name.ends_with("rot_embd") ||
-                         tensor.name.ends_with("rot_embd.weight");
+    const bool derived =
+        tensor.name.ends_with("rot_embd") || tensor.name.ends_with("rot_embd.weight");
     if (!used_tensors_.contains(tensor.name) && !derived) {
       file.fail("expected the tensors of a plain Llama model, got also \"" +
                 std::string(tensor.name) + "\"");
@@ -150,8 +152,7 @@ void Model::load_frequencies(const GgufFile& file) {
 void Model::allocate_cache(Layer& layer) {
   const DType dtype = storage_dtype(options_.kv_cache_dtype, ops_.dtype());
   const auto add = [&](DType type, std::initializer_list<std::int64_t> tail) {
-    std::vector<std::int64_t> shape{options_.num_blocks, options_.block_size,
-                                    config_.num_kv_heads};
+    std::vector<std::int64_t> shape{options_.num_blocks, options_.block_size, config_.num_kv_heads};
     shape.insert(shape.end(), tail);
     layer.cache_memory.push_back(ops_.allocate(type, shape));
     const TensorView& view = layer.cache_memory.back().view;
@@ -202,11 +203,10 @@ void Model::allocate_workspace() {
 void Model::upload(const Batch& batch) {
   if (batch.num_tokens() > options_.max_batch_tokens || batch.num_seqs() > options_.max_seqs ||
       batch.max_blocks > max_blocks_per_seq()) {
-    throw std::invalid_argument("batch: expected at most " +
-                                std::to_string(options_.max_batch_tokens) + " tokens of " +
-                                std::to_string(options_.max_seqs) + " sequences, got " +
-                                std::to_string(batch.num_tokens()) + " of " +
-                                std::to_string(batch.num_seqs()));
+    throw std::invalid_argument(
+        "batch: expected at most " + std::to_string(options_.max_batch_tokens) + " tokens of " +
+        std::to_string(options_.max_seqs) + " sequences, got " +
+        std::to_string(batch.num_tokens()) + " of " + std::to_string(batch.num_seqs()));
   }
   upload_vector(ops_, batch.tokens, space_.tokens);
   upload_vector(ops_, batch.positions, space_.positions);
@@ -221,8 +221,10 @@ AttentionMetadata Model::plan(const Batch& batch) {
   CommonAttentionMetadata common;
   common.query_start_loc = first_rows(space_.query_start_loc, batch.num_seqs() + 1);
   common.seq_lens = first_rows(space_.seq_lens, batch.num_seqs());
-  common.block_table = {space_.block_table.view.data, DType::kInt32,
-                        {batch.num_seqs(), batch.max_blocks}, ops_.device()};
+  common.block_table = {space_.block_table.view.data,
+                        DType::kInt32,
+                        {batch.num_seqs(), batch.max_blocks},
+                        ops_.device()};
   common.slot_mapping = first_rows(space_.slot_mapping, batch.num_tokens());
   common.num_actual_tokens = batch.num_tokens();
   for (std::size_t i = 0; i < batch.seq_lens.size(); ++i) {

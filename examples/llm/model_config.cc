@@ -8,8 +8,8 @@ namespace {
 std::int64_t size(const GgufFile& file, const char* key, std::int64_t most) {
   const std::int64_t value = file.integer(key);
   if (value < 1 || value > most) {
-    file.fail("key \"" + std::string(key) + "\": expected 1 to " + std::to_string(most) +
-              ", got " + std::to_string(value));
+    file.fail("key \"" + std::string(key) + "\": expected 1 to " + std::to_string(most) + ", got " +
+              std::to_string(value));
   }
   return value;
 }
@@ -34,8 +34,8 @@ void read_rope(const GgufFile& file, ModelConfig& config) {
     file.fail("key \"llama.rope.dimension_count\": expected an even number, got " +
               std::to_string(config.rope_size));
   }
-  config.rope_base = positive(file, "llama.rope.freq_base",
-                              file.number_or("llama.rope.freq_base", 10000.0));
+  config.rope_base =
+      positive(file, "llama.rope.freq_base", file.number_or("llama.rope.freq_base", 10000.0));
   const std::string_view scaling = file.string_or("llama.rope.scaling.type", "none");
   if (scaling == "linear") {
     config.rope_scale =
@@ -45,8 +45,8 @@ void read_rope(const GgufFile& file, ModelConfig& config) {
               std::string(scaling) + "\"");
   } else {
     // The key of older files.
-    config.rope_scale = positive(file, "llama.rope.scale_linear",
-                                 file.number_or("llama.rope.scale_linear", 1.0));
+    config.rope_scale =
+        positive(file, "llama.rope.scale_linear", file.number_or("llama.rope.scale_linear", 1.0));
   }
 }
 
@@ -60,8 +60,10 @@ ModelConfig ModelConfig::read(const GgufFile& file) {
   constexpr std::int64_t kMaxContext = std::int64_t{1} << 30;
   const std::string_view architecture = file.string("general.architecture");
   if (architecture != "llama") {
-    file.fail("key \"general.architecture\": expected \"llama\", the one model family that this "
-              "example computes, got \"" + std::string(architecture) + "\"");
+    file.fail(
+        "key \"general.architecture\": expected \"llama\", the one model family that this "
+        "example computes, got \"" +
+        std::string(architecture) + "\"");
   }
   if (file.integer_or("llama.expert_count", 0) != 0) {
     file.fail("key \"llama.expert_count\": expected a model without mixture of experts");
@@ -82,10 +84,9 @@ ModelConfig ModelConfig::read(const GgufFile& file) {
     file.fail("key \"llama.attention.head_count\": expected a divisor of the embedding length " +
               std::to_string(config.hidden_size) + ", got " + std::to_string(config.num_heads));
   }
-  config.head_size = size_or(file, "llama.attention.key_length",
-                             config.hidden_size / config.num_heads, kMaxWidth);
-  config.head_size_v =
-      size_or(file, "llama.attention.value_length", config.head_size, kMaxWidth);
+  config.head_size =
+      size_or(file, "llama.attention.key_length", config.hidden_size / config.num_heads, kMaxWidth);
+  config.head_size_v = size_or(file, "llama.attention.value_length", config.head_size, kMaxWidth);
   config.norm_epsilon =
       static_cast<float>(positive(file, "llama.attention.layer_norm_rms_epsilon",
                                   file.number("llama.attention.layer_norm_rms_epsilon")));

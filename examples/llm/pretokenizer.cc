@@ -27,10 +27,8 @@ struct Definition {
 };
 
 constexpr Definition kDefinitions[] = {
-    {"smollm", {kSingleDigits, kGpt2}, false},
-    {"gpt-2", {kGpt2, nullptr}, false},
-    {"llama-bpe", {kLlama3, nullptr}, true},
-    {"llama3", {kLlama3, nullptr}, true},
+    {"smollm", {kSingleDigits, kGpt2}, false}, {"gpt-2", {kGpt2, nullptr}, false},
+    {"llama-bpe", {kLlama3, nullptr}, true},   {"llama3", {kLlama3, nullptr}, true},
     {"qwen2", {kQwen2, nullptr}, false},
 };
 
@@ -67,9 +65,9 @@ class PreTokenizer::Regex {
     const PCRE2_SIZE* range = pcre2_get_ovector_pointer(match.get());
     std::size_t done = 0;
     while (done < text.size()) {
-      const int result = pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()),
-                                     text.size(), done, PCRE2_NO_UTF_CHECK | PCRE2_NOTEMPTY,
-                                     match.get(), nullptr);
+      const int result =
+          pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), done,
+                      PCRE2_NO_UTF_CHECK | PCRE2_NOTEMPTY, match.get(), nullptr);
       if (result == PCRE2_ERROR_NOMATCH) break;
       if (result < 0) throw std::runtime_error("pre-tokenizer: " + pcre2_message(result));
       if (range[0] > done) pieces.push_back(text.substr(done, range[0] - done));

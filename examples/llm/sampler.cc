@@ -20,8 +20,7 @@ Sampler::Sampler(const SamplingParams& params) : params_(params), random_(params
 
 std::int32_t Sampler::sample(std::span<const float> logits) {
   if (params_.temperature > 0.0F) return sample_nucleus(logits);
-  return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) -
-                                   logits.begin());
+  return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
 }
 
 std::int32_t Sampler::sample_nucleus(std::span<const float> logits) {
@@ -45,8 +44,8 @@ std::int32_t Sampler::sample_nucleus(std::span<const float> logits) {
     while (index >= ordered && ordered < candidates_.size()) {
       const std::size_t next = std::min(candidates_.size(), ordered == 0 ? 64 : ordered * 8);
       std::partial_sort(candidates_.begin() + static_cast<std::ptrdiff_t>(ordered),
-                        candidates_.begin() + static_cast<std::ptrdiff_t>(next),
-                        candidates_.end(), likelier);
+                        candidates_.begin() + static_cast<std::ptrdiff_t>(next), candidates_.end(),
+                        likelier);
       ordered = next;
     }
   };

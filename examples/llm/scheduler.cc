@@ -35,13 +35,12 @@ void Scheduler::add(Sequence& sequence) {
   // The last token of an answer is never computed.
   const std::int64_t most = sequence.num_prompt + sequence.max_tokens - 1;
   if (blocks_.blocks_for(most) > blocks_.num_blocks()) {
-    throw RequestError("request " + std::to_string(sequence.id) + ": a prompt of " +
-                       std::to_string(sequence.num_prompt) + " tokens with an answer of up to " +
-                       std::to_string(sequence.max_tokens) + " needs " +
-                       std::to_string(blocks_.blocks_for(most)) + " blocks of " +
-                       std::to_string(blocks_.block_size()) + ", but the cache has " +
-                       std::to_string(blocks_.num_blocks()) +
-                       ": ask for more blocks or a shorter answer");
+    throw RequestError(
+        "request " + std::to_string(sequence.id) + ": a prompt of " +
+        std::to_string(sequence.num_prompt) + " tokens with an answer of up to " +
+        std::to_string(sequence.max_tokens) + " needs " + std::to_string(blocks_.blocks_for(most)) +
+        " blocks of " + std::to_string(blocks_.block_size()) + ", but the cache has " +
+        std::to_string(blocks_.num_blocks()) + ": ask for more blocks or a shorter answer");
   }
   waiting_.push_back(&sequence);
 }
@@ -54,8 +53,7 @@ std::vector<ScheduledChunk> Scheduler::schedule() {
     Sequence& sequence = *running_[i];
     // A token is kept for each sequence still to come, so that a long prompt stops no one's answer.
     const auto others = static_cast<std::int64_t>(running_.size() - i - 1);
-    const std::int64_t count =
-        std::min(length(sequence) - sequence.num_computed, budget - others);
+    const std::int64_t count = std::min(length(sequence) - sequence.num_computed, budget - others);
     if (!grow(sequence, sequence.num_computed + count)) break;
     schedule_chunk(sequence, count, step);
     budget -= count;

@@ -20,8 +20,7 @@ std::array<char32_t, 256> make_byte_alphabet() {
   std::array<char32_t, 256> alphabet{};
   char32_t next = 0x100;
   for (unsigned byte = 0; byte < 256; ++byte) {
-    const bool printable =
-        (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte != 0xAD);
+    const bool printable = (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte != 0xAD);
     alphabet[byte] = printable ? byte : next++;
   }
   return alphabet;
@@ -76,8 +75,7 @@ PreTokenizer make_pretokenizer(const GgufFile& file) {
 
 }  // namespace
 
-Tokenizer::Tokenizer(const GgufFile& file)
-    : file_(file), pretokenizer_(make_pretokenizer(file)) {
+Tokenizer::Tokenizer(const GgufFile& file) : file_(file), pretokenizer_(make_pretokenizer(file)) {
   add_tokens(file_);
   add_merges(file_);
   find_end_tokens(file_);
@@ -95,9 +93,8 @@ void Tokenizer::add_tokens(const GgufFile& file) {
   const auto& tokens = file.strings("tokenizer.ggml.tokens");
   const auto& types = file.integers("tokenizer.ggml.token_type");
   if (tokens.empty() || tokens.size() > (1U << 24) || types.size() != tokens.size()) {
-    file.fail("expected 1 to 2^24 tokens, each with a type, got " +
-              std::to_string(tokens.size()) + " tokens and " + std::to_string(types.size()) +
-              " types");
+    file.fail("expected 1 to 2^24 tokens, each with a type, got " + std::to_string(tokens.size()) +
+              " tokens and " + std::to_string(types.size()) + " types");
   }
   ids_.reserve(tokens.size());
   bytes_.reserve(tokens.size());
@@ -135,8 +132,8 @@ void Tokenizer::add_merges(const GgufFile& file) {
     const std::string_view merge = merges[i];
     const std::size_t space = merge.find(' ', 1);
     if (space == std::string_view::npos) {
-      file.fail("key \"tokenizer.ggml.merges\": expected two words in merge " +
-                std::to_string(i) + ", got one");
+      file.fail("key \"tokenizer.ggml.merges\": expected two words in merge " + std::to_string(i) +
+                ", got one");
     }
     joined.assign(merge.substr(0, space)).append(merge.substr(space + 1));
     const auto left = ids_.find(merge.substr(0, space));
@@ -159,8 +156,8 @@ void Tokenizer::find_end_tokens(const GgufFile& file) {
     const std::int64_t id = file.integer_or(key, -1);
     if (id >= 0 && id < size()) ends_answer_[static_cast<std::size_t>(id)] = true;
   }
-  for (const char* text : {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>",
-                           "<|end_of_text|>"}) {
+  for (const char* text :
+       {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"}) {
     for (const SpecialToken& token : special_['<']) {
       if (token.text == text) ends_answer_[static_cast<std::size_t>(token.id)] = true;
     }

@@ -67,7 +67,7 @@ class Tokenizer {
   std::unordered_map<std::string_view, std::int32_t> ids_;  // spelled as in the file
   std::vector<std::string> bytes_;
   std::vector<bool> ends_answer_;
-  std::unordered_map<std::uint64_t, Merge> merges_;  // key: left id << 32 | right id
+  std::unordered_map<std::uint64_t, Merge> merges_;           // key: left id << 32 | right id
   std::unordered_map<std::string_view, std::int32_t> words_;  // by bytes, for ignores_merges()
   std::array<std::int32_t, 256> byte_tokens_{};
   std::array<std::vector<SpecialToken>, 256> special_;  // by first byte, longest first

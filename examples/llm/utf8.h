@@ -17,9 +17,9 @@ class Utf8Stream {
   std::string finish();
 
  private:
-  std::string held_;           // the bytes so far of a sequence that is not complete
-  int missing_ = 0;            // continuation bytes still to come
-  unsigned char lowest_ = 0;   // range of the next continuation byte
+  std::string held_;          // the bytes so far of a sequence that is not complete
+  int missing_ = 0;           // continuation bytes still to come
+  unsigned char lowest_ = 0;  // range of the next continuation byte
   unsigned char highest_ = 0;
 };
 

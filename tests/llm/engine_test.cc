@@ -103,10 +103,10 @@ TEST(Engine, SeedsBelongToRequests) {
   const auto alone = generate_alone(sampling);
   EXPECT_NE(alone, generate_alone());
   EXPECT_EQ(generate({.num_blocks = 64, .block_size = 16}, sampling).answers, alone);
-  EXPECT_EQ(generate({.num_blocks = 60, .block_size = 2, .max_batch_tokens = 9, .max_seqs = 3},
-                     sampling)
-                .answers,
-            alone);
+  EXPECT_EQ(
+      generate({.num_blocks = 60, .block_size = 2, .max_batch_tokens = 9, .max_seqs = 3}, sampling)
+          .answers,
+      alone);
 }
 
 TEST(Engine, AgreesWithTheReferenceBackend) {
@@ -148,12 +148,21 @@ TEST(Engine, StopsAtTheContextsEnd) {
 
 TEST(Engine, RefusesWhatItCannotServe) {
   TinyEngine engine({.num_blocks = 4, .block_size = 16});
-  EXPECT_THAT([&] { engine->add({tiny_prompt(50, 1), 40, {}}); },
-              ThrowsMessage<RequestError>(HasSubstr("but the cache has 4")));
-  EXPECT_THAT([&] { engine->add({tiny_prompt(kTinyContext, 1), 1, {}}); },
-              ThrowsMessage<RequestError>(HasSubstr("shorter than the model's context of 256")));
-  EXPECT_THAT([&] { engine->add({{1, 2, 120}, 1, {}}); },
-              ThrowsMessage<RequestError>(HasSubstr("expected tokens below 120, got 120")));
+  EXPECT_THAT(
+      [&] {
+        engine->add({tiny_prompt(50, 1), 40, {}});
+      },
+      ThrowsMessage<RequestError>(HasSubstr("but the cache has 4")));
+  EXPECT_THAT(
+      [&] {
+        engine->add({tiny_prompt(kTinyContext, 1), 1, {}});
+      },
+      ThrowsMessage<RequestError>(HasSubstr("shorter than the model's context of 256")));
+  EXPECT_THAT(
+      [&] {
+        engine->add({{1, 2, 120}, 1, {}});
+      },
+      ThrowsMessage<RequestError>(HasSubstr("expected tokens below 120, got 120")));
   EXPECT_THROW(engine->add({{1, -1}, 1, {}}), RequestError);
   EXPECT_THROW(engine->add({{}, 1, {}}), RequestError);
   EXPECT_THROW(engine->add({{1}, 0, {}}), RequestError);

@@ -86,8 +86,11 @@ TEST(Gguf, SaysWhatIsMissingOrOfAnotherKind) {
               ThrowsMessage<ModelError>(HasSubstr("an array of strings")));
   EXPECT_THAT([&] { file.tensor("none", {1}); },
               ThrowsMessage<ModelError>(HasSubstr("expected a tensor \"none\"")));
-  EXPECT_THAT([&] { file.tensor("second", {3, 2}); },
-              ThrowsMessage<ModelError>(HasSubstr("expected shape [3, 2], got [2, 3]")));
+  EXPECT_THAT(
+      [&] {
+        file.tensor("second", {3, 2});
+      },
+      ThrowsMessage<ModelError>(HasSubstr("expected shape [3, 2], got [2, 3]")));
 }
 
 }  // namespace

@@ -51,12 +51,11 @@ TEST_P(Greedy, EqualsTransformers) {
 
 INSTANTIATE_TEST_SUITE_P(
     Real, Greedy,
-    testing::Values(
-        Case{"AllAtOnce", {.num_blocks = 128, .block_size = 16}, false},
-        Case{"SmallChunksOddBlocks",
-             {.num_blocks = 64, .block_size = 7, .max_batch_tokens = 24, .max_seqs = 3},
-             false},
-        Case{"TooFewBlocks", {.num_blocks = 12, .block_size = 16}, true}),
+    testing::Values(Case{"AllAtOnce", {.num_blocks = 128, .block_size = 16}, false},
+                    Case{"SmallChunksOddBlocks",
+                         {.num_blocks = 64, .block_size = 7, .max_batch_tokens = 24, .max_seqs = 3},
+                         false},
+                    Case{"TooFewBlocks", {.num_blocks = 12, .block_size = 16}, true}),
     [](const auto& test) { return test.param.name; });
 
 }  // namespace

@@ -33,13 +33,17 @@ TEST(Utf8Stream, IncompleteEndIsReplacedOnce) {
 // Expected values are Python's bytes.decode(errors="replace").
 TEST(Utf8Stream, InvalidPartsAreReplaced) {
   const std::string bad = kBad;
-  EXPECT_EQ(sanitize_utf8("a\xFF""b"), "a" + bad + "b");
+  EXPECT_EQ(sanitize_utf8("a\xFF"
+                          "b"),
+            "a" + bad + "b");
   EXPECT_EQ(sanitize_utf8("\x80\x80"), bad + bad);
-  EXPECT_EQ(sanitize_utf8("\xC0\xAF"), bad + bad);              // overlong
-  EXPECT_EQ(sanitize_utf8("\xE0\x80\x80"), bad + bad + bad);    // overlong
-  EXPECT_EQ(sanitize_utf8("\xED\xA0\x80"), bad + bad + bad);    // surrogate
+  EXPECT_EQ(sanitize_utf8("\xC0\xAF"), bad + bad);            // overlong
+  EXPECT_EQ(sanitize_utf8("\xE0\x80\x80"), bad + bad + bad);  // overlong
+  EXPECT_EQ(sanitize_utf8("\xED\xA0\x80"), bad + bad + bad);  // surrogate
   EXPECT_EQ(sanitize_utf8("\xF4\x90\x80\x80"), bad + bad + bad + bad);
-  EXPECT_EQ(sanitize_utf8("\xE6\x97""a"), bad + "a");
+  EXPECT_EQ(sanitize_utf8("\xE6\x97"
+                          "a"),
+            bad + "a");
   EXPECT_EQ(sanitize_utf8("\xE6\x97\xC3\xA9"), bad + "\xC3\xA9");
 }
 
