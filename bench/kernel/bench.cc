@@ -16,7 +16,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Calls walk through caches of this many times the last-level cache before one comes again.
+// Of the last-level cache: see Options::rotation_bytes.
 constexpr std::int64_t kRotationFactor = 8;
 constexpr std::int64_t kMaxCaches = 64;
 constexpr std::size_t kMaxSamples = 10'000;
@@ -157,7 +157,9 @@ Report run(const std::vector<Workload>& workloads, const Options& options,
   report.read_method = meter->read_method();
   report.flops_method = meter->flops_method();
 
-  const std::int64_t rotation_bytes = kRotationFactor * report.machine.last_level_cache_bytes;
+  const std::int64_t rotation_bytes = options.rotation_bytes > 0
+                                          ? options.rotation_bytes
+                                          : kRotationFactor * report.machine.last_level_cache_bytes;
   std::vector<Workload> small;
   std::vector<MemoryNeed> needs;
   for (const Workload& workload : workloads) {

@@ -26,6 +26,9 @@ struct Options {
   int min_repeats = 3;
   double min_time_ms = 300.0;
   int num_threads = 0;  // 0: one for each CPU
+  // Calls rotate over caches of this size together, so that one is gone from the last-level cache
+  // when its turn comes again; 0: eight times the last-level cache.
+  std::int64_t rotation_bytes = 0;
   std::uint64_t seed = 1;
 };
 

@@ -110,15 +110,17 @@ class CpuLimitMeter final : public LimitMeter {
           }
         },
         num_chunks());
+    fma_steps_ = choose_fma_steps();
   }
 
   LimitSample measure() override {
     std::vector<double> bytes;
     std::vector<double> flops;
-    for (int pass = 0; pass < kNumPasses; ++pass) {
+    const Clock::time_point begin = Clock::now();
+    do {
       bytes.push_back(measure_read());
       flops.push_back(measure_fma());
-    }
+    } while (bytes.size() < kMaxPasses && seconds_since(begin) < kMaxSeconds);
     return {median(bytes), median(flops)};
   }
 
@@ -134,11 +136,11 @@ class CpuLimitMeter final : public LimitMeter {
   }
 
  private:
-  static constexpr int kNumPasses = 3;
+  static constexpr std::size_t kMaxPasses = 3;
+  static constexpr double kMaxSeconds = 0.3;        // reached by slow machines and sanitizers
+  static constexpr double kFmaTaskSeconds = 0.005;  // long beside waking a thread
   static constexpr std::int64_t kChunkWords = std::int64_t{1} << 18;  // 2 MiB, taken by any thread
   static constexpr std::int64_t kChunkBytes = kChunkWords * 8;
-  // 24 chains of these take 4 ms at 3 GHz: long beside waking a thread.
-  static constexpr std::int64_t kFmaSteps = 1'000'000;
 
   // Eight times the last-level cache, so that what is left in it from the pass before is little.
   static std::size_t buffer_bytes(std::size_t max_buffer_bytes) {
@@ -146,6 +148,20 @@ class CpuLimitMeter final : public LimitMeter {
         std::max<std::int64_t>(8 * inspect_machine().last_level_cache_bytes, 256 << 20));
     const std::size_t num_bytes = std::min(wanted, max_buffer_bytes);
     return std::max<std::size_t>(num_bytes / kChunkBytes, 1) * kChunkBytes;
+  }
+
+  // Enough for a task of kFmaTaskSeconds. The fastest of a few trials: the first one may have to
+  // wake the vector unit, any may be interrupted.
+  static std::int64_t choose_fma_steps() {
+    constexpr std::int64_t kTrialSteps = 10'000;
+    double seconds = 1.0;
+    for (int trial = 0; trial < 5; ++trial) {
+      float sink = 0.0F;
+      const Clock::time_point begin = Clock::now();
+      HWY_DYNAMIC_DISPATCH(run_fma)(kTrialSteps, 1.0F, &sink);
+      seconds = std::min(seconds, std::max(seconds_since(begin), 1e-7));
+    }
+    return static_cast<std::int64_t>(kTrialSteps * std::max(kFmaTaskSeconds / seconds, 1.0));
   }
 
   std::int64_t num_chunks() const {
@@ -183,7 +199,7 @@ class CpuLimitMeter final : public LimitMeter {
     run(
         [&](std::int64_t task) {
           const auto i = static_cast<std::size_t>(task);
-          flops[i] = HWY_DYNAMIC_DISPATCH(run_fma)(kFmaSteps, 1.0F, &sinks[i]);
+          flops[i] = HWY_DYNAMIC_DISPATCH(run_fma)(fma_steps_, 1.0F, &sinks[i]);
         },
         num_tasks);
     const double seconds = seconds_since(begin);
@@ -197,6 +213,7 @@ class CpuLimitMeter final : public LimitMeter {
 
   ThreadPool& threads_;
   Buffer buffer_;
+  std::int64_t fma_steps_ = 0;
   volatile float sink_ = 0.0F;
 };
 

@@ -36,6 +36,7 @@ Options quick_options() {
   options.min_repeats = 3;
   options.min_time_ms = 0.0;
   options.num_threads = 2;
+  options.rotation_bytes = 1 << 20;
   return options;
 }
 
