@@ -101,10 +101,11 @@ HWY_NOINLINE void rows_times_panels(const float* a, std::int64_t lda, const floa
 
 // ---- loading a unit -----------------------------------------------------------------------------
 
-// The rows of keys [first, first + count) of one side. A null row reads as zeros.
+// The rows of keys [first, first + count) of one side, at the item's first head. A null row reads
+// as zeros.
 struct UnitRows {
   const char* row[kMaxKvTile];
-  float scale[kMaxKvTile];
+  const float* scale[kMaxKvTile];  // null: 1
 };
 
 HWY_INLINE void resolve_rows(const Item& item, const KvParams& kv, std::int64_t first,
@@ -116,9 +117,9 @@ HWY_INLINE void resolve_rows(const Item& item, const KvParams& kv, std::int64_t 
     const std::int64_t offset = semantics::cache_offset(kv.strides, block, slot, item.kv_head);
     out->row[t] = static_cast<const char*>(kv.data) + offset * element;
     out->scale[t] = kv.token_scales == nullptr
-                        ? 1.0F
-                        : kv.token_scales[semantics::cache_offset(kv.token_scale_strides, block,
-                                                                  slot, item.kv_head)];
+                        ? nullptr
+                        : kv.token_scales + semantics::cache_offset(kv.token_scale_strides, block,
+                                                                    slot, item.kv_head);
   };
   if (!layer.paged) {
     for (std::int32_t t = 0; t < count; ++t) set(t, 0, item.first_kv_row + first + t);
@@ -134,7 +135,7 @@ HWY_INLINE void resolve_rows(const Item& item, const KvParams& kv, std::int64_t 
       set(t, block, slot);
     } else {
       out->row[t] = nullptr;
-      out->scale[t] = 0.0F;
+      out->scale[t] = nullptr;
     }
     if (++slot == layer.block_size) {
       slot = 0;
@@ -143,73 +144,107 @@ HWY_INLINE void resolve_rows(const Item& item, const KvParams& kv, std::int64_t 
   }
 }
 
-HWY_INLINE void widen_or_zero(WidenRow widen, const char* row, std::int32_t size, float scale,
-                              float* to, std::int32_t padded) {
-  if (row != nullptr) {
-    widen(row, size, scale, to, padded);
-  } else {
-    std::fill(to, to + padded, 0.0F);
-  }
-}
+// One side's way from stored rows to fp32.
+class Widener {
+ public:
+  explicit Widener(const KvParams& kv)
+      : widen_(widener(kv.dtype)),
+        element_bytes_(size_of(kv.dtype)),
+        head_bytes_(kv.strides.head * element_bytes_),
+        scale_head_stride_(kv.token_scale_strides.head) {}
 
-// K rows one after another, [count, padded_k]; rounded up to whole vectors of keys with zeros.
+  // to[0, padded) = elements [from, from + size) of row t and head h, zeros behind.
+  HWY_INLINE void operator()(const UnitRows& rows, std::int32_t t, std::int32_t h,
+                             std::int32_t from, std::int32_t size, float* to,
+                             std::int32_t padded) const {
+    if (rows.row[t] == nullptr) {
+      std::fill(to, to + padded, 0.0F);
+      return;
+    }
+    const float scale = rows.scale[t] == nullptr ? 1.0F : rows.scale[t][h * scale_head_stride_];
+    widen_(rows.row[t] + h * head_bytes_ + from * element_bytes_, size, scale, to, padded);
+  }
+
+ private:
+  WidenRow widen_;
+  std::int64_t element_bytes_;
+  std::int64_t head_bytes_;
+  std::int64_t scale_head_stride_;
+};
+
+// K rows as they lie, [heads][kv_tile][padded_k], in memory order: all heads of a key, then the
+// next key. Keys up to a whole vector are zeros.
 HWY_INLINE void load_k_rows(const Item& item, const UnitRows& rows, std::int32_t count) {
-  const WidenRow widen = widener(item.params->k.dtype);
-  float* to = item.scratch->k;
+  const Widener widen(item.params->k);
+  const std::int64_t head_stride = std::int64_t{item.tile->kv_tile} * item.padded_k;
   const auto padded_count = static_cast<std::int32_t>(round_up(count, kVec));
-  for (std::int32_t t = 0; t < padded_count; ++t, to += item.padded_k) {
-    widen_or_zero(widen, t < count ? rows.row[t] : nullptr, item.params->layer->head_size,
-                  t < count ? rows.scale[t] : 0.0F, to, item.padded_k);
+  for (std::int32_t t = 0; t < padded_count; ++t) {
+    for (std::int32_t h = 0; h < item.heads; ++h) {
+      float* to = item.scratch->k + h * head_stride + std::int64_t{t} * item.padded_k;
+      if (t < count) {
+        widen(rows, t, h, 0, item.params->layer->head_size, to, item.padded_k);
+      } else {
+        std::fill(to, to + item.padded_k, 0.0F);
+      }
+    }
   }
 }
 
-// K transposed into panels: [key panel][padded_k][kPanel].
+// K of one head transposed into panels: [key panel][padded_k][kPanel].
 HWY_INLINE void load_k_panels(const Item& item, const UnitRows& rows, std::int32_t count) {
   const Df d;
-  const WidenRow widen = widener(item.params->k.dtype);
+  const Widener widen(item.params->k);
   float* staging = item.scratch->staging;
   const auto padded_count = static_cast<std::int32_t>(round_up(count, kPanel));
   for (std::int32_t first = 0; first < padded_count; first += kVec) {
     for (std::int32_t t = 0; t < kVec; ++t) {
-      const bool exists = first + t < count;
-      widen_or_zero(widen, exists ? rows.row[first + t] : nullptr, item.params->layer->head_size,
-                    exists ? rows.scale[first + t] : 0.0F, staging + t * item.padded_k,
-                    item.padded_k);
+      float* to = staging + t * item.padded_k;
+      if (first + t < count) {
+        widen(rows, first + t, 0, 0, item.params->layer->head_size, to, item.padded_k);
+      } else {
+        std::fill(to, to + item.padded_k, 0.0F);
+      }
     }
     float* panel = item.scratch->k + static_cast<std::int64_t>(first / kPanel) * item.padded_k *
                                          kPanel + first % kPanel;
     for (std::int32_t i = 0; i < item.padded_k; i += kVec) {
       Vf block[kLanes];
+      HWY_UNROLL(16)
       for (std::int32_t t = 0; t < kVec; ++t) {
         block[t] = hn::LoadU(d, staging + t * item.padded_k + i);
       }
       transpose(block);
+      HWY_UNROLL(16)
       for (std::int32_t r = 0; r < kVec; ++r) hn::StoreU(block[r], d, panel + (i + r) * kPanel);
     }
   }
 }
 
-// V in panels: [output panel][kMaxKvTile][kPanel].
+// V in panels, in memory order: [heads][output panel][kv_tile][kPanel].
 HWY_INLINE void load_v_panels(const Item& item, const UnitRows& rows, std::int32_t count) {
-  const KvParams& kv = item.params->v;
-  const WidenRow widen = widener(kv.dtype);
+  const Widener widen(item.params->v);
   const std::int32_t size = item.params->layer->head_size_v;
-  const std::int64_t element = size_of(kv.dtype);
+  const std::int64_t panel_stride = std::int64_t{item.tile->kv_tile} * kPanel;
+  const std::int64_t head_stride = std::int64_t{item.tile->kv_tile} * item.padded_v;
   for (std::int32_t t = 0; t < count; ++t) {
-    float* to = item.scratch->v + t * kPanel;
-    for (std::int32_t i = 0; i < size; i += kPanel, to += kMaxKvTile * kPanel) {
-      const char* row = rows.row[t] == nullptr ? nullptr : rows.row[t] + i * element;
-      widen_or_zero(widen, row, std::min(kPanel, size - i), rows.scale[t], to, kPanel);
+    for (std::int32_t h = 0; h < item.heads; ++h) {
+      float* to = item.scratch->v + h * head_stride + std::int64_t{t} * kPanel;
+      for (std::int32_t i = 0; i < size; i += kPanel, to += panel_stride) {
+        widen(rows, t, h, i, std::min(kPanel, size - i), to, kPanel);
+      }
     }
   }
 }
 
 // Asks for the next unit's rows while this one is being computed.
-HWY_INLINE void prefetch_rows(const UnitRows& rows, std::int32_t count, std::int64_t row_bytes) {
+HWY_INLINE void prefetch_rows(const Item& item, const KvParams& kv, const UnitRows& rows,
+                              std::int32_t count, std::int64_t row_bytes) {
+  const std::int64_t head_bytes = kv.strides.head * size_of(kv.dtype);
   for (std::int32_t t = 0; t < count; ++t) {
     if (rows.row[t] == nullptr) continue;
-    for (std::int64_t byte = 0; byte < row_bytes; byte += 64) {
-      hwy::Prefetch(rows.row[t] + byte);
+    for (std::int32_t h = 0; h < item.heads; ++h) {
+      const char* row = rows.row[t] + h * head_bytes;
+      for (std::int64_t byte = 0; byte < row_bytes; byte += 64) hwy::Prefetch(row + byte);
     }
   }
 }
@@ -217,18 +252,22 @@ HWY_INLINE void prefetch_rows(const UnitRows& rows, std::int32_t count, std::int
 // ---- scores -------------------------------------------------------------------------------------
 
 // S[r][t] for K rows as they lie: kLanes dot products at a time, summed together.
-HWY_INLINE void scores_by_dots(const Item& item, std::int32_t count) {
+HWY_INLINE void scores_by_dots(const Item& item, std::int32_t h, std::int32_t count) {
   const Df d;
   const Scratch& scratch = *item.scratch;
+  const float* head_q = scratch.q + std::int64_t{h} * item.head_rows * item.padded_k;
+  const float* head_k = scratch.k + std::int64_t{h} * item.tile->kv_tile * item.padded_k;
   for (std::int32_t r = 0; r < item.rows; ++r) {
-    const float* q = scratch.q + static_cast<std::int64_t>(r) * item.padded_k;
+    const float* q = head_q + static_cast<std::int64_t>(r) * item.padded_k;
     float* s = scratch.s + r * kMaxKvTile;
     for (std::int32_t t = 0; t < count; t += kVec) {
-      const float* k = scratch.k + static_cast<std::int64_t>(t) * item.padded_k;
+      const float* k = head_k + static_cast<std::int64_t>(t) * item.padded_k;
       Vf acc[kLanes];
+      HWY_UNROLL(16)
       for (std::size_t n = 0; n < kLanes; ++n) acc[n] = hn::Zero(d);
       for (std::int32_t i = 0; i < item.padded_k; i += kVec) {
         const Vf x = hn::Load(d, q + i);
+        HWY_UNROLL(16)
         for (std::size_t n = 0; n < kLanes; ++n) {
           acc[n] = hn::MulAdd(x, hn::Load(d, k + n * item.padded_k + i), acc[n]);
         }
@@ -313,8 +352,8 @@ HWY_INLINE float mask_and_max(Columns a, Columns b, std::int32_t padded, float* 
   return hn::GetLane(hn::MaxOfLanes(d, max));
 }
 
-HWY_INLINE void finish_scores(const Item& item, std::int64_t first, std::int32_t count,
-                              std::int32_t padded) {
+HWY_INLINE void finish_scores(const Item& item, std::int32_t h, std::int64_t first,
+                              std::int32_t count, std::int32_t padded) {
   const AttentionParams& p = *item.params;
   const LayerParams& layer = *p.layer;
   const Scratch& scratch = *item.scratch;
@@ -323,8 +362,8 @@ HWY_INLINE void finish_scores(const Item& item, std::int64_t first, std::int32_t
     const TileToken& token = scratch.tokens[r / layer.group];
     float* s = scratch.s + r * kMaxKvTile;
     if (modified) {
-      modify_scores(layer, item.kv_head * layer.group + r % layer.group, first - token.q_pos,
-                    padded, s);
+      modify_scores(layer, (item.kv_head + h) * layer.group + r % layer.group,
+                    first - token.q_pos, padded, s);
     }
     if (p.batch->qq_bias != nullptr) add_qq_bias(*p.batch, token, first, count, s);
     scratch.new_max[r] = mask_and_max(columns_of(token.visible.prefix, first, count),
@@ -372,70 +411,85 @@ void load_queries(const Item& item) {
   const AttentionParams& p = *item.params;
   const LayerParams& layer = *p.layer;
   const WidenRow widen = widener(layer.dtype);
-  for (std::int32_t r = 0; r < item.rows; ++r) {
-    const std::int64_t row = item.scratch->tokens[r / layer.group].row;
-    const std::int64_t head = item.kv_head * layer.group + r % layer.group;
-    const char* from = static_cast<const char*>(p.query) +
-                       (row * p.query_token_stride + head * p.query_head_stride) *
-                           size_of(layer.dtype);
-    widen(from, layer.head_size, item.query_scale,
-          item.scratch->q + static_cast<std::int64_t>(r) * item.padded_k, item.padded_k);
+  for (std::int32_t h = 0; h < item.heads; ++h) {
+    float* to = item.scratch->q + std::int64_t{h} * item.head_rows * item.padded_k;
+    for (std::int32_t r = 0; r < item.rows; ++r, to += item.padded_k) {
+      const auto token = static_cast<std::size_t>(r / layer.group);
+      const std::int64_t head = (item.kv_head + h) * layer.group + r % layer.group;
+      const char* from = static_cast<const char*>(p.query) +
+                         (item.scratch->tokens[token].row * p.query_token_stride +
+                          head * p.query_head_stride) * size_of(layer.dtype);
+      widen(from, layer.head_size, item.query_scale, to, item.padded_k);
+    }
   }
 }
 
-void clear(const Item& item, const PartialRows& out) {
-  const auto rows = round_up(item.rows, kPadK);
-  std::fill(out.o, out.o + static_cast<std::int64_t>(item.rows) * item.padded_v, 0.0F);
+HWY_INLINE void clear(const Item& item, const PartialRows& out) {
+  const std::int64_t rows = std::int64_t{item.head_rows} * item.heads;
+  std::fill(out.o, out.o + rows * item.padded_v, 0.0F);
   std::fill(out.max, out.max + rows, kMinusInfinity);
   std::fill(out.sum, out.sum + rows, 0.0F);
+}
+
+// The unit's keys are in scratch: scores, softmax and P V of head h.
+HWY_INLINE void attend_head(const Item& item, std::int32_t h, std::int64_t first,
+                            std::int32_t count, const PartialRows& out) {
+  const planning::WorkTile& tile = *item.tile;
+  const Scratch& scratch = *item.scratch;
+  const std::int64_t row = std::int64_t{h} * item.head_rows;
+  const PartialRows state{out.o + row * item.padded_v, out.max + row, out.sum + row};
+  const auto padded = static_cast<std::int32_t>(round_up(count, kVec));
+  if (tile.few_rows) {
+    scores_by_dots(item, h, count);
+  } else {
+    scores_by_panels(item, count);
+  }
+  finish_scores(item, h, first, count, padded);
+  update_max(item, state);
+  exponentiate(item, padded, state);
+  const std::int32_t head_size_v = item.params->layer->head_size_v;
+  rows_times_panels(scratch.s, kMaxKvTile,
+                    scratch.v + std::int64_t{h} * tile.kv_tile * item.padded_v,
+                    std::int64_t{tile.kv_tile} * kPanel, (head_size_v + kPanel - 1) / kPanel,
+                    count, state.o, item.padded_v, item.rows, scratch.alpha);
 }
 
 void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
                const PartialRows& out) {
   const planning::WorkTile& tile = *item.tile;
   const AttentionParams& p = *item.params;
-  const Scratch& scratch = *item.scratch;
   const std::int64_t k_bytes = p.layer->head_size * size_of(p.k.dtype);
   const std::int64_t v_bytes = p.layer->head_size_v * size_of(p.v.dtype);
+  const auto first_of = [&](std::int32_t u) {
+    return std::int64_t{tile.units.at(u)} * tile.kv_tile;
+  };
   const auto count_of = [&](std::int32_t u) {
-    const std::int64_t first = std::int64_t{tile.units.at(u)} * tile.kv_tile;
     return static_cast<std::int32_t>(
-        std::clamp<std::int64_t>(item.hull_end - first, 0, tile.kv_tile));
+        std::clamp<std::int64_t>(item.hull_end - first_of(u), 0, tile.kv_tile));
   };
-  const auto resolve = [&](std::int32_t u, UnitRows* k, UnitRows* v) {
-    const std::int64_t first = std::int64_t{tile.units.at(u)} * tile.kv_tile;
-    resolve_rows(item, p.k, first, count_of(u), k);
-    resolve_rows(item, p.v, first, count_of(u), v);
-  };
-  clear(item, out);
   UnitRows k_rows[2];
   UnitRows v_rows[2];
-  if (unit_begin < unit_end) resolve(unit_begin, &k_rows[0], &v_rows[0]);
+  const auto resolve = [&](std::int32_t u) {
+    resolve_rows(item, p.k, first_of(u), count_of(u), &k_rows[u & 1]);
+    resolve_rows(item, p.v, first_of(u), count_of(u), &v_rows[u & 1]);
+  };
+  clear(item, out);
+  if (unit_begin < unit_end) resolve(unit_begin);
   for (std::int32_t u = unit_begin; u < unit_end; ++u) {
-    const std::int32_t now = (u - unit_begin) & 1;
     if (u + 1 < unit_end) {
-      resolve(u + 1, &k_rows[now ^ 1], &v_rows[now ^ 1]);
-      prefetch_rows(k_rows[now ^ 1], count_of(u + 1), k_bytes);
-      prefetch_rows(v_rows[now ^ 1], count_of(u + 1), v_bytes);
+      resolve(u + 1);
+      prefetch_rows(item, p.k, k_rows[(u + 1) & 1], count_of(u + 1), k_bytes);
+      prefetch_rows(item, p.v, v_rows[(u + 1) & 1], count_of(u + 1), v_bytes);
     }
     const std::int32_t count = count_of(u);
     if (count == 0) continue;
-    const std::int64_t first = std::int64_t{tile.units.at(u)} * tile.kv_tile;
-    const auto padded = static_cast<std::int32_t>(round_up(count, kVec));
     if (tile.few_rows) {
-      load_k_rows(item, k_rows[now], count);
-      scores_by_dots(item, count);
+      load_k_rows(item, k_rows[u & 1], count);
     } else {
-      load_k_panels(item, k_rows[now], count);
-      scores_by_panels(item, count);
+      load_k_panels(item, k_rows[u & 1], count);
     }
-    load_v_panels(item, v_rows[now], count);
-    finish_scores(item, first, count, padded);
-    update_max(item, out);
-    exponentiate(item, padded, out);
-    rows_times_panels(scratch.s, kMaxKvTile, scratch.v, std::int64_t{kMaxKvTile} * kPanel,
-                      (p.layer->head_size_v + kPanel - 1) / kPanel, count, out.o, item.padded_v,
-                      item.rows, scratch.alpha);
+    load_v_panels(item, v_rows[u & 1], count);
+    for (std::int32_t h = 0; h < item.heads; ++h) attend_head(item, h, first_of(u), count, out);
   }
 }
 

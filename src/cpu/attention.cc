@@ -63,16 +63,21 @@ class Call {
     bool tokens_ready = false;
     while (at != range.end) {
       const WorkTile& tile = schedule.tiles[static_cast<std::size_t>(at.tile)];
-      const bool last = at.tile == range.end.tile && at.head == range.end.head;
+      const bool last = at.tile == range.end.tile && at.item == range.end.item;
       const std::int32_t chunk_end = last ? range.end.chunk : tile.num_chunks;
       if (!tokens_ready) item = prepare_tile(tile, shared, scratch);
-      item.kv_head = at.head;
+      take_heads(at.item, &item);
       run_item(schedule, item, at.chunk, chunk_end,
                at.chunk > 0 ? range.first_item_slot : range.last_item_slot, shared);
       if (last) return;
-      tokens_ready = at.head + 1 < layer_.num_kv_heads;
-      at = tokens_ready ? WorkPoint{at.tile, at.head + 1, 0} : WorkPoint{at.tile + 1, 0, 0};
+      tokens_ready = at.item + 1 < tile.num_items(layer_);
+      at = tokens_ready ? WorkPoint{at.tile, at.item + 1, 0} : WorkPoint{at.tile + 1, 0, 0};
     }
+  }
+
+  void take_heads(std::int32_t index, Item* item) const {
+    item->kv_head = index * item->tile->heads;
+    item->heads = std::min(item->tile->heads, layer_.num_kv_heads - item->kv_head);
   }
 
   // Resolves the tile's query tokens and what each sees.
@@ -83,6 +88,7 @@ class Call {
     item.tile = &tile;
     item.scratch = &scratch;
     item.rows = tile.num_tokens * layer_.group;
+    item.head_rows = planning::head_rows(layer_, tile);
     item.query_scale = query_scale_;
     item.padded_k = workspace_.padded_k();
     item.padded_v = workspace_.padded_v();
@@ -133,7 +139,7 @@ class Call {
     run_chunk(0, result);
     for (std::int32_t chunk = 1; chunk < chunk_end; ++chunk) {
       run_chunk(chunk, item.scratch->chunk);
-      kernels_.fold(result, item.scratch->chunk, item.rows, item.padded_v);
+      kernels_.fold(result, item.scratch->chunk, item.head_rows * item.heads, item.padded_v);
     }
     if (whole) finish_item(item, result, shared);
   }
@@ -142,35 +148,40 @@ class Call {
                   Scratch& scratch) {
     const WorkTile& tile = schedule.tiles[static_cast<std::size_t>(split.tile)];
     Item item = prepare_tile(tile, shared, scratch);
-    item.kv_head = split.head;
+    take_heads(split.item, &item);
     const PartialRows result = workspace_.slot(schedule, split.slot);
     for (std::int32_t chunk = split.first_cut; chunk < tile.num_chunks; ++chunk) {
-      kernels_.fold(result, workspace_.slot(schedule, split.slot + chunk), item.rows,
-                    item.padded_v);
+      kernels_.fold(result, workspace_.slot(schedule, split.slot + chunk),
+                    item.head_rows * item.heads, item.padded_v);
     }
     finish_item(item, result, shared);
   }
 
   void finish_item(const Item& item, const PartialRows& result, bool shared) {
-    for (std::int32_t r = 0; r < item.rows; ++r) {
-      const std::int32_t i = r / layer_.group;
-      const std::int32_t head = item.kv_head * layer_.group + r % layer_.group;
-      PartialRows row{result.o + static_cast<std::int64_t>(r) * item.padded_v, result.max + r,
-                      result.sum + r};
-      if (shared) {
-        const PartialRows kept = workspace_.shared_result(item.tile->first + i, head);
-        std::copy(row.o, row.o + item.padded_v, kept.o);
-        *kept.max = *row.max;
-        *kept.sum = *row.sum;
-        continue;
-      }
-      if (item.tile->shared_first >= 0) {
-        const PartialRows prefix = workspace_.shared_result(item.tile->shared_first + i, head);
-        kernels_.fold(prefix, row, 1, item.padded_v);
-        row = prefix;
-      }
-      finish_row(item.scratch->tokens[static_cast<std::size_t>(i)].row, head, row);
+    for (std::int32_t h = 0; h < item.heads; ++h) {
+      for (std::int32_t r = 0; r < item.rows; ++r) finish_head_row(item, result, h, r, shared);
     }
+  }
+
+  void finish_head_row(const Item& item, const PartialRows& result, std::int32_t h,
+                       std::int32_t r, bool shared) {
+    const std::int32_t i = r / layer_.group;
+    const std::int32_t head = (item.kv_head + h) * layer_.group + r % layer_.group;
+    const std::int64_t at = std::int64_t{h} * item.head_rows + r;
+    PartialRows row{result.o + at * item.padded_v, result.max + at, result.sum + at};
+    if (shared) {
+      const PartialRows kept = workspace_.shared_result(item.tile->first + i, head);
+      std::copy(row.o, row.o + item.padded_v, kept.o);
+      *kept.max = *row.max;
+      *kept.sum = *row.sum;
+      return;
+    }
+    if (item.tile->shared_first >= 0) {
+      const PartialRows prefix = workspace_.shared_result(item.tile->shared_first + i, head);
+      kernels_.fold(prefix, row, 1, item.padded_v);
+      row = prefix;
+    }
+    finish_row(item.scratch->tokens[static_cast<std::size_t>(i)].row, head, row);
   }
 
   void finish_row(std::int64_t row, std::int32_t head, const PartialRows& state) {

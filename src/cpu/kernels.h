@@ -43,7 +43,8 @@ class AlignedFloats {
   std::int64_t size_ = 0;
 };
 
-// The running result of some rows: unnormalised outputs [rows, padded head_size_v], maxima, sums.
+// The running result of an item's rows, head after head (planning::head_rows apart): unnormalised
+// outputs [rows, padded head_size_v], maxima, sums.
 struct PartialRows {
   float* o = nullptr;
   float* max = nullptr;
@@ -65,9 +66,9 @@ struct Scratch {
   AlignedFloats memory;
   std::vector<TileToken> tokens;
 
-  float* q = nullptr;       // [rows, padded head_size], scaled
-  float* k = nullptr;       // one K tile, in the layout of the path taken
-  float* v = nullptr;       // one V tile in panels
+  float* q = nullptr;       // [heads, head_rows, padded head_size], scaled
+  float* k = nullptr;       // one K tile of each head, in the layout of the path taken
+  float* v = nullptr;       // one V tile of each head, in panels
   float* staging = nullptr; // a few widened K rows before transposition
   float* s = nullptr;       // [rows, kMaxKvTile] logits, then weights
   float* alpha = nullptr;   // [rows] rescaling of what came before
@@ -81,8 +82,10 @@ struct Item {
   const AttentionParams* params = nullptr;
   const planning::WorkTile* tile = nullptr;
   Scratch* scratch = nullptr;
-  std::int32_t kv_head = 0;
-  std::int32_t rows = 0;     // num_tokens * group, group fastest
+  std::int32_t kv_head = 0;   // the first of
+  std::int32_t heads = 0;     // this many
+  std::int32_t rows = 0;      // of one head: num_tokens * group, group fastest
+  std::int32_t head_rows = 0; // distance of heads in `q` and in results, in rows
   std::int64_t hull_end = 0; // no row of the tile sees a key at or past it
   std::int64_t first_kv_row = 0;
   float query_scale = 1.0F;  // softmax, query and key scales

@@ -28,18 +28,20 @@ float* Workspace::reserve_block_output(std::int64_t count) {
 
 void Workspace::size_scratch(Scratch* scratch) const {
   const std::int64_t rows = round_up(std::max(work_.max_rows, 1), kPadK);
+  const std::int64_t item_rows = std::max<std::int64_t>(work_.max_item_rows, kPadK);
+  const std::int64_t keys = std::max(work_.max_item_keys, kMaxKvTile);
   const std::int64_t k = padded_k();
   const std::int64_t v = padded_v();
   const std::int64_t counts[] = {
-      rows * k,           // q
-      kMaxKvTile * k,     // k
-      kMaxKvTile * v,     // v
+      item_rows * k,      // q
+      keys * k,           // k
+      keys * v,           // v
       kPadK * k,          // staging
       rows * kMaxKvTile,  // s
       rows,               // alpha
       rows,               // new_max
-      rows * (v + 2),     // result
-      rows * (v + 2),     // chunk
+      item_rows * (v + 2),  // result
+      item_rows * (v + 2),  // chunk
   };
   std::int64_t total = 0;
   for (const std::int64_t count : counts) total += round_up(count, kPadK);
@@ -61,19 +63,19 @@ void Workspace::size_scratch(Scratch* scratch) const {
   std::fill(scratch->new_max, scratch->new_max + rows, 0.0F);
   for (PartialRows* partial : {&scratch->result, &scratch->chunk}) {
     partial->o = take();
-    partial->max = partial->o + rows * v;
-    partial->sum = partial->max + rows;
+    partial->max = partial->o + item_rows * v;
+    partial->sum = partial->max + item_rows;
   }
   const auto tokens = static_cast<std::size_t>(std::max(work_.max_rows / layer_.group, 1));
   if (scratch->tokens.size() < tokens) scratch->tokens.resize(tokens);
 }
 
 std::int64_t Workspace::slot_floats(const planning::Schedule& schedule) const {
-  return round_up(schedule.slot_rows, kPadK) * (padded_v() + 2);
+  return std::int64_t{schedule.slot_rows} * (padded_v() + 2);
 }
 
 PartialRows Workspace::slot(const planning::Schedule& schedule, std::int64_t slot) const {
-  const std::int64_t rows = round_up(schedule.slot_rows, kPadK);
+  const std::int64_t rows = std::int64_t{schedule.slot_rows};
   float* o = slots_.data() + slot * slot_floats(schedule);
   return {o, o + rows * padded_v(), o + rows * (padded_v() + 1)};
 }

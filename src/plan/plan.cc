@@ -72,8 +72,31 @@ void add_sequence(const LayerParams& layer, const BatchParams& batch, std::int32
         semantics::union_spans(seq.mask, first_pos, first_pos + tile.num_tokens - 1),
         tile.kv_begin, tile.kv_end);
     set_units(policy, visible, &tile);
-    plan->max_rows = std::max(plan->max_rows, tile.num_tokens * layer.group);
     plan->main.tiles.push_back(tile);
+  }
+}
+
+// Memory-bound items take several kv heads as long as every worker still finds enough items.
+// Which heads go together changes no result.
+void group_heads(const LayerParams& layer, int num_threads, Schedule* schedule) {
+  std::int64_t chunks = 0;
+  for (const WorkTile& tile : schedule->tiles) chunks += tile.num_chunks;
+  const std::int64_t wanted = std::int64_t{num_threads} * kItemsPerThread;
+  const std::int64_t most =
+      num_threads == 1 ? layer.num_kv_heads
+                       : std::max<std::int64_t>(chunks * layer.num_kv_heads / wanted, 1);
+  for (WorkTile& tile : schedule->tiles) {
+    if (!tile.few_rows) continue;
+    tile.heads = static_cast<std::int32_t>(
+        std::min<std::int64_t>(cpu_most_heads(layer, tile.kv_tile), most));
+  }
+}
+
+void note_sizes(const LayerParams& layer, const Schedule& schedule, WorkPlan* plan) {
+  for (const WorkTile& tile : schedule.tiles) {
+    plan->max_rows = std::max(plan->max_rows, tile.num_tokens * layer.group);
+    plan->max_item_rows = std::max(plan->max_item_rows, item_rows(layer, tile));
+    plan->max_item_keys = std::max(plan->max_item_keys, tile.heads * tile.kv_tile);
   }
 }
 
@@ -82,14 +105,14 @@ std::int64_t chunk_cost(const LayerParams& layer, const WorkTile& tile, std::int
   const std::int32_t units =
       std::min(tile.units_per_chunk, tile.units.count() - chunk * tile.units_per_chunk);
   // The last term is a tile's own overhead: loading queries, storing outputs.
-  return cpu_unit_cost(layer, rows, tile.kv_tile) * std::max(units, 0) +
-         (chunk == 0 ? rows * (layer.head_size + layer.head_size_v) / 16 + 16 : 0);
+  return tile.heads * (cpu_unit_cost(layer, rows, tile.kv_tile) * std::max(units, 0) +
+                       (chunk == 0 ? rows * (layer.head_size + layer.head_size_v) / 16 + 16 : 0));
 }
 
 std::int64_t item_cost(const LayerParams& layer, const WorkTile& tile) {
   const std::int64_t rows = std::int64_t{tile.num_tokens} * layer.group;
-  return cpu_unit_cost(layer, rows, tile.kv_tile) * tile.units.count() +
-         rows * (layer.head_size + layer.head_size_v) / 16 + 16;
+  return tile.heads * (cpu_unit_cost(layer, rows, tile.kv_tile) * tile.units.count() +
+                       rows * (layer.head_size + layer.head_size_v) / 16 + 16);
 }
 
 // Cuts the items of a schedule into ranges. Cuts fall between items unless an item is so large
@@ -99,7 +122,7 @@ class RangeCutter {
   RangeCutter(const LayerParams& layer, std::int32_t num_ranges, Schedule* schedule)
       : layer_(layer), schedule_(schedule) {
     for (const WorkTile& tile : schedule->tiles) {
-      total_ += item_cost(layer, tile) * layer.num_kv_heads;
+      total_ += item_cost(layer, tile) * tile.num_items(layer);
     }
     target_ = std::max<std::int64_t>(total_ / num_ranges, 1);
   }
@@ -110,12 +133,12 @@ class RangeCutter {
       const WorkTile& tile = schedule_->tiles[t];
       const std::int64_t cost = item_cost(layer_, tile);
       const bool worth_splitting = tile.num_chunks > 1 && cost > target_ / 8;
-      for (std::int32_t h = 0; h < layer_.num_kv_heads; ++h) {
+      for (std::int32_t i = 0; i < tile.num_items(layer_); ++i) {
         if (worth_splitting && filled_ + cost > target_ + target_ / 8) {
-          split_item(tile, t, h);
+          split_item(tile, t, i);
         } else {
           // Stop before an item that would overfill the range by more than it underfills it.
-          if (filled_ > 0 && filled_ + cost / 2 > target_) cut({t, h, 0});
+          if (filled_ > 0 && filled_ + cost / 2 > target_) cut({t, i, 0});
           filled_ += cost;
         }
       }
@@ -124,14 +147,14 @@ class RangeCutter {
   }
 
  private:
-  void split_item(const WorkTile& tile, std::int32_t t, std::int32_t h) {
-    SplitItem item{t, h, 0, schedule_->num_slots};
+  void split_item(const WorkTile& tile, std::int32_t t, std::int32_t i) {
+    SplitItem item{t, i, 0, schedule_->num_slots};
     for (std::int32_t chunk = 0; chunk < tile.num_chunks; ++chunk) {
       const std::int64_t cost = chunk_cost(layer_, tile, chunk);
       if (filled_ > 0 && filled_ + cost / 2 > target_) {
         if (chunk > 0 && item.first_cut == 0) item.first_cut = chunk;
         if (chunk > 0) last_slot_ = item.slot;
-        cut({t, h, chunk});
+        cut({t, i, chunk});
         if (chunk > 0) first_slot_ = item.slot;
       }
       filled_ += cost;
@@ -139,7 +162,7 @@ class RangeCutter {
     if (item.first_cut == 0) return;
     schedule_->splits.push_back(item);
     schedule_->num_slots += tile.num_chunks;
-    schedule_->slot_rows = std::max(schedule_->slot_rows, tile.num_tokens * layer_.group);
+    schedule_->slot_rows = std::max(schedule_->slot_rows, item_rows(layer_, tile));
   }
 
   void cut(WorkPoint end) {
@@ -175,14 +198,17 @@ void build(const LayerParams& layer, const BatchParams& batch, int num_threads, 
   plan->shared.clear();
   plan->main.clear();
   plan->shared_rows.clear();
-  plan->max_rows = 0;
+  plan->max_rows = plan->max_item_rows = plan->max_item_keys = 0;
   find_shared_prefixes(layer, batch, plan);
   const TilePolicy shared_policy = cpu_shared_prefix_policy(layer);
   for (WorkTile& tile : plan->shared.tiles) {
     set_units(shared_policy, shared_tile_spans(layer, batch, *plan, tile), &tile);
-    plan->max_rows = std::max(plan->max_rows, tile.num_tokens * layer.group);
   }
   for (std::int32_t s = 0; s < batch.num_seqs; ++s) add_sequence(layer, batch, s, plan);
+  for (Schedule* schedule : {&plan->shared, &plan->main}) {
+    group_heads(layer, num_threads, schedule);
+    note_sizes(layer, *schedule, plan);
+  }
   const std::int32_t num_ranges = num_threads == 1 ? 1 : num_threads * kRangesPerThread;
   RangeCutter(layer, num_ranges, &plan->shared).run();
   RangeCutter(layer, num_ranges, &plan->main).run();
@@ -199,12 +225,12 @@ void append(const LayerParams& layer, const char* name, const Schedule& schedule
              " heads, units of " + number(tile.kv_tile) + " keys: " +
              number(tile.units.prefix_first) + "+" + number(tile.units.prefix_count) + ", " +
              number(tile.units.main_first) + "+" + number(tile.units.main_count) + ", chunks " +
-             number(tile.num_chunks) + "\n";
+             number(tile.num_chunks) + ", kv heads together " + number(tile.heads) + "\n";
   }
   for (const WorkRange& range : schedule.ranges) {
     *text += std::string(name) + " range: (" + number(range.begin.tile) + ", " +
-             number(range.begin.head) + ", " + number(range.begin.chunk) + ") to (" +
-             number(range.end.tile) + ", " + number(range.end.head) + ", " +
+             number(range.begin.item) + ", " + number(range.begin.chunk) + ") to (" +
+             number(range.end.tile) + ", " + number(range.end.item) + ", " +
              number(range.end.chunk) + ")\n";
   }
 }

@@ -53,6 +53,18 @@ inline TilePolicy cpu_shared_prefix_policy(const LayerParams& layer) {
   return policy;
 }
 
+// Most kv heads that one item of few rows takes together. All heads of a token lie side by side in
+// the NHD cache, so reading them together walks memory in order: one head at a time reached 18 of
+// 38 GB/s, all together 31 (docs/performance.md). Their widened K and V stay within 256 KiB of L2.
+inline std::int32_t cpu_most_heads(const LayerParams& layer, std::int32_t kv_tile) {
+  const std::int64_t floats = std::int64_t{kv_tile} * (layer.head_size + layer.head_size_v);
+  const auto fit = static_cast<std::int32_t>(std::max<std::int64_t>(65536 / floats, 1));
+  return std::min(fit, layer.num_kv_heads);
+}
+
+// Items a worker should find before heads are taken together at the expense of parallelism.
+inline constexpr std::int32_t kItemsPerThread = 4;
+
 // Relative cost of one unit for one kv head: reading and widening its elements, plus the
 // multiply-adds of every row. 8 rows of multiply-adds take about as long as the reading.
 inline std::int64_t cpu_unit_cost(const LayerParams& layer, std::int64_t rows,

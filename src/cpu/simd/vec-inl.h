@@ -117,27 +117,38 @@ HWY_INLINE Vf even_lanes(Vf high, Vf low) { return hn::ConcatEven(Df(), high, lo
 HWY_INLINE Vf odd_lanes(Vf high, Vf low) { return hn::ConcatOdd(Df(), high, low); }
 #endif
 
+// Loops over arrays of vectors are unrolled by recursion and pragmas, or the arrays would live in
+// memory.
+
 // The sums of kLanes vectors, in order, as one vector. Each step adds neighbours and halves the
 // number of vectors: kLanes - 1 steps of two shuffles and an addition.
+template <std::size_t kCount = kLanes>
 HWY_INLINE Vf sums_of(Vf (&v)[kLanes]) {
-  for (std::size_t n = kLanes; n > 1; n /= 2) {
-    for (std::size_t i = 0; i < n / 2; ++i) {
+  if constexpr (kCount > 1) {
+    HWY_UNROLL(16)
+    for (std::size_t i = 0; i < kCount / 2; ++i) {
       v[i] = hn::Add(even_lanes(v[2 * i + 1], v[2 * i]), odd_lanes(v[2 * i + 1], v[2 * i]));
     }
+    return sums_of<kCount / 2>(v);
+  } else {
+    return v[0];
   }
-  return v[0];
 }
 
 // Transposes kLanes x kLanes in place. Splitting neighbours into evens and odds rotates the bits of
 // (row, column) by one; log2(kLanes) rotations exchange row and column.
+template <std::size_t kSteps = kLanes>
 HWY_INLINE void transpose(Vf (&v)[kLanes]) {
-  for (std::size_t n = kLanes; n > 1; n /= 2) {
+  if constexpr (kSteps > 1) {
     Vf next[kLanes];
+    HWY_UNROLL(16)
     for (std::size_t i = 0; i < kLanes / 2; ++i) {
       next[i] = even_lanes(v[2 * i + 1], v[2 * i]);
       next[i + kLanes / 2] = odd_lanes(v[2 * i + 1], v[2 * i]);
     }
+    HWY_UNROLL(16)
     for (std::size_t i = 0; i < kLanes; ++i) v[i] = next[i];
+    transpose<kSteps / 2>(v);
   }
 }
 
