@@ -1,6 +1,7 @@
 #include "bench/kernel/report.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -51,6 +52,18 @@ Figures figures_of(const Report& report, const Result& result) {
   f.gflop_per_s = num_flops / f.time_us * 1e6 / kGiga;
   f.memory_bound = is_memory_bound(report.limits, num_flops, num_bytes);
   return f;
+}
+
+// Whether the limits moved so much during the run that its figures deserve doubt.
+bool is_unsteady(const Report& report) {
+  constexpr double kTolerance = 0.1;
+  int num_far = 0;
+  for (const LimitSample& sample : report.limit_samples) {
+    const double read = sample.bytes_per_second / report.limits.bytes_per_second;
+    const double compute = sample.flops_per_second / report.limits.flops_per_second;
+    if (std::fabs(read - 1.0) > kTolerance || std::fabs(compute - 1.0) > kTolerance) ++num_far;
+  }
+  return 4 * num_far > static_cast<int>(report.limit_samples.size());
 }
 
 struct Means {
@@ -116,6 +129,7 @@ Json limits_json(const Report& report) {
           {"gflop_per_s", report.limits.flops_per_second / kGiga},
           {"read_method", report.read_method},
           {"flops_method", report.flops_method},
+          {"steady", !is_unsteady(report)},
           {"samples", samples}};
 }
 
@@ -156,9 +170,14 @@ std::string to_table(const Report& report) {
   append(&out, "limits, medians of %zu measurements in this run:\n", report.limit_samples.size());
   append(&out, "  read    %8.1f GB/s     (%s)\n", report.limits.bytes_per_second / kGiga,
          report.read_method.c_str());
-  append(&out, "  compute %8.1f GFLOP/s  (%s)\n\n", report.limits.flops_per_second / kGiga,
+  append(&out, "  compute %8.1f GFLOP/s  (%s)\n", report.limits.flops_per_second / kGiga,
          report.flops_method.c_str());
-  append(&out, "%-20s %5s %6s %11s %7s %9s %11s %7s %8s %8s %8s\n", "workload", "seqs", "rows",
+  if (is_unsteady(report)) {
+    out +=
+        "  note: over a quarter of the limit measurements lie more than 10 % off their median: the "
+        "machine\n  was not quiet, and neither are the figures below\n";
+  }
+  append(&out, "\n%-20s %5s %6s %11s %7s %9s %11s %7s %8s %8s %8s\n", "workload", "seqs", "rows",
          "time us", "GB/s", "GFLOP/s", "limit us", "bound", "fraction", "plan us", "write us");
   for (const Result& result : report.results) {
     const Figures f = figures_of(report, result);

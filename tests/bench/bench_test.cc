@@ -136,6 +136,15 @@ TEST(BenchReport, TableHoldsTheFigures) {
   EXPECT_THAT(table, testing::ContainsRegex("all +0.632"));
 }
 
+TEST(BenchReport, SaysWhenTheMachineWasNotQuiet) {
+  Report report = made_up_report();
+  EXPECT_THAT(to_table(report), testing::Not(HasSubstr("not quiet")));
+  EXPECT_EQ(to_json(report).at("limits").at("steady"), true);
+  report.limit_samples = {{10e9, 100e9}, {10e9, 100e9}, {5e9, 100e9}, {10e9, 150e9}};
+  EXPECT_THAT(to_table(report), HasSubstr("not quiet"));
+  EXPECT_EQ(to_json(report).at("limits").at("steady"), false);
+}
+
 TEST(BenchReport, JsonHoldsEverything) {
   const auto json = to_json(made_up_report());
   EXPECT_NEAR(json.at("geometric_mean").get<double>(), 0.6325, 1e-4);
