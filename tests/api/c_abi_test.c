@@ -266,7 +266,7 @@ static void test_threads(void) {
   CHECK(strcmp(quire_last_error_argument(), "num_threads") == 0);
 }
 
-/* A state merged with one that saw nothing stays as it is; merged with itself, lse grows by ln 2. */
+/* A state merged with one that saw nothing stays; merged with itself, its lse grows by ln 2. */
 static void test_merge_states(void) {
   static layer data;
   float merged_lse[kNumHeads][kNumTokens];
