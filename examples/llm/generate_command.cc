@@ -30,17 +30,16 @@ double seconds_since(Clock::time_point start) {
 // Used when the command line names no prompt: a system prompt of several blocks, which the
 // requests share.
 constexpr const char* kBuiltInSystem =
-    "You are SmolLM, a friendly and careful assistant. Answer the question that the user asks, "
-    "plainly and in a few sentences. If a question asks for a list, give a short numbered list. "
-    "If a question asks for code, give the code first and one sentence about it afterwards. Do "
-    "not repeat the question, and do not invent facts that you are not sure of.";
+    "You are a helpful assistant. Answer each question clearly and briefly, in a few sentences of "
+    "plain English. When the user asks for code, write the code and explain it in one sentence. "
+    "When the user asks for a list, write a short list.";
 constexpr const char* kBuiltInPrompts[] = {
-    "What is the capital of France, and which river flows through it?",
+    "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",
-    "List three things that a KV cache is good for in a language model.",
+    "What is photosynthesis?",
     "Write a Python function that returns the n-th Fibonacci number.",
-    "Give me a simple recipe for pancakes.",
     "What is the difference between a virus and a bacterium?",
+    "Why do cats purr?",
 };
 
 struct Options {
