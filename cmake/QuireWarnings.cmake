@@ -19,8 +19,8 @@ function(quire_set_warnings target)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     list(APPEND cxx_warnings -Wduplicated-cond -Wduplicated-branches -Wlogical-op)
     if(CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-      # Both fire on std::string and std::vector at -O3 (GCC bug 105329 and its like).
-      list(APPEND cxx_warnings -Wno-restrict -Wno-stringop-overflow)
+      # These fire on std::string and std::vector at -O3 (GCC bug 105329 and its like).
+      list(APPEND cxx_warnings -Wno-restrict -Wno-stringop-overflow -Wno-stringop-overread)
     endif()
   endif()
   set(c_warnings -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes)
