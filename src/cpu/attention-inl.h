@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "cpu/few_rows-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/simd/vec-inl.h"
 #include "hwy/cache_control.h"
@@ -236,6 +237,20 @@ HWY_INLINE void load_v_panels(const Item& item, const UnitRows& rows, std::int32
   }
 }
 
+// One head's rows of a unit for the direct path.
+HWY_INLINE void direct_rows(const KvParams& kv, const UnitRows& rows, std::int32_t h,
+                            std::int32_t count, DirectRows* out) {
+  static constexpr char kZeros[576 * sizeof(float)] = {};
+  const std::int64_t head_bytes = kv.strides.head * size_of(kv.dtype);
+  const auto padded = static_cast<std::int32_t>(round_up(count, kVec));
+  for (std::int32_t t = 0; t < padded; ++t) {
+    const bool exists = t < count && rows.row[t] != nullptr;
+    out->row[t] = exists ? rows.row[t] + h * head_bytes : kZeros;
+    out->scale[t] =
+        exists && rows.scale[t] != nullptr ? rows.scale[t][h * kv.token_scale_strides.head] : 1.0F;
+  }
+}
+
 // Asks for the next unit's rows while this one is being computed.
 HWY_INLINE void prefetch_rows(const Item& item, const KvParams& kv, const UnitRows& rows,
                               std::int32_t count, std::int64_t row_bytes) {
@@ -421,6 +436,8 @@ void load_queries(const Item& item) {
                           head * p.query_head_stride) * size_of(layer.dtype);
       widen(from, layer.head_size, item.query_scale, to, item.padded_k);
     }
+    // Blocks of 4 rows may reach past the last one.
+    std::fill(to, to + (round_up(item.rows, 4) - item.rows) * item.padded_k, 0.0F);
   }
 }
 
@@ -431,27 +448,73 @@ HWY_INLINE void clear(const Item& item, const PartialRows& out) {
   std::fill(out.sum, out.sum + rows, 0.0F);
 }
 
-// The unit's keys are in scratch: scores, softmax and P V of head h.
-HWY_INLINE void attend_head(const Item& item, std::int32_t h, std::int64_t first,
-                            std::int32_t count, const PartialRows& out) {
-  const planning::WorkTile& tile = *item.tile;
-  const Scratch& scratch = *item.scratch;
+// The part of a result that belongs to head h of the item.
+HWY_INLINE PartialRows head_of(const Item& item, const PartialRows& out, std::int32_t h) {
   const std::int64_t row = std::int64_t{h} * item.head_rows;
-  const PartialRows state{out.o + row * item.padded_v, out.max + row, out.sum + row};
+  return {out.o + row * item.padded_v, out.max + row, out.sum + row};
+}
+
+// The steps between S and P V, the same for every path.
+HWY_INLINE void softmax(const Item& item, std::int32_t h, std::int64_t first, std::int32_t count,
+                        const PartialRows& state) {
   const auto padded = static_cast<std::int32_t>(round_up(count, kVec));
-  if (tile.few_rows) {
-    scores_by_dots(item, h, count);
-  } else {
-    scores_by_panels(item, count);
-  }
   finish_scores(item, h, first, count, padded);
   update_max(item, state);
   exponentiate(item, padded, state);
-  const std::int32_t head_size_v = item.params->layer->head_size_v;
-  rows_times_panels(scratch.s, kMaxKvTile,
-                    scratch.v + std::int64_t{h} * tile.kv_tile * item.padded_v,
-                    std::int64_t{tile.kv_tile} * kPanel, (head_size_v + kPanel - 1) / kPanel,
-                    count, state.o, item.padded_v, item.rows, scratch.alpha);
+}
+
+HWY_INLINE void values_by_panels(const Item& item, std::int32_t h, std::int32_t count,
+                                 const PartialRows& state) {
+  const std::int32_t kv_tile = item.tile->kv_tile;
+  rows_times_panels(item.scratch->s, kMaxKvTile,
+                    item.scratch->v + std::int64_t{h} * kv_tile * item.padded_v,
+                    std::int64_t{kv_tile} * kPanel,
+                    (item.params->layer->head_size_v + kPanel - 1) / kPanel, count, state.o,
+                    item.padded_v, item.rows, item.scratch->alpha);
+}
+
+// Many rows of one head: K transposed and V widened once for all of them.
+void attend_many_rows(const Item& item, const UnitRows& k, const UnitRows& v,
+                                 std::int64_t first, std::int32_t count, const PartialRows& out) {
+  load_k_panels(item, k, count);
+  load_v_panels(item, v, count);
+  scores_by_panels(item, count);
+  softmax(item, 0, first, count, out);
+  values_by_panels(item, 0, count, out);
+}
+
+// Few rows of several heads, widened copies: any head size.
+void attend_few_rows_widened(const Item& item, const UnitRows& k, const UnitRows& v,
+                                        std::int64_t first, std::int32_t count,
+                                        const PartialRows& out) {
+  load_k_rows(item, k, count);
+  load_v_panels(item, v, count);
+  for (std::int32_t h = 0; h < item.heads; ++h) {
+    const PartialRows state = head_of(item, out, h);
+    scores_by_dots(item, h, count);
+    softmax(item, h, first, count, state);
+    values_by_panels(item, h, count, state);
+  }
+}
+
+// Few rows of several heads straight from the cache.
+void attend_few_rows(const Item& item, const UnitRows& k, const UnitRows& v,
+                                std::int64_t first, std::int32_t count, const PartialRows& out) {
+  const AttentionParams& p = *item.params;
+  const Scratch& scratch = *item.scratch;
+  const DirectKernels k_kernels = direct_kernels(p.k.dtype);
+  const DirectKernels v_kernels = direct_kernels(p.v.dtype);
+  DirectRows rows;
+  for (std::int32_t h = 0; h < item.heads; ++h) {
+    const PartialRows state = head_of(item, out, h);
+    direct_rows(p.k, k, h, count, &rows);
+    k_kernels.scores(rows, count, scratch.q + std::int64_t{h} * item.head_rows * item.padded_k,
+                     item.padded_k, p.layer->head_size, item.rows, scratch.s);
+    softmax(item, h, first, count, state);
+    direct_rows(p.v, v, h, count, &rows);
+    v_kernels.values(rows, count, p.layer->head_size_v, item.rows, scratch.s, scratch.alpha,
+                     state.o, item.padded_v);
+  }
 }
 
 void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
@@ -473,6 +536,10 @@ void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
     resolve_rows(item, p.k, first_of(u), count_of(u), &k_rows[u & 1]);
     resolve_rows(item, p.v, first_of(u), count_of(u), &v_rows[u & 1]);
   };
+  const bool direct = p.layer->head_size % kVec == 0 && p.layer->head_size_v % kVec == 0;
+  const auto attend = !tile.few_rows ? attend_many_rows
+                      : direct       ? attend_few_rows
+                                     : attend_few_rows_widened;
   clear(item, out);
   if (unit_begin < unit_end) resolve(unit_begin);
   for (std::int32_t u = unit_begin; u < unit_end; ++u) {
@@ -482,14 +549,7 @@ void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
       prefetch_rows(item, p.v, v_rows[(u + 1) & 1], count_of(u + 1), v_bytes);
     }
     const std::int32_t count = count_of(u);
-    if (count == 0) continue;
-    if (tile.few_rows) {
-      load_k_rows(item, k_rows[u & 1], count);
-    } else {
-      load_k_panels(item, k_rows[u & 1], count);
-    }
-    load_v_panels(item, v_rows[u & 1], count);
-    for (std::int32_t h = 0; h < item.heads; ++h) attend_head(item, h, first_of(u), count, out);
+    if (count > 0) attend(item, k_rows[u & 1], v_rows[u & 1], first_of(u), count, out);
   }
 }
 

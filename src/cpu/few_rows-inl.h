@@ -1,0 +1,182 @@
+// Scores and weighted values of few query rows straight from the cache, without widened copies.
+//
+//   scores:  kRows x kTokens dot products at a time; each K vector is loaded and widened once and
+//            multiplied with every row; the lanes of all sums are added together at the end
+//   values:  kRows x kVectors accumulators; each V vector is loaded and widened once for all rows
+//
+// Memory-bound work: what counts is instructions per byte of K and V. Head sizes that are not a
+// whole number of vectors take the widening path of attention-inl.h.
+#if defined(QUIRE_CPU_FEW_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef QUIRE_CPU_FEW_ROWS_INL_H_
+#undef QUIRE_CPU_FEW_ROWS_INL_H_
+#else
+#define QUIRE_CPU_FEW_ROWS_INL_H_
+#endif
+
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/simd/vec-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace quire::cpu::HWY_NAMESPACE {
+
+// One head's stored rows of a unit and their scales.
+struct DirectRows {
+  const void* row[kMaxKvTile];  // never null: zeros stand for what does not exist
+  float scale[kMaxKvTile];
+};
+
+// s[r][t] for kRows rows from `q` on and all tokens up to a multiple of kTokens.
+template <DType kDType, int kRows>
+HWY_INLINE void direct_scores(const DirectRows& keys, std::int32_t count, const float* q,
+                              std::int32_t padded_k, std::int32_t head_size, float* s) {
+  const Df d;
+  constexpr auto kTokens = static_cast<std::int32_t>(kLanes < kRows ? 1 : kLanes / kRows);
+  constexpr std::int32_t kSums = kTokens * kRows;
+  for (std::int32_t t = 0; t < count; t += kTokens) {
+    Vf acc[kSums];
+    HWY_UNROLL(16)
+    for (std::int32_t n = 0; n < kSums; ++n) acc[n] = hn::Zero(d);
+    for (std::int32_t i = 0; i < head_size; i += static_cast<std::int32_t>(kLanes)) {
+      Vf x[kRows];
+      HWY_UNROLL(4)
+      for (std::int32_t r = 0; r < kRows; ++r) x[r] = hn::Load(d, q + r * padded_k + i);
+      HWY_UNROLL(16)
+      for (std::int32_t k = 0; k < kTokens; ++k) {
+        const Vf key = load_widened<kDType>(keys.row[t + k], static_cast<std::size_t>(i));
+        HWY_UNROLL(4)
+        for (std::int32_t r = 0; r < kRows; ++r) {
+          acc[r * kTokens + k] = hn::MulAdd(x[r], key, acc[r * kTokens + k]);
+        }
+      }
+    }
+    HWY_ALIGN float sums[kSums < static_cast<std::int32_t>(kLanes) ? kLanes : kSums];
+    if constexpr (kSums == static_cast<std::int32_t>(kLanes)) {
+      hn::Store(sums_of(acc), d, sums);
+    } else {
+      for (std::int32_t n = 0; n < kSums; ++n) sums[n] = hn::GetLane(hn::SumOfLanes(d, acc[n]));
+    }
+    for (std::int32_t r = 0; r < kRows; ++r) {
+      for (std::int32_t k = 0; k < kTokens; ++k) {
+        s[r * kMaxKvTile + t + k] = sums[r * kTokens + k] * keys.scale[t + k];
+      }
+    }
+  }
+}
+
+// o[r][0, kVectors vectors) = alpha[r] * o[r] + sum_t s[r][t] * v[t]
+template <DType kDType, int kRows, int kVectors>
+HWY_INLINE void direct_values(const DirectRows& values, std::int32_t count, std::int32_t column,
+                              const float* s, const float* alpha, float* o,
+                              std::int32_t padded_v) {
+  const Df d;
+  constexpr auto kVec = static_cast<std::int32_t>(kLanes);
+  Vf acc[kRows][kVectors];
+  HWY_UNROLL(4)
+  for (int r = 0; r < kRows; ++r) {
+    HWY_UNROLL(4)
+    for (int v = 0; v < kVectors; ++v) {
+      acc[r][v] = hn::Mul(hn::Set(d, alpha[r]), hn::Load(d, o + r * padded_v + v * kVec));
+    }
+  }
+  for (std::int32_t t = 0; t < count; ++t) {
+    Vf x[kVectors];
+    HWY_UNROLL(4)
+    for (int v = 0; v < kVectors; ++v) {
+      x[v] = load_widened<kDType>(values.row[t], static_cast<std::size_t>(column + v * kVec));
+    }
+    HWY_UNROLL(4)
+    for (int r = 0; r < kRows; ++r) {
+      const Vf weight = hn::Set(d, s[r * kMaxKvTile + t] * values.scale[t]);
+      HWY_UNROLL(4)
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(weight, x[v], acc[r][v]);
+    }
+  }
+  HWY_UNROLL(4)
+  for (int r = 0; r < kRows; ++r) {
+    HWY_UNROLL(4)
+    for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], d, o + r * padded_v + v * kVec);
+  }
+}
+
+// All rows of one head, in blocks of 4, 2 or 1. Rows are padded to the block: `q`, `s`, `alpha` and
+// `o` have room for it and the surplus is never looked at.
+template <DType kDType>
+void head_scores(const DirectRows& keys, std::int32_t count, const float* q, std::int32_t padded_k,
+                 std::int32_t head_size, std::int32_t rows, float* s) {
+  for (std::int32_t r = 0; r < rows; r += 4) {
+    const float* block_q = q + r * padded_k;
+    float* block_s = s + r * kMaxKvTile;
+    switch (rows - r) {
+      case 1: direct_scores<kDType, 1>(keys, count, block_q, padded_k, head_size, block_s); break;
+      case 2: direct_scores<kDType, 2>(keys, count, block_q, padded_k, head_size, block_s); break;
+      default: direct_scores<kDType, 4>(keys, count, block_q, padded_k, head_size, block_s); break;
+    }
+  }
+}
+
+template <DType kDType, int kRows>
+HWY_INLINE void block_values(const DirectRows& values, std::int32_t count, std::int32_t head_size_v,
+                             const float* s, const float* alpha, float* o, std::int32_t padded_v) {
+  constexpr auto kVec = static_cast<std::int32_t>(kLanes);
+  // 4 rows x 4 vectors fill half of 32 registers; with 16 registers 2 vectors fit.
+  constexpr int kVectors = HWY_TARGET == HWY_AVX2 ? 2 : 4;
+  std::int32_t column = 0;
+  for (; column + kVectors * kVec <= head_size_v; column += kVectors * kVec) {
+    direct_values<kDType, kRows, kVectors>(values, count, column, s, alpha, o + column, padded_v);
+  }
+  for (; column < head_size_v; column += kVec) {
+    direct_values<kDType, kRows, 1>(values, count, column, s, alpha, o + column, padded_v);
+  }
+}
+
+template <DType kDType>
+void head_values(const DirectRows& values, std::int32_t count, std::int32_t head_size_v,
+                 std::int32_t rows, const float* s, const float* alpha, float* o,
+                 std::int32_t padded_v) {
+  for (std::int32_t r = 0; r < rows; r += 4) {
+    const float* block_s = s + r * kMaxKvTile;
+    float* block_o = o + std::int64_t{r} * padded_v;
+    switch (rows - r) {
+      case 1:
+        block_values<kDType, 1>(values, count, head_size_v, block_s, alpha + r, block_o, padded_v);
+        break;
+      case 2:
+        block_values<kDType, 2>(values, count, head_size_v, block_s, alpha + r, block_o, padded_v);
+        break;
+      default:
+        block_values<kDType, 4>(values, count, head_size_v, block_s, alpha + r, block_o, padded_v);
+        break;
+    }
+  }
+}
+
+using HeadScores = decltype(&head_scores<DType::kFloat32>);
+using HeadValues = decltype(&head_values<DType::kFloat32>);
+
+struct DirectKernels {
+  HeadScores scores;
+  HeadValues values;
+};
+
+template <DType kDType>
+constexpr DirectKernels direct_kernels_of() {
+  return {head_scores<kDType>, head_values<kDType>};
+}
+
+HWY_INLINE DirectKernels direct_kernels(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return direct_kernels_of<DType::kFloat32>();
+    case DType::kFloat16: return direct_kernels_of<DType::kFloat16>();
+    case DType::kBFloat16: return direct_kernels_of<DType::kBFloat16>();
+    case DType::kFloat8E4M3: return direct_kernels_of<DType::kFloat8E4M3>();
+    case DType::kFloat8E5M2: return direct_kernels_of<DType::kFloat8E5M2>();
+    default: return direct_kernels_of<DType::kInt8>();
+  }
+}
+
+}  // namespace quire::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // toggle
