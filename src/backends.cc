@@ -45,8 +45,9 @@ const Backend& pick_backend(Device device, const std::string& name) {
     const Backend& backend = backend_by_name(from_environment ? forced : name,
                                              from_environment ? "QUIRE_BACKEND" : "config.backend");
     if (backend.device_type() != device.type) {
-      throw Error("config.device", std::string("a device that backend ") + backend.name() +
-                                       " serves", to_string(device));
+      throw Error("config.device",
+                  std::string("a device that backend ") + backend.name() + " serves",
+                  to_string(device));
     }
     if (!backend.available()) {
       throw Error("config.backend", "a backend that can run on this machine",

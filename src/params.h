@@ -22,8 +22,8 @@ struct LayerParams {
   std::int32_t head_size_v = 0;
   std::int32_t block_size = 0;
   DType dtype = DType::kNone;
-  bool paged = true;       // K and V live in a paged cache; else in key/value tensors
-  bool cross = false;      // cross attention: sequence and query lengths are unrelated
+  bool paged = true;   // K and V live in a paged cache; else in key/value tensors
+  bool cross = false;  // cross attention: sequence and query lengths are unrelated
   bool batch_invariant = false;
   bool auto_cascade = false;
   Mask mask;
@@ -137,7 +137,7 @@ struct MergeParams {
 struct Sequence {
   std::int64_t first_row = 0;
   std::int64_t query_len = 0;
-  std::int64_t context_len = 0;  // position of row i is context_len + i
+  std::int64_t context_len = 0;   // position of row i is context_len + i
   std::int64_t first_kv_row = 0;  // direct attention: row of key 0
   semantics::SequenceMask mask;
 

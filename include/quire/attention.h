@@ -23,7 +23,7 @@ namespace quire {
 
 // What does not change from step to step: the layer and its cache.
 struct AttentionConfig {
-  Device device;
+  Device device{};
 
   // Dtype of the query: fp16, bf16, fp32; kFloat8E4M3 for a quantised query over an fp8 cache.
   DType dtype = DType::kBFloat16;
@@ -34,8 +34,8 @@ struct AttentionConfig {
   std::int64_t head_size_v = 0;   // of V and the output; 0 means head_size
 
   AttentionType type = AttentionType::kDecoder;
-  Mask mask;
-  Score score;
+  Mask mask{};
+  Score score{};
 
   // Tokens of a block, >= 1. Not used by encoder and encoder-only attention.
   std::int64_t block_size = 16;
@@ -52,7 +52,7 @@ struct AttentionConfig {
 
   // "" picks the best backend of the device ("cpu", "cuda"); "reference" is float64 plain loops.
   // The environment variable QUIRE_BACKEND overrides "".
-  std::string backend;
+  std::string backend{};
 
   std::int64_t value_head_size() const { return head_size_v != 0 ? head_size_v : head_size; }
 };
@@ -101,38 +101,38 @@ Plan plan(const AttentionConfig& config, const CommonAttentionMetadata& batch,
 // The tensors of one attention call. Absent views are default-constructed.
 struct AttentionArgs {
   // [>= num_actual_tokens, num_heads, head_size], the plan's dtype, unit last stride.
-  TensorView query;
+  TensorView query{};
 
   // Decoder and cross attention: the cache, already holding this step's tokens.
-  PagedKvCache kv_cache;
+  PagedKvCache kv_cache{};
   // Encoder and encoder-only attention: K and V themselves, [num_kv_tokens, num_kv_heads,
   // head_size(_v)], the plan's dtype, unit last stride.
-  TensorView key;
-  TensorView value;
+  TensorView key{};
+  TensorView value{};
 
   // [>= num_actual_tokens, num_heads * head_size_v] or [.., num_heads, head_size_v], unit last
   // stride: fp16, bf16, fp32, or kFloat8E4M3 with output_scale or output_block_scale. Written for
   // the rows that belong to a sequence and are < num_actual_tokens; nothing else is touched. A row
   // that sees no key gets 0.
-  TensorView output;
+  TensorView output{};
 
   // This layer's own scale, cap, slopes and sinks, where layers share a plan; null: the plan's.
   const Score* score = nullptr;
 
   // Optional result: float32 [num_heads, >= num_actual_tokens], natural logarithm of the softmax
   // denominator, sink included. -inf for a row that sees no key and has no sink.
-  TensorView lse;
+  TensorView lse{};
 
   // Scale of an fp8 query.
-  Scale q_scale;
+  Scale q_scale{};
 
   // fp8 output, one of:
   // static: output = saturate(x / output_scale)
   bool has_output_scale = false;
-  Scale output_scale;
+  Scale output_scale{};
   // dynamic, in groups of 128 of the token's flattened row: s = max(absmax / 448, tiny), output =
   // saturate(x / s); this view receives s: float32 [>= num_actual_tokens, ceil(row / 128)].
-  TensorView output_block_scale;
+  TensorView output_block_scale{};
 };
 
 // Attention of one layer over the planned batch. CPU: done on return. CUDA: queued on ctx.stream.

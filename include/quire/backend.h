@@ -19,7 +19,7 @@ namespace quire {
 // What a backend can do, for people and for engines that choose. The same arrays that dispatch
 // uses.
 struct BackendCapabilities {
-  std::vector<DType> dtypes;                    // of the query
+  std::vector<DType> dtypes;  // of the query
   std::vector<KvCacheDType> kv_cache_dtypes;
   std::vector<DType> output_dtypes;
   std::int64_t min_head_size = 0;
@@ -50,7 +50,7 @@ class AttentionBackend {
  public:
   virtual ~AttentionBackend() = default;
 
-  virtual const char* name() const = 0;         // "cpu", "reference", "cuda"
+  virtual const char* name() const = 0;  // "cpu", "reference", "cuda"
   virtual DeviceType device_type() const = 0;
   // Whether this machine can run it now; if not, `instruction_set` says why.
   virtual bool available() const = 0;
@@ -98,9 +98,9 @@ class AttentionMetadataBuilder {
 
 // The scales a quantised model attaches to a layer (vLLM's layer._q_scale, _k_scale, _v_scale).
 struct LayerScales {
-  Scale q;
-  Scale k;
-  Scale v;
+  Scale q{};
+  Scale k{};
+  Scale v{};
 };
 
 // One attention layer. Corresponds to TritonAttentionImpl.

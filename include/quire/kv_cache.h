@@ -64,20 +64,20 @@ struct Scale {
 // reads as zeros, and sequences end at the table's width. Slots outside
 // [0, num_blocks * block_size) are skipped by writes.
 struct PagedKvCache {
-  TensorView key;    // [num_blocks, block_size, num_kv_heads, head_size]
-  TensorView value;  // [num_blocks, block_size, num_kv_heads, head_size_v]
+  TensorView key{};    // [num_blocks, block_size, num_kv_heads, head_size]
+  TensorView value{};  // [num_blocks, block_size, num_kv_heads, head_size_v]
 
   // kAuto: plain storage of whatever float type `key` and `value` have.
   KvCacheDType dtype = KvCacheDType::kAuto;
 
   // Per-tensor scales of fp8 caches: stored = x / scale, read back as stored * scale.
-  Scale k_scale;
-  Scale v_scale;
+  Scale k_scale{};
+  Scale v_scale{};
 
   // Per-token-head caches: float32 [num_blocks, block_size, num_kv_heads] views, any strides (also
   // inline behind each row).
-  TensorView k_scale_cache;
-  TensorView v_scale_cache;
+  TensorView k_scale_cache{};
+  TensorView v_scale_cache{};
 
   std::int64_t num_blocks() const { return key.shape[0]; }
   std::int64_t block_size() const { return key.shape[1]; }

@@ -18,11 +18,11 @@ class Plan;
 // Padding: padded sequences have seq_len 0 (or an empty row range) and any table entries; padded
 // tokens have slot -1. Neither is read or written.
 struct CommonAttentionMetadata {
-  TensorView query_start_loc;  // int32 [num_seqs + 1], row offsets into the query
-  TensorView seq_lens;         // int32 [num_seqs], tokens after this step, cache included
-  TensorView block_table;      // int32 [num_seqs, max_blocks], unit stride in the last dimension;
-                               // absent for attention without a cache
-  TensorView slot_mapping;     // int64 [>= num tokens written]; absent if nothing is written
+  TensorView query_start_loc{};  // int32 [num_seqs + 1], row offsets into the query
+  TensorView seq_lens{};         // int32 [num_seqs], tokens after this step, cache included
+  TensorView block_table{};      // int32 [num_seqs, max_blocks], unit stride in the last dimension;
+                                 // absent for attention without a cache
+  TensorView slot_mapping{};     // int64 [>= num tokens written]; absent if nothing is written
 
   // Rows of the query and output that are real; rows at or past it are neither read nor written.
   std::int64_t num_actual_tokens = 0;
@@ -32,19 +32,19 @@ struct CommonAttentionMetadata {
   std::int64_t max_seq_len = 0;
 
   // Masks that belong to the batch; absent means none.
-  TensorView causal;              // bool [num_seqs]: replaces Mask::causal for each sequence
-  TensorView mm_prefix_range;     // int32 [num_seqs, num_ranges, 2]: closed ranges [start, end] of
-                                  // positions that see each other; start >= end means none
-  TensorView visible_prefix_lens; // int32 [num_seqs]: keys before it escape the window (R-SWA)
+  TensorView causal{};           // bool [num_seqs]: replaces Mask::causal for each sequence
+  TensorView mm_prefix_range{};  // int32 [num_seqs, num_ranges, 2]: closed ranges [start, end] of
+                                 // positions that see each other; start >= end means none
+  TensorView visible_prefix_lens{};  // int32 [num_seqs]: keys before it escape the window (R-SWA)
 
   // Query-query bias of tree attention: float32 [m, m] for all sequences or [num_seqs, m, m].
   // Query row i and this step's key row n of one sequence get qq_bias[i][n] added to their score
   // (may be -inf); rows or keys at or past m get 0.
-  TensorView qq_bias;
+  TensorView qq_bias{};
 
   // Attention without a cache: key/value row offsets, int32 [num_seqs + 1]; absent means that keys
   // and queries are the same tokens (query_start_loc). seq_lens is not used then.
-  TensorView kv_start_loc;
+  TensorView kv_start_loc{};
 
   std::int64_t num_seqs() const { return query_start_loc ? query_start_loc.shape[0] - 1 : 0; }
 };
@@ -52,7 +52,7 @@ struct CommonAttentionMetadata {
 // The metadata an attention layer takes: the batch, and how it is to be worked on. Made by
 // AttentionMetadataBuilder; copies share the plan. Field by field vLLM's TritonAttentionMetadata.
 struct AttentionMetadata {
-  CommonAttentionMetadata common;
+  CommonAttentionMetadata common{};
 
   // Cascade: keys [0, common_prefix_len) are shared by all sequences (their block tables start with
   // the same blocks), read once for the whole batch and merged by lse. The plan checks the promise
@@ -61,7 +61,7 @@ struct AttentionMetadata {
   std::int64_t common_prefix_len = 0;
 
   // How the batch is cut into work (vLLM's scheduler_metadata and prefix_scheduler_metadata).
-  std::shared_ptr<Plan> scheduler_metadata;
+  std::shared_ptr<Plan> scheduler_metadata{};
 };
 
 }  // namespace quire

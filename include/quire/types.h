@@ -165,9 +165,9 @@ struct TensorView {
 // DLTensor: Quire needs no header and takes no ownership.
 
 namespace detail {
-DType dtype_from_dlpack(int code, int bits, int lanes);   // throws Error on an unsupported type
-std::pair<int, int> dtype_to_dlpack(DType dtype);         // code, bits
-Device device_from_dlpack(int type, int index);           // throws Error
+DType dtype_from_dlpack(int code, int bits, int lanes);  // throws Error on an unsupported type
+std::pair<int, int> dtype_to_dlpack(DType dtype);        // code, bits
+Device device_from_dlpack(int type, int index);          // throws Error
 constexpr int device_type_to_dlpack(DeviceType type) { return type == DeviceType::kCuda ? 2 : 1; }
 }  // namespace detail
 

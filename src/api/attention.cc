@@ -20,13 +20,12 @@ bool is_encoder(AttentionType type) {
 
 void lower_score(const AttentionConfig& config, const Score& score, LayerParams* layer) {
   if (score.alibi_slopes) {
-    check::tensor("score.alibi_slopes", score.alibi_slopes, config.device,
-                  {DType::kFloat32}, {config.num_heads});
+    check::tensor("score.alibi_slopes", score.alibi_slopes, config.device, {DType::kFloat32},
+                  {config.num_heads});
     check::contiguous("score.alibi_slopes", score.alibi_slopes);
   }
   if (score.sinks) {
-    check::tensor("score.sinks", score.sinks, config.device, {DType::kFloat32},
-                  {config.num_heads});
+    check::tensor("score.sinks", score.sinks, config.device, {DType::kFloat32}, {config.num_heads});
     check::contiguous("score.sinks", score.sinks);
   }
   check::that(std::isfinite(score.softmax_scale), "score.softmax_scale", "a finite scale",
@@ -183,8 +182,8 @@ void lower_paged(const AttentionConfig& config, const AttentionArgs& args, Atten
               std::string("the plan's ") + to_string(config.kv_cache_dtype),
               to_string(cache.dtype));
   lower_cache(cache, config.device, &p->k, &p->v);
-  check::that(cache.dtype != KvCacheDType::kAuto || cache.key.dtype == config.dtype,
-              "kv_cache.key", std::string("the plan's dtype ") + to_string(config.dtype),
+  check::that(cache.dtype != KvCacheDType::kAuto || cache.key.dtype == config.dtype, "kv_cache.key",
+              std::string("the plan's dtype ") + to_string(config.dtype),
               to_string(cache.key.dtype));
   check::tensor("kv_cache.key", cache.key, config.device, {cache.key.dtype},
                 {kAny, config.block_size, config.num_kv_heads, config.head_size});
@@ -248,15 +247,12 @@ void lower_output_scales(const AttentionConfig& config, const AttentionArgs& arg
 void lower_output(const AttentionConfig& config, const AttentionArgs& args, AttentionParams* p) {
   const TensorView& output = args.output;
   const std::int64_t head_size_v = config.value_head_size();
-  const auto kDTypes = {DType::kFloat16, DType::kBFloat16, DType::kFloat32,
-                            DType::kFloat8E4M3};
+  const auto kDTypes = {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat8E4M3};
   if (output.ndim == 3) {
-    check::tensor("output", output, config.device, kDTypes,
-                  {kAny, config.num_heads, head_size_v});
+    check::tensor("output", output, config.device, kDTypes, {kAny, config.num_heads, head_size_v});
     p->output_head_stride = output.strides[1];
   } else {
-    check::tensor("output", output, config.device, kDTypes,
-                  {kAny, config.num_heads * head_size_v});
+    check::tensor("output", output, config.device, kDTypes, {kAny, config.num_heads * head_size_v});
     p->output_head_stride = head_size_v;
   }
   check::unit_last_stride("output", output);
@@ -347,8 +343,7 @@ void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx) 
   Plan::Impl& impl = plan.impl();
   check::that(impl.planned, "plan", "a plan that update() was called on", "none");
   LayerParams layer = impl.layer;
-  const AttentionParams params =
-      api::lower_attention(impl.config, impl.batch_params, args, &layer);
+  const AttentionParams params = api::lower_attention(impl.config, impl.batch_params, args, &layer);
   if (ctx.check_indices) api::check_block_table(params);
   if (impl.batch_params.num_tokens == 0 || impl.batch_params.num_seqs == 0) return;
   impl.backend->attention(*impl.state, params, ctx);

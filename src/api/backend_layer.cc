@@ -56,7 +56,8 @@ void fill_with_zeros(const AttentionConfig& config, const TensorView& output) {
   const std::int64_t row_bytes = output.shape[output.ndim - 1] * size_of(output.dtype);
   for (std::int64_t i = 0; i < rows; ++i) {
     for (std::int64_t j = 0; j < columns; ++j) {
-      const std::int64_t offset = i * output.strides[0] + (output.ndim > 2 ? j * output.strides[1] : 0);
+      const std::int64_t offset =
+          i * output.strides[0] + (output.ndim > 2 ? j * output.strides[1] : 0);
       std::memset(static_cast<char*>(output.data) + offset * size_of(output.dtype), 0,
                   static_cast<std::size_t>(row_bytes));
     }
@@ -66,8 +67,8 @@ void fill_with_zeros(const AttentionConfig& config, const TensorView& output) {
 bool same_layer(const AttentionConfig& a, const AttentionConfig& b) {
   return a.num_heads == b.num_heads && a.num_kv_heads == b.num_kv_heads &&
          a.head_size == b.head_size && a.value_head_size() == b.value_head_size() &&
-         a.block_size == b.block_size && a.kv_cache_dtype == b.kv_cache_dtype &&
-         a.type == b.type && a.dtype == b.dtype && a.device == b.device && a.mask == b.mask;
+         a.block_size == b.block_size && a.kv_cache_dtype == b.kv_cache_dtype && a.type == b.type &&
+         a.dtype == b.dtype && a.device == b.device && a.mask == b.mask;
 }
 
 }  // namespace
@@ -110,8 +111,7 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const TensorView& q
   const Plan::Impl& impl = plan.impl();
   check::that(impl.planned, "metadata", "metadata of a successful build()", "an unplanned batch");
   LayerParams layer = impl.layer;
-  const AttentionParams params =
-      api::lower_attention(impl.config, impl.batch_params, args, &layer);
+  const AttentionParams params = api::lower_attention(impl.config, impl.batch_params, args, &layer);
   if (ctx.check_indices) api::check_block_table(params);
   if (!encoder && (key || value)) {
     do_kv_cache_update(scales, key, value, kv_cache, metadata->common.slot_mapping, ctx);

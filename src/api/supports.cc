@@ -23,9 +23,10 @@ struct Reasons {
 void check_sizes(const AttentionConfig& c, const BackendCapabilities& caps, Reasons& reasons) {
   reasons.require(c.num_heads >= 1 && c.num_heads <= 65536,
                   "num_heads must be 1 to 65536, not " + std::to_string(c.num_heads));
-  reasons.require(c.num_kv_heads >= 1 && c.num_heads % std::max<std::int64_t>(c.num_kv_heads, 1) == 0,
-                  "num_kv_heads must divide num_heads " + std::to_string(c.num_heads) + ", not " +
-                      std::to_string(c.num_kv_heads));
+  reasons.require(
+      c.num_kv_heads >= 1 && c.num_heads % std::max<std::int64_t>(c.num_kv_heads, 1) == 0,
+      "num_kv_heads must divide num_heads " + std::to_string(c.num_heads) + ", not " +
+          std::to_string(c.num_kv_heads));
   const auto size_ok = [&](std::int64_t size) {
     return size >= caps.min_head_size && size <= caps.max_head_size &&
            size % caps.head_size_multiple == 0;
@@ -46,9 +47,9 @@ void check_sizes(const AttentionConfig& c, const BackendCapabilities& caps, Reas
 void check_dtypes(const AttentionConfig& c, const BackendCapabilities& caps, Reasons& reasons) {
   reasons.require(has(caps.dtypes, c.dtype),
                   std::string("dtype ") + to_string(c.dtype) + " is not supported for queries");
-  reasons.require(has(caps.kv_cache_dtypes, c.kv_cache_dtype),
-                  std::string("kv_cache_dtype ") + to_string(c.kv_cache_dtype) +
-                      " is not supported");
+  reasons.require(
+      has(caps.kv_cache_dtypes, c.kv_cache_dtype),
+      std::string("kv_cache_dtype ") + to_string(c.kv_cache_dtype) + " is not supported");
   if (c.dtype != DType::kFloat8E4M3) return;
   const bool paged = c.type == AttentionType::kDecoder || c.type == AttentionType::kEncoderDecoder;
   reasons.require(!paged || is_per_tensor_fp8(c.kv_cache_dtype),
@@ -64,9 +65,9 @@ void check_mask(const AttentionConfig& c, const BackendCapabilities& caps, Reaso
                   "mask.window_size must be 1 to 2^31 - 1 with a window, not " +
                       std::to_string(mask.window_size));
   const bool chunked = mask.window == WindowKind::kChunked;
-  reasons.require(!chunked || (mask.chunk_lookback >= 0 && mask.chunk_lookback < (1LL << 31)),
-                  "mask.chunk_lookback must be 0 to 2^31 - 1, not " +
-                      std::to_string(mask.chunk_lookback));
+  reasons.require(
+      !chunked || (mask.chunk_lookback >= 0 && mask.chunk_lookback < (1LL << 31)),
+      "mask.chunk_lookback must be 0 to 2^31 - 1, not " + std::to_string(mask.chunk_lookback));
   reasons.require(!windowed || chunked || caps.sliding_window, "sliding windows are not supported");
   reasons.require(!chunked || caps.chunked, "chunked attention is not supported");
   const bool cross = c.type == AttentionType::kEncoderDecoder;
@@ -94,8 +95,8 @@ void check_score(const AttentionConfig& c, const BackendCapabilities& caps, Reas
 std::vector<std::string> Backend::supports(const AttentionConfig& config) const {
   Reasons reasons;
   const BackendCapabilities& caps = capabilities();
-  reasons.require(available(), std::string("backend ") + name() + " cannot run here: " +
-                                   (available() ? "" : instruction_set()));
+  reasons.require(available(), std::string("backend ") + name() +
+                                   " cannot run here: " + (available() ? "" : instruction_set()));
   reasons.require(config.device.type == device_type(),
                   "device " + to_string(config.device) + " is not this backend's");
   check_sizes(config, caps, reasons);

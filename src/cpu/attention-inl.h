@@ -206,8 +206,9 @@ HWY_INLINE void load_k_panels(const Item& item, const UnitRows& rows, std::int32
         std::fill(to, to + item.padded_k, 0.0F);
       }
     }
-    float* panel = item.scratch->k + static_cast<std::int64_t>(first / kPanel) * item.padded_k *
-                                         kPanel + first % kPanel;
+    float* panel = item.scratch->k +
+                   static_cast<std::int64_t>(first / kPanel) * item.padded_k * kPanel +
+                   first % kPanel;
     for (std::int32_t i = 0; i < item.padded_k; i += kVec) {
       Vf block[kLanes];
       HWY_UNROLL(16)
@@ -314,10 +315,10 @@ HWY_INLINE Columns columns_of(semantics::Span span, std::int64_t first, std::int
 HWY_INLINE void add_qq_bias(const BatchParams& batch, const TileToken& token, std::int64_t first,
                             std::int32_t count, float* s) {
   if (token.query_index >= batch.qq_size) return;
-  const float* bias = batch.qq_bias + token.seq * batch.qq_seq_stride +
-                      token.query_index * batch.qq_row_stride;
-  const Columns own = columns_of({token.context_len, token.context_len + batch.qq_size}, first,
-                                 count);
+  const float* bias =
+      batch.qq_bias + token.seq * batch.qq_seq_stride + token.query_index * batch.qq_row_stride;
+  const Columns own =
+      columns_of({token.context_len, token.context_len + batch.qq_size}, first, count);
   for (std::int32_t t = own.begin; t < own.end; ++t) s[t] += bias[first + t - token.context_len];
 }
 
@@ -334,10 +335,8 @@ HWY_INLINE void modify_scores(const LayerParams& layer, std::int32_t head, std::
     if (layer.soft_cap > 0) x = soft_cap(ops, x, cap, inverse_cap);
     if (layer.alibi_slopes != nullptr) {
       // j - p is exact in fp32 up to 2^24; beyond, its rounding is far below the slope's effect.
-      const Vf j_minus_p =
-          hn::Add(hn::Set(d, static_cast<float>(distance + t)), hn::Iota(d, 0.0F));
-      x = layer.alibi_sqrt ? alibi_sqrt(ops, x, slope, j_minus_p)
-                           : alibi(ops, x, slope, j_minus_p);
+      const Vf j_minus_p = hn::Add(hn::Set(d, static_cast<float>(distance + t)), hn::Iota(d, 0.0F));
+      x = layer.alibi_sqrt ? alibi_sqrt(ops, x, slope, j_minus_p) : alibi(ops, x, slope, j_minus_p);
     }
     hn::Store(x, d, s + t);
   }
@@ -377,8 +376,8 @@ HWY_INLINE void finish_scores(const Item& item, std::int32_t h, std::int64_t fir
     const TileToken& token = scratch.tokens[r / layer.group];
     float* s = scratch.s + r * kMaxKvTile;
     if (modified) {
-      modify_scores(layer, (item.kv_head + h) * layer.group + r % layer.group,
-                    first - token.q_pos, padded, s);
+      modify_scores(layer, (item.kv_head + h) * layer.group + r % layer.group, first - token.q_pos,
+                    padded, s);
     }
     if (p.batch->qq_bias != nullptr) add_qq_bias(*p.batch, token, first, count, s);
     scratch.new_max[r] = mask_and_max(columns_of(token.visible.prefix, first, count),
@@ -431,9 +430,10 @@ void load_queries(const Item& item) {
     for (std::int32_t r = 0; r < item.rows; ++r, to += item.padded_k) {
       const auto token = static_cast<std::size_t>(r / layer.group);
       const std::int64_t head = (item.kv_head + h) * layer.group + r % layer.group;
-      const char* from = static_cast<const char*>(p.query) +
-                         (item.scratch->tokens[token].row * p.query_token_stride +
-                          head * p.query_head_stride) * size_of(layer.dtype);
+      const char* from =
+          static_cast<const char*>(p.query) +
+          (item.scratch->tokens[token].row * p.query_token_stride + head * p.query_head_stride) *
+              size_of(layer.dtype);
       widen(from, layer.head_size, item.query_scale, to, item.padded_k);
     }
     // Blocks of 4 rows may reach past the last one.
@@ -466,16 +466,15 @@ HWY_INLINE void softmax(const Item& item, std::int32_t h, std::int64_t first, st
 HWY_INLINE void values_by_panels(const Item& item, std::int32_t h, std::int32_t count,
                                  const PartialRows& state) {
   const std::int32_t kv_tile = item.tile->kv_tile;
-  rows_times_panels(item.scratch->s, kMaxKvTile,
-                    item.scratch->v + std::int64_t{h} * kv_tile * item.padded_v,
-                    std::int64_t{kv_tile} * kPanel,
-                    (item.params->layer->head_size_v + kPanel - 1) / kPanel, count, state.o,
-                    item.padded_v, item.rows, item.scratch->alpha);
+  rows_times_panels(
+      item.scratch->s, kMaxKvTile, item.scratch->v + std::int64_t{h} * kv_tile * item.padded_v,
+      std::int64_t{kv_tile} * kPanel, (item.params->layer->head_size_v + kPanel - 1) / kPanel,
+      count, state.o, item.padded_v, item.rows, item.scratch->alpha);
 }
 
 // Many rows of one head: K transposed and V widened once for all of them.
-void attend_many_rows(const Item& item, const UnitRows& k, const UnitRows& v,
-                                 std::int64_t first, std::int32_t count, const PartialRows& out) {
+void attend_many_rows(const Item& item, const UnitRows& k, const UnitRows& v, std::int64_t first,
+                      std::int32_t count, const PartialRows& out) {
   load_k_panels(item, k, count);
   load_v_panels(item, v, count);
   scores_by_panels(item, count);
@@ -485,8 +484,7 @@ void attend_many_rows(const Item& item, const UnitRows& k, const UnitRows& v,
 
 // Few rows of several heads, widened copies: any head size.
 void attend_few_rows_widened(const Item& item, const UnitRows& k, const UnitRows& v,
-                                        std::int64_t first, std::int32_t count,
-                                        const PartialRows& out) {
+                             std::int64_t first, std::int32_t count, const PartialRows& out) {
   load_k_rows(item, k, count);
   load_v_panels(item, v, count);
   for (std::int32_t h = 0; h < item.heads; ++h) {
@@ -498,8 +496,8 @@ void attend_few_rows_widened(const Item& item, const UnitRows& k, const UnitRows
 }
 
 // Few rows of several heads straight from the cache.
-void attend_few_rows(const Item& item, const UnitRows& k, const UnitRows& v,
-                                std::int64_t first, std::int32_t count, const PartialRows& out) {
+void attend_few_rows(const Item& item, const UnitRows& k, const UnitRows& v, std::int64_t first,
+                     std::int32_t count, const PartialRows& out) {
   const AttentionParams& p = *item.params;
   const Scratch& scratch = *item.scratch;
   const DirectKernels k_kernels = direct_kernels(p.k.dtype);
@@ -568,9 +566,8 @@ HWY_INLINE void weighted_sum(float* into, float weight_into, const float* part, 
 void fold(const PartialRows& into, const PartialRows& part, std::int32_t rows,
           std::int32_t padded_v) {
   for (std::int32_t r = 0; r < rows; ++r) {
-    const auto merged =
-        semantics::merge(semantics::SoftmaxState<float>{into.max[r], into.sum[r]},
-                         semantics::SoftmaxState<float>{part.max[r], part.sum[r]});
+    const auto merged = semantics::merge(semantics::SoftmaxState<float>{into.max[r], into.sum[r]},
+                                         semantics::SoftmaxState<float>{part.max[r], part.sum[r]});
     const std::int64_t row = static_cast<std::int64_t>(r) * padded_v;
     weighted_sum(into.o + row, merged.weight_a, part.o + row, merged.weight_b, padded_v);
     into.max[r] = merged.state.max;

@@ -108,8 +108,7 @@ class Call {
       token.q_pos = seq.position(token.row);
       token.context_len = seq.context_len;
       token.query_index = token.row - seq.first_row;
-      token.visible =
-          clip(semantics::row_spans(seq.mask, token.q_pos), tile.kv_begin, tile.kv_end);
+      token.visible = clip(semantics::row_spans(seq.mask, token.q_pos), tile.kv_begin, tile.kv_end);
       for (const semantics::Span span : {token.visible.prefix, token.visible.main}) {
         if (!span.empty()) item.hull_end = std::max(item.hull_end, span.end);
       }
@@ -134,8 +133,7 @@ class Call {
       return;
     }
     const bool whole = chunk_end == tile.num_chunks;
-    const PartialRows result =
-        whole ? item.scratch->result : workspace_.slot(schedule, first_slot);
+    const PartialRows result = whole ? item.scratch->result : workspace_.slot(schedule, first_slot);
     run_chunk(0, result);
     for (std::int32_t chunk = 1; chunk < chunk_end; ++chunk) {
       run_chunk(chunk, item.scratch->chunk);
@@ -144,8 +142,7 @@ class Call {
     if (whole) finish_item(item, result, shared);
   }
 
-  void fold_split(const Schedule& schedule, const SplitItem& split, bool shared,
-                  Scratch& scratch) {
+  void fold_split(const Schedule& schedule, const SplitItem& split, bool shared, Scratch& scratch) {
     const WorkTile& tile = schedule.tiles[static_cast<std::size_t>(split.tile)];
     Item item = prepare_tile(tile, shared, scratch);
     take_heads(split.item, &item);
@@ -163,8 +160,8 @@ class Call {
     }
   }
 
-  void finish_head_row(const Item& item, const PartialRows& result, std::int32_t h,
-                       std::int32_t r, bool shared) {
+  void finish_head_row(const Item& item, const PartialRows& result, std::int32_t h, std::int32_t r,
+                       bool shared) {
     const std::int32_t i = r / layer_.group;
     const std::int32_t head = (item.kv_head + h) * layer_.group + r % layer_.group;
     const std::int64_t at = std::int64_t{h} * item.head_rows + r;
@@ -186,9 +183,8 @@ class Call {
 
   void finish_row(std::int64_t row, std::int32_t head, const PartialRows& state) {
     const bool has_sink = layer_.sinks != nullptr;
-    const auto finished =
-        semantics::finish(semantics::SoftmaxState<float>{*state.max, *state.sum}, has_sink,
-                          has_sink ? layer_.sinks[head] : 0.0F);
+    const auto finished = semantics::finish(semantics::SoftmaxState<float>{*state.max, *state.sum},
+                                            has_sink, has_sink ? layer_.sinks[head] : 0.0F);
     const float scale = finished.output_scale * value_scale_;
     if (block_output_ != nullptr) {
       kernels_.store_row(state.o, layer_.head_size_v, scale,
@@ -207,8 +203,7 @@ class Call {
 
   void* output_at(std::int64_t row, std::int64_t head) const {
     return static_cast<char*>(p_.output) +
-           (row * p_.output_token_stride + head * p_.output_head_stride) *
-               size_of(p_.output_dtype);
+           (row * p_.output_token_stride + head * p_.output_head_stride) * size_of(p_.output_dtype);
   }
 
   // Groups of 128 cross heads, so rows are quantised when all heads are there.

@@ -19,8 +19,8 @@ struct NewRows {
   std::int64_t size;
 };
 
-void write_side(const CacheWriteParams& p, const KvParams& kv, const NewRows& x,
-                std::int64_t token, std::int64_t slot) {
+void write_side(const CacheWriteParams& p, const KvParams& kv, const NewRows& x, std::int64_t token,
+                std::int64_t slot) {
   const std::int64_t block = slot / p.block_size;
   const std::int64_t offset = slot % p.block_size;
   const float scale = value_of(kv.scale);
@@ -33,11 +33,10 @@ void write_side(const CacheWriteParams& p, const KvParams& kv, const NewRows& x,
       std::memcpy(to, from, static_cast<std::size_t>(x.size * size_of(p.dtype)));
       continue;
     }
-    float* token_scale =
-        kv.token_scales == nullptr
-            ? nullptr
-            : kv.token_scales +
-                  semantics::cache_offset(kv.token_scale_strides, block, offset, head);
+    float* token_scale = kv.token_scales == nullptr
+                             ? nullptr
+                             : kv.token_scales + semantics::cache_offset(kv.token_scale_strides,
+                                                                         block, offset, head);
     semantics::store_kv_row(from, p.dtype, x.size, to, kv.dtype, scale, token_scale);
   }
 }
@@ -89,8 +88,9 @@ void merge_row(const MergeParams& p, std::int64_t token, std::int32_t head) {
     semantics::store_element(result, p.dtype, i, part_a + part_b);
   }
   if (p.result.lse != nullptr) {
-    const_cast<float*>(p.result.lse)[head * p.result.lse_head_stride +
-                                     token * p.result.lse_token_stride] = finished.lse;
+    const_cast<float*>(
+        p.result.lse)[head * p.result.lse_head_stride + token * p.result.lse_token_stride] =
+        finished.lse;
   }
 }
 

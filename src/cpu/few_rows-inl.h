@@ -68,8 +68,7 @@ HWY_INLINE void direct_scores(const DirectRows& keys, std::int32_t count, const 
 // o[r][0, kVectors vectors) = alpha[r] * o[r] + sum_t s[r][t] * v[t]
 template <DType kDType, int kRows, int kVectors>
 HWY_INLINE void direct_values(const DirectRows& values, std::int32_t count, std::int32_t column,
-                              const float* s, const float* alpha, float* o,
-                              std::int32_t padded_v) {
+                              const float* s, const float* alpha, float* o, std::int32_t padded_v) {
   const Df d;
   constexpr auto kVec = static_cast<std::int32_t>(kLanes);
   Vf acc[kRows][kVectors];

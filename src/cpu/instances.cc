@@ -19,9 +19,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace quire::cpu::HWY_NAMESPACE {
 
-Kernels table() {
-  return {hwy::TargetName(HWY_TARGET), load_queries, run_chunk, fold, store_row};
-}
+Kernels table() { return {hwy::TargetName(HWY_TARGET), load_queries, run_chunk, fold, store_row}; }
 
 }  // namespace quire::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

@@ -66,15 +66,15 @@ struct Scratch {
   AlignedFloats memory;
   std::vector<TileToken> tokens;
 
-  float* q = nullptr;       // [heads, head_rows, padded head_size], scaled
-  float* k = nullptr;       // one K tile of each head, in the layout of the path taken
-  float* v = nullptr;       // one V tile of each head, in panels
-  float* staging = nullptr; // a few widened K rows before transposition
-  float* s = nullptr;       // [rows, kMaxKvTile] logits, then weights
-  float* alpha = nullptr;   // [rows] rescaling of what came before
-  float* new_max = nullptr; // [rows]
+  float* q = nullptr;        // [heads, head_rows, padded head_size], scaled
+  float* k = nullptr;        // one K tile of each head, in the layout of the path taken
+  float* v = nullptr;        // one V tile of each head, in panels
+  float* staging = nullptr;  // a few widened K rows before transposition
+  float* s = nullptr;        // [rows, kMaxKvTile] logits, then weights
+  float* alpha = nullptr;    // [rows] rescaling of what came before
+  float* new_max = nullptr;  // [rows]
   PartialRows result;
-  PartialRows chunk;        // a chunk to be folded into `result`
+  PartialRows chunk;  // a chunk to be folded into `result`
 };
 
 // Everything a kernel needs to know about the item it works on.
@@ -82,11 +82,11 @@ struct Item {
   const AttentionParams* params = nullptr;
   const planning::WorkTile* tile = nullptr;
   Scratch* scratch = nullptr;
-  std::int32_t kv_head = 0;   // the first of
-  std::int32_t heads = 0;     // this many
-  std::int32_t rows = 0;      // of one head: num_tokens * group, group fastest
-  std::int32_t head_rows = 0; // distance of heads in `q` and in results, in rows
-  std::int64_t hull_end = 0; // no row of the tile sees a key at or past it
+  std::int32_t kv_head = 0;    // the first of
+  std::int32_t heads = 0;      // this many
+  std::int32_t rows = 0;       // of one head: num_tokens * group, group fastest
+  std::int32_t head_rows = 0;  // distance of heads in `q` and in results, in rows
+  std::int64_t hull_end = 0;   // no row of the tile sees a key at or past it
   std::int64_t first_kv_row = 0;
   float query_scale = 1.0F;  // softmax, query and key scales
   std::int32_t padded_k = 0;

@@ -33,13 +33,13 @@ void Workspace::size_scratch(Scratch* scratch) const {
   const std::int64_t k = padded_k();
   const std::int64_t v = padded_v();
   const std::int64_t counts[] = {
-      item_rows * k,      // q
-      keys * k,           // k
-      keys * v,           // v
-      kPadK * k,          // staging
-      rows * kMaxKvTile,  // s
-      rows,               // alpha
-      rows,               // new_max
+      item_rows * k,        // q
+      keys * k,             // k
+      keys * v,             // v
+      kPadK * k,            // staging
+      rows * kMaxKvTile,    // s
+      rows,                 // alpha
+      rows,                 // new_max
       item_rows * (v + 2),  // result
       item_rows * (v + 2),  // chunk
   };

@@ -30,7 +30,9 @@ class Workspace final : public PlanState {
   // The prefix result of one shared row and head.
   PartialRows shared_result(std::int64_t shared_row, std::int32_t head) const;
 
-  std::int32_t padded_k() const { return static_cast<std::int32_t>(round_up(layer_.head_size, kPadK)); }
+  std::int32_t padded_k() const {
+    return static_cast<std::int32_t>(round_up(layer_.head_size, kPadK));
+  }
   std::int32_t padded_v() const {
     return static_cast<std::int32_t>(round_up(layer_.head_size_v, kPadV));
   }
@@ -61,7 +63,9 @@ template <class F>
 void parallel_for(ThreadPool& pool, std::int64_t count, F& f) {
   pool.run(
       count,
-      [](void* context, std::int64_t index, int worker) { (*static_cast<F*>(context))(index, worker); },
+      [](void* context, std::int64_t index, int worker) {
+        (*static_cast<F*>(context))(index, worker);
+      },
       &f);
 }
 

@@ -28,9 +28,9 @@ void set_units(const TilePolicy& policy, const Spans& visible, WorkTile* tile) {
   tile->few_rows = policy.few_rows;
   tile->units = semantics::make_units(visible, policy.kv_tile);
   const std::int32_t num_units = tile->units.count();
-  tile->units_per_chunk =
-      policy.splittable ? semantics::chunk_units(num_units, policy.min_units_per_chunk)
-                        : std::max(num_units, 1);
+  tile->units_per_chunk = policy.splittable
+                              ? semantics::chunk_units(num_units, policy.min_units_per_chunk)
+                              : std::max(num_units, 1);
   tile->num_chunks = semantics::num_chunks(num_units, tile->units_per_chunk);
 }
 
@@ -62,15 +62,15 @@ void add_sequence(const LayerParams& layer, const BatchParams& batch, std::int32
     WorkTile tile;
     tile.seq = s;
     tile.first = seq.first_row + i;
-    tile.num_tokens = static_cast<std::int32_t>(std::min<std::int64_t>(policy.tokens,
-                                                                       seq.query_len - i));
+    tile.num_tokens =
+        static_cast<std::int32_t>(std::min<std::int64_t>(policy.tokens, seq.query_len - i));
     tile.shared_first = shared_prefix > 0 ? plan->first_shared_row[s] + i : -1;
     tile.kv_begin = shared_prefix;
     tile.kv_end = seq.mask.kv_len;
     const std::int64_t first_pos = seq.context_len + i;
-    const Spans visible = clip(
-        semantics::union_spans(seq.mask, first_pos, first_pos + tile.num_tokens - 1),
-        tile.kv_begin, tile.kv_end);
+    const Spans visible =
+        clip(semantics::union_spans(seq.mask, first_pos, first_pos + tile.num_tokens - 1),
+             tile.kv_begin, tile.kv_end);
     set_units(policy, visible, &tile);
     plan->main.tiles.push_back(tile);
   }
@@ -82,9 +82,9 @@ void group_heads(const LayerParams& layer, int num_threads, Schedule* schedule) 
   std::int64_t chunks = 0;
   for (const WorkTile& tile : schedule->tiles) chunks += tile.num_chunks;
   const std::int64_t wanted = std::int64_t{num_threads} * kItemsPerThread;
-  const std::int64_t most =
-      num_threads == 1 ? layer.num_kv_heads
-                       : std::max<std::int64_t>(chunks * layer.num_kv_heads / wanted, 1);
+  const std::int64_t most = num_threads == 1
+                                ? layer.num_kv_heads
+                                : std::max<std::int64_t>(chunks * layer.num_kv_heads / wanted, 1);
   for (WorkTile& tile : schedule->tiles) {
     if (!tile.few_rows) continue;
     tile.heads = static_cast<std::int32_t>(
@@ -222,10 +222,11 @@ void append(const LayerParams& layer, const char* name, const Schedule& schedule
   for (const WorkTile& tile : schedule.tiles) {
     *text += std::string(name) + " tile: sequence " + number(tile.seq) + ", rows " +
              number(tile.first) + "+" + number(tile.num_tokens) + " x " + number(layer.group) +
-             " heads, units of " + number(tile.kv_tile) + " keys: " +
-             number(tile.units.prefix_first) + "+" + number(tile.units.prefix_count) + ", " +
-             number(tile.units.main_first) + "+" + number(tile.units.main_count) + ", chunks " +
-             number(tile.num_chunks) + ", kv heads together " + number(tile.heads) + "\n";
+             " heads, units of " + number(tile.kv_tile) +
+             " keys: " + number(tile.units.prefix_first) + "+" + number(tile.units.prefix_count) +
+             ", " + number(tile.units.main_first) + "+" + number(tile.units.main_count) +
+             ", chunks " + number(tile.num_chunks) + ", kv heads together " + number(tile.heads) +
+             "\n";
   }
   for (const WorkRange& range : schedule.ranges) {
     *text += std::string(name) + " range: (" + number(range.begin.tile) + ", " +

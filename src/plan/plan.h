@@ -18,9 +18,9 @@ namespace quire::planning {
 
 // Query rows of one sequence (or of several that share a prefix) times the keys they visit.
 struct WorkTile {
-  std::int32_t seq = 0;         // whose block table row is read
-  std::int32_t num_tokens = 0;  // rows = num_tokens * group
-  std::int64_t first = 0;       // first query row; in shared tiles an index into shared_rows
+  std::int32_t seq = 0;            // whose block table row is read
+  std::int32_t num_tokens = 0;     // rows = num_tokens * group
+  std::int64_t first = 0;          // first query row; in shared tiles an index into shared_rows
   std::int64_t shared_first = -1;  // of a tile whose prefix is shared: its first index there
   std::int64_t kv_begin = 0;       // keys outside [kv_begin, kv_end) are another tile's
   std::int64_t kv_end = 0;
@@ -86,8 +86,8 @@ struct WorkPlan {
 
   // Scratch of shared-prefix detection, kept to avoid allocation.
   std::vector<std::int32_t> order;
-  std::vector<std::int64_t> prefix_len;       // [num_seqs] shared prefix, 0: none
-  std::vector<std::int64_t> first_shared_row; // [num_seqs]
+  std::vector<std::int64_t> prefix_len;        // [num_seqs] shared prefix, 0: none
+  std::vector<std::int64_t> first_shared_row;  // [num_seqs]
 };
 
 // Rows of one head of an item in result buffers: whole vectors, so that heads do not overlap.

@@ -66,8 +66,7 @@ void add_announced(const LayerParams& layer, const BatchParams& batch, WorkPlan*
 
 // Sequences with the same first block are compared with the first of them.
 void add_detected(const LayerParams& layer, const BatchParams& batch, WorkPlan* plan) {
-  const std::int64_t min_blocks =
-      (kMinSharedPrefix + layer.block_size - 1) / layer.block_size;
+  const std::int64_t min_blocks = (kMinSharedPrefix + layer.block_size - 1) / layer.block_size;
   std::vector<std::int32_t>& order = plan->order;
   for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
     const std::int64_t query_len =

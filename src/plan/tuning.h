@@ -11,11 +11,11 @@ namespace quire::planning {
 // How one request's queries and keys are tiled. Depends on the layer and on the request's own
 // query length only (batch invariance).
 struct TilePolicy {
-  std::int32_t tokens = 1;             // query tokens of a tile; rows = tokens * group
-  std::int32_t kv_tile = 64;           // keys of a unit of work
+  std::int32_t tokens = 1;    // query tokens of a tile; rows = tokens * group
+  std::int32_t kv_tile = 64;  // keys of a unit of work
   std::int32_t min_units_per_chunk = 1;
-  bool few_rows = false;               // memory-bound: K is used as it lies, see cpu/attention-inl.h
-  bool splittable = false;             // whether keys may be cut into chunks
+  bool few_rows = false;    // memory-bound: K is used as it lies, see cpu/attention-inl.h
+  bool splittable = false;  // whether keys may be cut into chunks
 };
 
 // Up to this many rows the CPU kernel takes dot products of K rows as they lie in the cache; above

@@ -86,26 +86,26 @@ class Row {
     std::int64_t block = 0;
     std::int64_t slot = seq_.first_kv_row + j;
     if (layer_.paged) {
-      block = semantics::physical_block(
-          p_.batch->block_table + seq_index_ * p_.batch->table_stride, p_.batch->table_width,
-          j / layer_.block_size, p_.num_blocks);
+      block =
+          semantics::physical_block(p_.batch->block_table + seq_index_ * p_.batch->table_stride,
+                                    p_.batch->table_width, j / layer_.block_size, p_.num_blocks);
       slot = j % layer_.block_size;
       if (block < 0) return {};
     }
     const char* data = static_cast<const char*>(kv.data);
     const std::int64_t offset = semantics::cache_offset(kv.strides, block, slot, kv_head);
-    const double scale =
-        kv.token_scales == nullptr
-            ? value_of(kv.scale)
-            : kv.token_scales[semantics::cache_offset(kv.token_scale_strides, block, slot, kv_head)];
+    const double scale = kv.token_scales == nullptr
+                             ? value_of(kv.scale)
+                             : kv.token_scales[semantics::cache_offset(kv.token_scale_strides,
+                                                                       block, slot, kv_head)];
     return {data + offset * size_of(kv.dtype), kv.dtype, scale};
   }
 
   double logit(std::int64_t j) const {
     const DoubleOps ops;
-    const char* query = static_cast<const char*>(p_.query) +
-                        (row_ * p_.query_token_stride + head_ * p_.query_head_stride) *
-                            size_of(layer_.dtype);
+    const char* query =
+        static_cast<const char*>(p_.query) +
+        (row_ * p_.query_token_stride + head_ * p_.query_head_stride) * size_of(layer_.dtype);
     const KvRow key = side(p_.k, j);
     double dot = 0.0;
     for (std::int64_t i = 0; i < layer_.head_size; ++i) {
@@ -118,8 +118,7 @@ class Row {
     if (layer_.alibi_slopes != nullptr) {
       const double slope = layer_.alibi_slopes[head_];
       const double distance = static_cast<double>(j - q_pos_);
-      s = layer_.alibi_sqrt ? alibi_sqrt(ops, s, slope, distance)
-                            : alibi(ops, s, slope, distance);
+      s = layer_.alibi_sqrt ? alibi_sqrt(ops, s, slope, distance) : alibi(ops, s, slope, distance);
     }
     return s + qq_bias(j);
   }
@@ -198,11 +197,10 @@ void write_side(const CacheWriteParams& p, const KvParams& kv, const void* x,
   for (std::int32_t head = 0; head < p.num_kv_heads; ++head) {
     const std::int64_t block = slot / p.block_size;
     const std::int64_t offset = slot % p.block_size;
-    float* token_scale =
-        kv.token_scales == nullptr
-            ? nullptr
-            : kv.token_scales +
-                  semantics::cache_offset(kv.token_scale_strides, block, offset, head);
+    float* token_scale = kv.token_scales == nullptr
+                             ? nullptr
+                             : kv.token_scales + semantics::cache_offset(kv.token_scale_strides,
+                                                                         block, offset, head);
     semantics::store_kv_row(
         static_cast<const char*>(x) +
             (token * token_stride + head * head_stride) * size_of(p.dtype),
@@ -280,8 +278,8 @@ class ReferenceBackend final : public Backend {
       semantics::store_element(result, p.dtype, i, static_cast<float>(part_a + part_b));
     }
     if (p.result.lse != nullptr) {
-      const_cast<float*>(p.result.lse)[head * p.result.lse_head_stride +
-                                       token * p.result.lse_token_stride] =
+      const_cast<float*>(
+          p.result.lse)[head * p.result.lse_head_stride + token * p.result.lse_token_stride] =
           static_cast<float>(finished.lse);
     }
   }

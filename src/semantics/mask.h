@@ -86,8 +86,8 @@ QUIRE_HOST_DEVICE Span widen_by_ranges(const SequenceMask& mask, Span span, std:
     if (start >= last || start > last_p || last < first_p) continue;
     const Span range{max_of(start, 0), min_of(last + 1, mask.kv_len)};
     if (range.empty()) continue;
-    span = span.empty() ? range
-                        : Span{min_of(span.begin, range.begin), max_of(span.end, range.end)};
+    span =
+        span.empty() ? range : Span{min_of(span.begin, range.begin), max_of(span.end, range.end)};
   }
   return span;
 }

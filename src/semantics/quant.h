@@ -96,9 +96,8 @@ QUIRE_HOST_DEVICE std::uint16_t float_to_fp16(float x) {
 QUIRE_HOST_DEVICE float fp16_to_float(std::uint16_t code) {
   const std::uint32_t sign = static_cast<std::uint32_t>(code & 0x8000U) << 16;
   const std::uint32_t magnitude = code & 0x7FFFU;
-  const float value = magnitude >= 0x7C00U
-                          ? bits_float(0x7F800000U | ((magnitude & 0x3FFU) << 13))
-                          : detail::expand_magnitude<10, 15>(magnitude);
+  const float value = magnitude >= 0x7C00U ? bits_float(0x7F800000U | ((magnitude & 0x3FFU) << 13))
+                                           : detail::expand_magnitude<10, 15>(magnitude);
   return bits_float(sign | float_bits(value));
 }
 

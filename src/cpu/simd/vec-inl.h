@@ -51,20 +51,19 @@ HWY_INLINE Vf load_widened(const void* row, std::size_t i) {
     constexpr int kMantissa = kE4M3 ? 3 : 2;
     constexpr int kBias = kE4M3 ? 7 : 15;
     const hn::Rebind<std::uint8_t, Df> d8;
-    const auto code =
-        hn::PromoteTo(di, hn::LoadU(d8, static_cast<const std::uint8_t*>(row) + i));
+    const auto code = hn::PromoteTo(di, hn::LoadU(d8, static_cast<const std::uint8_t*>(row) + i));
     const auto magnitude = hn::And(code, hn::Set(di, 0x7F));
     const auto sign = hn::ShiftLeft<24>(hn::And(code, hn::Set(di, 0x80)));
-    const auto normal = hn::Add(hn::ShiftLeft<23 - kMantissa>(magnitude),
-                                hn::Set(di, (127 - kBias) << 23));
+    const auto normal =
+        hn::Add(hn::ShiftLeft<23 - kMantissa>(magnitude), hn::Set(di, (127 - kBias) << 23));
     const Vf ulp = hn::BitCast(d, hn::Set(di, (127 + 1 - kBias - kMantissa) << 23));
     const auto subnormal = hn::BitCast(di, hn::Mul(hn::ConvertTo(d, magnitude), ulp));
     auto bits = hn::IfThenElse(hn::Lt(magnitude, hn::Set(di, 1 << kMantissa)), subnormal, normal);
     if constexpr (kE4M3) {
       bits = hn::IfThenElse(hn::Eq(magnitude, hn::Set(di, 0x7F)), hn::Set(di, 0x7FC00000), bits);
     } else {
-      const auto special = hn::Or(hn::Set(di, 0x7F800000),
-                                  hn::ShiftLeft<21>(hn::And(magnitude, hn::Set(di, 3))));
+      const auto special =
+          hn::Or(hn::Set(di, 0x7F800000), hn::ShiftLeft<21>(hn::And(magnitude, hn::Set(di, 3))));
       bits = hn::IfThenElse(hn::Gt(magnitude, hn::Set(di, 0x7B)), special, bits);
     }
     return hn::BitCast(d, hn::Or(bits, sign));
