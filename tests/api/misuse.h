@@ -1,0 +1,120 @@
+// A correct call, ready to be spoilt: each test makes one mistake and expects quire::Error to name
+// the argument, with nothing written.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tests/conformance/runner.h"
+
+namespace quire {
+
+// Runs `call` and returns the argument its Error names; "(no error)" if it throws none.
+inline std::string argument_named_by(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    const std::string what = error.what();
+    EXPECT_EQ(what.rfind(error.argument() + ": expected ", 0), 0U) << what;
+    EXPECT_NE(what.find(", got "), std::string::npos) << what;
+    return error.argument();
+  }
+  return "(no error)";
+}
+
+// One layer, one batch and their tensors.
+class Call {
+ public:
+  explicit Call(const conformance::CaseSpec& spec = default_spec())
+      : tensors(conformance::build_case(spec)),
+        on_device(tensors, attention_backend("cpu")),
+        config(on_device.config()),
+        batch(on_device.batch()),
+        args(on_device.args()) {}
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  static conformance::CaseSpec default_spec() {
+    conformance::CaseSpec spec;
+    spec.seed = 3;
+    spec.config.dtype = DType::kFloat32;
+    spec.config.num_heads = 4;
+    spec.config.num_kv_heads = 2;
+    spec.config.head_size = 16;
+    spec.config.block_size = 4;
+    spec.layout = conformance::CacheLayout::kSeparate;
+    spec.sequences = {{3, 10}, {1, 7}};
+    return spec;
+  }
+
+  void run() {
+    Plan plan(config);
+    plan.update(batch, common_prefix_len, context);
+    attention(plan, args, context);
+  }
+
+  // What the call leaves changed: "" after an error.
+  std::string damage() { return on_device.buffers().damage({}); }
+
+  conformance::Case tensors;
+  conformance::DeviceCase on_device;
+  AttentionConfig config;
+  CommonAttentionMetadata batch;
+  AttentionArgs args;
+  std::int64_t common_prefix_len = 0;
+  Context context;
+};
+
+struct Mistake {
+  const char* name;
+  const char* argument;
+  std::function<void(Call&)> make;
+};
+
+inline void expect_named(const std::vector<Mistake>& mistakes,
+                         const conformance::CaseSpec& spec = Call::default_spec()) {
+  {
+    Call correct(spec);
+    EXPECT_EQ(argument_named_by([&] { correct.run(); }), "(no error)");
+  }
+  for (const Mistake& mistake : mistakes) {
+    Call call(spec);
+    mistake.make(call);
+    EXPECT_EQ(argument_named_by([&] { call.run(); }), mistake.argument) << mistake.name;
+    EXPECT_EQ(call.damage(), "") << mistake.name;
+  }
+}
+
+// Mistakes that any tensor argument can have. `dtype` is one that it must not have.
+inline std::vector<Mistake> mistakes_of_a_tensor(const char* argument,
+                                                 const std::function<TensorView&(Call&)>& view,
+                                                 DType dtype, bool unit_last_stride = true) {
+  std::vector<Mistake> mistakes{
+      {"absent", argument, [view](Call& call) { view(call) = {}; }},
+      {"dtype", argument, [view, dtype](Call& call) { view(call).dtype = dtype; }},
+      {"number of dimensions", argument, [view](Call& call) { ++view(call).ndim; }},
+      {"negative size", argument, [view](Call& call) { view(call).shape[0] = -1; }},
+      {"device", argument,
+       [view](Call& call) {
+         view(call).device = {DeviceType::kCuda, 0};
+       }},
+      {"null data", argument, [view](Call& call) { view(call).data = nullptr; }}};
+  if (unit_last_stride) {
+    mistakes.push_back({"last stride", argument, [view](Call& call) {
+                          TensorView& tensor = view(call);
+                          tensor.strides[tensor.ndim - 1] = 2;
+                        }});
+  }
+  return mistakes;
+}
+
+inline Mistake wrong_size(const char* argument, const std::function<TensorView&(Call&)>& view,
+                          int dim, std::int64_t change) {
+  return {"size", argument, [view, dim, change](Call& call) { view(call).shape[dim] += change; }};
+}
+
+}  // namespace quire

@@ -1,0 +1,217 @@
+// Layers and batches that cannot be: Plan's constructor and update(), supports(), lookups.
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <memory>
+
+#include "tests/api/misuse.h"
+
+namespace quire {
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// The reasons that backend "cpu" gives must name what is wrong, and Plan must refuse.
+void expect_unsupported(const char* word, const std::function<void(AttentionConfig&)>& spoil) {
+  Call call;
+  spoil(call.config);
+  const std::vector<std::string> reasons = attention_backend("cpu").supports(call.config);
+  ASSERT_FALSE(reasons.empty()) << word;
+  EXPECT_NE(reasons.front().find(word), std::string::npos) << reasons.front();
+  EXPECT_EQ(argument_named_by([&] { Plan plan(call.config); }), "config");
+  EXPECT_EQ(argument_named_by([&] { AttentionMetadataBuilder builder(call.config); }), "config");
+  EXPECT_EQ(argument_named_by([&] { AttentionImpl impl(call.config); }), "config");
+}
+
+TEST(PlanMisuse, Sizes) {
+  for (const std::int64_t bad : {0, -4, 5}) {
+    expect_unsupported("num_", [bad](AttentionConfig& c) { c.num_heads = bad; });
+  }
+  for (const std::int64_t bad : {0, -1, 3, 8}) {
+    expect_unsupported("num_kv_heads", [bad](AttentionConfig& c) { c.num_kv_heads = bad; });
+  }
+  for (const std::int64_t bad : {0, -16, 7, 577, 1 << 20}) {
+    expect_unsupported("head_size", [bad](AttentionConfig& c) { c.head_size = bad; });
+  }
+  for (const std::int64_t bad : {-16, 7, 577}) {
+    expect_unsupported("head_size_v", [bad](AttentionConfig& c) { c.head_size_v = bad; });
+  }
+  for (const std::int64_t bad : {0, -1}) {
+    expect_unsupported("block_size", [bad](AttentionConfig& c) { c.block_size = bad; });
+  }
+}
+
+TEST(PlanMisuse, DTypes) {
+  for (const DType bad : {DType::kNone, DType::kInt8, DType::kFloat8E5M2, DType::kInt64}) {
+    expect_unsupported("dtype", [bad](AttentionConfig& c) { c.dtype = bad; });
+  }
+  expect_unsupported("kv_cache_dtype",
+                     [](AttentionConfig& c) { c.kv_cache_dtype = static_cast<KvCacheDType>(200); });
+  // An fp8 query needs an fp8 cache.
+  expect_unsupported("fp8", [](AttentionConfig& c) { c.dtype = DType::kFloat8E4M3; });
+  expect_unsupported("fp8", [](AttentionConfig& c) {
+    c.dtype = DType::kFloat8E4M3;
+    c.kv_cache_dtype = KvCacheDType::kFp8E4M3;
+    c.type = AttentionType::kEncoder;
+  });
+}
+
+TEST(PlanMisuse, Masks) {
+  for (const WindowKind kind : {WindowKind::kLeft, WindowKind::kBoth, WindowKind::kChunked}) {
+    for (const std::int64_t bad : {0, -1}) {
+      expect_unsupported("window_size", [&](AttentionConfig& c) {
+        c.mask.window = kind;
+        c.mask.window_size = bad;
+      });
+    }
+  }
+  expect_unsupported("chunk_lookback", [](AttentionConfig& c) { c.mask = Mask::chunked(8, -1); });
+}
+
+TEST(PlanMisuse, Scores) {
+  for (const float bad : {kNan, -1.0F, std::numeric_limits<float>::infinity()}) {
+    expect_unsupported("soft_cap", [bad](AttentionConfig& c) { c.score.soft_cap = bad; });
+  }
+  expect_unsupported("softmax_scale", [](AttentionConfig& c) { c.score.softmax_scale = kNan; });
+  expect_unsupported("alibi", [](AttentionConfig& c) { c.score.alibi_sqrt = true; });
+}
+
+TEST(PlanMisuse, TensorsOfTheScore) {
+  static float values[8] = {};
+  const auto refused = [](const char* argument, TensorView Score::*member, TensorView view) {
+    Call call;
+    call.config.score.*member = view;
+    EXPECT_EQ(argument_named_by([&] { Plan plan(call.config); }), argument);
+  };
+  for (const auto& [argument, member] : {std::pair{"score.sinks", &Score::sinks},
+                                         std::pair{"score.alibi_slopes", &Score::alibi_slopes}}) {
+    refused(argument, member, TensorView(values, DType::kFloat32, {3}));
+    refused(argument, member, TensorView(values, DType::kFloat32, {4, 1}));
+    refused(argument, member, TensorView(values, DType::kBFloat16, {4}));
+    refused(argument, member, TensorView(values, DType::kFloat32, {4}, {2}));
+    refused(argument, member, TensorView(nullptr, DType::kFloat32, {4}));
+    refused(argument, member, TensorView(values, DType::kFloat32, {4}, {DeviceType::kCuda, 0}));
+  }
+}
+
+TEST(PlanMisuse, BackendsAndDevices) {
+  Call call;
+  call.config.backend = "no such backend";
+  EXPECT_EQ(argument_named_by([&] { Plan plan(call.config); }), "config.backend");
+  call.config.backend = "cpu";
+  call.config.device = {DeviceType::kCuda, 0};
+  EXPECT_EQ(argument_named_by([&] { Plan plan(call.config); }), "config.device");
+  EXPECT_EQ(argument_named_by([] { attention_backend("no such backend"); }), "name");
+  EXPECT_EQ(argument_named_by([] { make_thread_pool(0); }), "num_threads");
+}
+
+TEST(PlanMisuse, LengthsOfTheBatch) {
+  const auto starts = [](Call& call) -> TensorView& { return call.batch.query_start_loc; };
+  const auto lens = [](Call& call) -> TensorView& { return call.batch.seq_lens; };
+  const auto table = [](Call& call) -> TensorView& { return call.batch.block_table; };
+  expect_named(mistakes_of_a_tensor("batch.query_start_loc", starts, DType::kInt64));
+  expect_named(mistakes_of_a_tensor("batch.seq_lens", lens, DType::kInt64));
+  expect_named(mistakes_of_a_tensor("batch.block_table", table, DType::kInt64));
+  expect_named({{"no offsets at all", "batch.query_start_loc",
+                 [](Call& call) { call.batch.query_start_loc.shape[0] = 0; }},
+                wrong_size("batch.seq_lens", lens, 0, -1),
+                wrong_size("batch.block_table", table, 0, -1)});
+}
+
+TEST(PlanMisuse, NumbersOfTheBatch) {
+  expect_named(
+      {{"negative tokens", "batch.num_actual_tokens",
+        [](Call& call) { call.batch.num_actual_tokens = -1; }},
+       {"absurdly many tokens", "batch.num_actual_tokens",
+        [](Call& call) { call.batch.num_actual_tokens = std::int64_t{1} << 40; }},
+       {"more tokens than rows", "query", [](Call& call) { ++call.batch.num_actual_tokens; }},
+       {"negative maximum", "batch.max_query_len",
+        [](Call& call) { call.batch.max_query_len = -1; }},
+       {"negative maximum", "batch.max_seq_len", [](Call& call) { call.batch.max_seq_len = -1; }},
+       {"table too narrow for max_seq_len", "batch.block_table",
+        [](Call& call) { call.batch.max_seq_len = 1000; }},
+       {"negative prefix", "common_prefix_len", [](Call& call) { call.common_prefix_len = -16; }}});
+}
+
+TEST(PlanMisuse, MasksOfTheBatch) {
+  conformance::CaseSpec spec = Call::default_spec();
+  spec.causal_flags = spec.ranges = spec.visible_prefixes = true;
+  spec.qq_bias_size = 3;
+  const auto drop_absent = [](std::vector<Mistake> mistakes) {
+    mistakes.erase(mistakes.begin());
+    return mistakes;
+  };
+  const auto causal = [](Call& call) -> TensorView& { return call.batch.causal; };
+  const auto ranges = [](Call& call) -> TensorView& { return call.batch.mm_prefix_range; };
+  const auto prefixes = [](Call& call) -> TensorView& { return call.batch.visible_prefix_lens; };
+  const auto bias = [](Call& call) -> TensorView& { return call.batch.qq_bias; };
+  expect_named(drop_absent(mistakes_of_a_tensor("batch.causal", causal, DType::kInt32)), spec);
+  expect_named(drop_absent(mistakes_of_a_tensor("batch.mm_prefix_range", ranges, DType::kInt64)),
+               spec);
+  expect_named(
+      drop_absent(mistakes_of_a_tensor("batch.visible_prefix_lens", prefixes, DType::kInt64)),
+      spec);
+  expect_named(drop_absent(mistakes_of_a_tensor("batch.qq_bias", bias, DType::kFloat16)), spec);
+  expect_named(
+      {wrong_size("batch.causal", causal, 0, -1),
+       wrong_size("batch.mm_prefix_range", ranges, 0, -1),
+       wrong_size("batch.mm_prefix_range", ranges, 2, -1),
+       wrong_size("batch.visible_prefix_lens", prefixes, 0, -1),
+       wrong_size("batch.qq_bias", bias, 0, -1),
+       {"one dimension", "batch.qq_bias", [](Call& call) { call.batch.qq_bias.ndim = 1; }}},
+      spec);
+  spec.qq_bias_per_sequence = true;
+  expect_named({wrong_size("batch.qq_bias", bias, 0, -1), wrong_size("batch.qq_bias", bias, 2, -1)},
+               spec);
+}
+
+TEST(PlanMisuse, KeysOfTheEncoder) {
+  conformance::CaseSpec spec = Call::default_spec();
+  spec.config.type = AttentionType::kEncoder;
+  spec.kv_start_loc = true;
+  const auto starts = [](Call& call) -> TensorView& { return call.batch.kv_start_loc; };
+  std::vector<Mistake> mistakes = mistakes_of_a_tensor("batch.kv_start_loc", starts, DType::kInt64);
+  mistakes.erase(mistakes.begin());
+  expect_named(mistakes, spec);
+  expect_named({wrong_size("batch.kv_start_loc", starts, 0, -1)}, spec);
+}
+
+TEST(PlanMisuse, IndicesWhenAskedToLook) {
+  const auto spoil = [](const char* argument, const std::function<void(Call&)>& change) {
+    Call call;
+    change(call);
+    call.context.check_indices = true;
+    EXPECT_EQ(argument_named_by([&] { call.run(); }), argument);
+    call.context.check_indices = false;  // harmless
+    EXPECT_EQ(argument_named_by([&] { call.run(); }), "(no error)");
+  };
+  const auto int32_at = [](const TensorView& view, std::int64_t i) -> std::int32_t& {
+    return static_cast<std::int32_t*>(view.data)[i];
+  };
+  spoil("query_start_loc[2]", [&](Call& c) { int32_at(c.batch.query_start_loc, 2) = 1; });
+  spoil("query_start_loc[0]", [&](Call& c) { int32_at(c.batch.query_start_loc, 0) = 1; });
+  spoil("seq_lens[1]", [&](Call& c) { int32_at(c.batch.seq_lens, 1) = -3; });
+  spoil("seq_lens[0]", [&](Call& c) { int32_at(c.batch.seq_lens, 0) = 2; });
+  spoil("seq_lens[1]", [&](Call& c) { int32_at(c.batch.seq_lens, 1) = 1 << 30; });
+  spoil("block_table[1][0]",
+        [&](Call& c) { int32_at(c.batch.block_table, c.batch.block_table.strides[0]) = 1 << 20; });
+  spoil("block_table[0][2]", [&](Call& c) { int32_at(c.batch.block_table, 2) = -1; });
+}
+
+TEST(PlanMisuse, PaddingOfTheTableIsNotLookedAt) {
+  Call call;  // its padding is wild
+  call.context.check_indices = true;
+  EXPECT_EQ(argument_named_by([&] { call.run(); }), "(no error)");
+}
+
+TEST(PlanMisuse, ShapesOfCaches) {
+  const AttentionBackend& cpu = attention_backend("cpu");
+  EXPECT_EQ(cpu.kv_cache_shape(10, 16, 8, 128), (std::vector<std::int64_t>{10, 2, 16, 8, 128}));
+  EXPECT_EQ(argument_named_by([&] { cpu.kv_cache_shape(-1, 16, 8, 128); }), "num_blocks");
+  EXPECT_EQ(argument_named_by([&] { cpu.kv_cache_shape(10, 0, 8, 128); }), "block_size");
+  EXPECT_EQ(argument_named_by([&] { cpu.kv_cache_shape(10, 16, 0, 128); }), "num_kv_heads");
+  EXPECT_EQ(argument_named_by([&] { cpu.kv_cache_shape(10, 16, 8, 0); }), "head_size");
+}
+
+}  // namespace
+}  // namespace quire
