@@ -36,7 +36,9 @@ run: configure
 	@cmake --build $(BUILD_DIR) -j $(JOBS) --target quire_cli
 	@$(QUIRE) generate $(ARGS)
 
+# The tests of examples/llm compare the real model's tokens with an independent implementation's.
 test: build
+	@scripts/fetch_model.sh > /dev/null
 	@ctest --preset $(PRESET) -j $(JOBS)
 
 bench: configure

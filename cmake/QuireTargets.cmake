@@ -40,6 +40,7 @@ function(quire_add_test name)
   gtest_discover_tests(
     ${name}
     TEST_PREFIX "${name}/"
+    NO_PRETTY_VALUES # a parameter's name names the test, not its bytes
     DISCOVERY_MODE PRE_TEST
     DISCOVERY_TIMEOUT 60
     PROPERTIES ${properties})
