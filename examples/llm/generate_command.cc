@@ -148,6 +148,7 @@ std::vector<Answer> add_requests(const Options& options, const PromptEncoder& en
 
 void run(Options options) {
   choose_prompts(options);
+  Sampler(options.sampling);  // throws on bad ones, before the model is loaded
   const auto load_start = Clock::now();
   const std::filesystem::path path = find_model(options.model);
   const GgufFile file = GgufFile::open(path);
@@ -196,6 +197,8 @@ void run(Options options) {
   if (!options.json.empty()) write_json(options.json, report, answers, engine);
 }
 
+CLI::Validator whole_number_from_1() { return CLI::Range(std::int64_t{1}, std::int64_t{1} << 40); }
+
 void add_prompt_options(CLI::App& command, Options& options) {
   command.add_option("--model", options.model,
                      "GGUF file of a Llama-architecture model (default: $QUIRE_MODEL, else what "
@@ -214,11 +217,10 @@ void add_prompt_options(CLI::App& command, Options& options) {
   command.add_flag("--raw", options.raw, "Pass prompts as they are, without a chat template")
       ->excludes(system);
   command.add_option("--max-tokens", options.max_tokens, "Tokens of each answer at most")
-      ->check(CLI::PositiveNumber)
+      ->check(whole_number_from_1())
       ->capture_default_str();
   command
       .add_option("--temperature", options.sampling.temperature, "0: always the likeliest token")
-      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command
       .add_option("--top-p", options.sampling.top_p,
@@ -230,7 +232,7 @@ void add_prompt_options(CLI::App& command, Options& options) {
 
 void add_engine_options(CLI::App& command, Options& options) {
   const auto count = [&](const char* name, std::int64_t& value, const char* text) {
-    command.add_option(name, value, text)->check(CLI::PositiveNumber)->capture_default_str();
+    command.add_option(name, value, text)->check(whole_number_from_1())->capture_default_str();
   };
   count("--block-size", options.block_size, "Tokens of a cache block");
   count("--num-blocks", options.num_blocks, "Blocks of the paged cache");

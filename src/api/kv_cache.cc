@@ -62,9 +62,15 @@ DType storage_dtype(KvCacheDType dtype, DType model_dtype) {
 namespace {
 
 // Byte tensors hold fp8 or int8 caches of frameworks that lack those types.
-TensorView reinterpret_bytes(TensorView view, KvCacheDType dtype) {
+TensorView stored_as(TensorView view, KvCacheDType dtype) {
   const DType storage = storage_dtype(dtype, view.dtype);
-  if (view.dtype == DType::kUInt8 && size_of(storage) == 1) view.dtype = storage;
+  if (view.dtype == DType::kUInt8 && size_of(storage) == 1 && dtype != KvCacheDType::kAuto) {
+    view.dtype = storage;
+  }
+  const bool plain = view.dtype == DType::kFloat16 || view.dtype == DType::kBFloat16 ||
+                     view.dtype == DType::kFloat32;
+  check::that(view.dtype == storage && (plain || dtype != KvCacheDType::kAuto), "kv_cache",
+              std::string("elements of a cache of kind ") + to_string(dtype), view.to_string());
   return view;
 }
 
@@ -73,7 +79,7 @@ TensorView reinterpret_bytes(TensorView view, KvCacheDType dtype) {
 PagedKvCache PagedKvCache::from_combined(const TensorView& kv_cache, KvCacheDType dtype) {
   check::that(kv_cache.ndim == 5 && kv_cache.shape[1] == 2, "kv_cache",
               "shape [num_blocks, 2, block_size, num_kv_heads, head_size]", kv_cache.to_string());
-  const TensorView view = reinterpret_bytes(kv_cache, dtype);
+  const TensorView view = stored_as(kv_cache, dtype);
   PagedKvCache cache;
   cache.key = view.select(1, 0);
   cache.value = view.select(1, 1);
@@ -88,7 +94,7 @@ PagedKvCache PagedKvCache::from_packed(const TensorView& kv_cache, std::int64_t 
               kv_cache.to_string());
   check::that(head_size >= 1 && head_size < kv_cache.shape[3], "head_size",
               "1 to " + std::to_string(kv_cache.shape[3] - 1), head_size);
-  const TensorView rows = reinterpret_bytes(kv_cache, dtype).transpose(1, 2);
+  const TensorView rows = stored_as(kv_cache, dtype).transpose(1, 2);
   PagedKvCache cache;
   cache.key = rows.slice(3, 0, head_size);
   cache.value = rows.slice(3, head_size, rows.shape[3]);

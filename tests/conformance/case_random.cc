@@ -194,8 +194,14 @@ void draw_score(CaseSpec* spec, Rng* rng) {
     score.softmax_scale = 1.0F;
     return;
   }
-  if (rng->chance(0.3)) score.softmax_scale = static_cast<float>(0.02 + 0.3 * rng->unit());
-  if (rng->chance(0.05)) score.softmax_scale = -0.1F;
+  if (rng->chance(0.3)) {
+    // Around 1 / sqrt(head_size). In float32, scores that reach 50 carry errors that no float32
+    // arithmetic turns into weights good to 1e-5.
+    const double most = spec->query_dtype() == DType::kFloat32 ? 1.3 : 3.0;
+    const double factor = (0.2 + (most - 0.2) * rng->unit()) * (rng->chance(0.1) ? -1 : 1);
+    const auto head_size = static_cast<double>(spec->config.head_size);
+    score.softmax_scale = static_cast<float>(factor / std::sqrt(head_size));
+  }
   if (rng->chance(0.15)) score.soft_cap = rng->pick({1.0F, 5.0F, 30.0F, 50.0F});
   if (rng->chance(0.12)) {
     spec->alibi = true;
