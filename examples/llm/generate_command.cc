@@ -148,7 +148,7 @@ std::vector<Answer> add_requests(const Options& options, const PromptEncoder& en
 
 void run(Options options) {
   choose_prompts(options);
-  Sampler(options.sampling);  // throws on bad ones, before the model is loaded
+  check(options.sampling);  // now rather than after loading the model
   const auto load_start = Clock::now();
   const std::filesystem::path path = find_model(options.model);
   const GgufFile file = GgufFile::open(path);

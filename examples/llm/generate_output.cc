@@ -99,6 +99,7 @@ void AnswerPrinter::clear_progress() {
 void print_table(const RunReport& report) {
   const EngineStats& engine = report.engine;
   const BlockStats& blocks = report.blocks;
+  const std::int64_t tokens_reused = blocks.reused * report.block_size;
   std::printf("%-10s %10s %10s %10s\n", "", "tokens", "seconds", "tokens/s");
   const auto row = [](const char* name, std::int64_t tokens, double seconds) {
     std::printf("%-10s %10lld %10.2f %10.1f\n", name, static_cast<long long>(tokens), seconds,
@@ -111,7 +112,7 @@ void print_table(const RunReport& report) {
       "was found %lld times (%lld tokens not computed)\n",
       static_cast<long long>(blocks.peak_used), static_cast<long long>(report.num_blocks),
       static_cast<long long>(blocks.peak_shared), static_cast<long long>(blocks.reused),
-      static_cast<long long>(blocks.reused * report.block_size));
+      static_cast<long long>(tokens_reused));
   std::printf("cache      %s, blocks of %lld tokens, %.1f MiB; %lld preemptions\n",
               report.kv_cache_dtype.c_str(), static_cast<long long>(report.block_size),
               static_cast<double>(report.cache_bytes) / (1 << 20),

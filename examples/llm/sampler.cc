@@ -7,7 +7,7 @@
 
 namespace quire::llm {
 
-Sampler::Sampler(const SamplingParams& params) : params_(params), random_(params.seed) {
+void check(const SamplingParams& params) {
   if (!std::isfinite(params.temperature) || params.temperature < 0.0F) {
     throw std::invalid_argument("temperature: expected a number >= 0, got " +
                                 std::to_string(params.temperature));
@@ -16,6 +16,10 @@ Sampler::Sampler(const SamplingParams& params) : params_(params), random_(params
     throw std::invalid_argument("top_p: expected a number above 0 and up to 1, got " +
                                 std::to_string(params.top_p));
   }
+}
+
+Sampler::Sampler(const SamplingParams& params) : params_(params), random_(params.seed) {
+  check(params);
 }
 
 std::int32_t Sampler::sample(std::span<const float> logits) {

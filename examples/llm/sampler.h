@@ -15,12 +15,15 @@ struct SamplingParams {
   std::uint64_t seed = 0;
 };
 
+// Throws std::invalid_argument on a negative or non-finite temperature, or a top_p outside (0, 1].
+void check(const SamplingParams& params);
+
 // One for each request: what it draws depends on its seed and its logits alone, not on what else
 // runs in the batch. The generator and the arithmetic are fixed by the C++ standard, so a seed
 // gives the same draws everywhere.
 class Sampler {
  public:
-  // Throws std::invalid_argument on a negative or non-finite temperature, or a top_p outside (0, 1].
+  // Throws as check() does.
   explicit Sampler(const SamplingParams& params);
 
   // The next token. Of equally likely ones the first counts as the likeliest.

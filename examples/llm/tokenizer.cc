@@ -187,10 +187,11 @@ std::vector<std::int32_t> Tokenizer::encode(std::span<const TextPiece> pieces) c
       plain += piece.text;
       continue;
     }
-    for (std::size_t i = 0; i < piece.text.size();) {
-      const SpecialToken* special = special_at(std::string_view(piece.text).substr(i));
+    const std::string_view text = piece.text;
+    for (std::size_t i = 0; i < text.size();) {
+      const SpecialToken* special = special_at(text.substr(i));
       if (special == nullptr) {
-        plain += piece.text[i++];
+        plain += text[i++];
         continue;
       }
       encode_plain(plain, tokens);
