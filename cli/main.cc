@@ -25,12 +25,8 @@ int run(int argc, char** argv) {
 #ifdef QUIRE_WITH_GENERATE
   quire::llm::add_generate_command(app);
 #endif
-#ifdef QUIRE_WITH_VERIFY
   quire::cli::add_verify_command(app);
-#endif
-#ifdef QUIRE_WITH_BENCH
   quire::cli::add_bench_command(app);
-#endif
 
   try {
     app.parse(argc, argv);
