@@ -22,7 +22,8 @@ if run-clang-tidy-14 -quiet -p "$build_dir" -j "$(nproc)" \
   echo "run_tidy: clean"
 else
   # Findings and errors, without the commands and the counts of suppressed warnings.
-  grep -vE '^clang-tidy-14 |^[0-9]+ warnings? (generated|treated)|^$' "$log" | head -n 200 >&2
+  sed 's/\x1b\[[0-9;]*m//g' "$log" |
+    grep -vE '^clang-tidy-14 |^[0-9]+ warnings? (generated|treated)|^$' | head -n 200 >&2
   echo "run_tidy: findings (all in $log)" >&2
   exit 1
 fi
