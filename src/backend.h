@@ -32,6 +32,9 @@ class Backend : public AttentionBackend {
   virtual void attention(PlanState& state, const AttentionParams& params,
                          const Context& ctx) const = 0;
   virtual void merge(const MergeParams& params, const Context& ctx) const = 0;
+
+  // Fills a tensor [rows, (heads,) size] with zeros: the output of a profiling run. Host memory.
+  virtual void fill_zero(const TensorView& output, const Context& ctx) const;
 };
 
 // The one explicit list of backends (backends.cc), best first for each device.

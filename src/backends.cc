@@ -1,4 +1,5 @@
 #include <cstdlib>
+#include <cstring>
 
 #include "backend.h"
 
@@ -36,6 +37,19 @@ const Backend& backend_by_name(const std::string& name, const char* argument) {
 
 const AttentionBackend& attention_backend(std::string_view name) {
   return backend_by_name(std::string(name), "name");
+}
+
+void Backend::fill_zero(const TensorView& output, const Context&) const {
+  const std::int64_t heads = output.ndim == 3 ? output.shape[1] : 1;
+  const std::int64_t bytes = output.shape[output.ndim - 1] * size_of(output.dtype);
+  for (std::int64_t row = 0; row < output.shape[0]; ++row) {
+    for (std::int64_t head = 0; head < heads; ++head) {
+      const std::int64_t offset =
+          row * output.strides[0] + (output.ndim == 3 ? head * output.strides[1] : 0);
+      std::memset(static_cast<char*>(output.data) + offset * size_of(output.dtype), 0,
+                  static_cast<std::size_t>(bytes));
+    }
+  }
 }
 
 const Backend& pick_backend(Device device, const std::string& name) {

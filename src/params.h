@@ -151,6 +151,22 @@ QUIRE_HOST_DEVICE std::int64_t clamp_index(std::int64_t value, std::int64_t low,
   return value < low ? low : (value > high ? high : value);
 }
 
+// What sequence `s` of the batch may see of its `kv_len` keys.
+QUIRE_HOST_DEVICE semantics::SequenceMask sequence_mask(const LayerParams& layer,
+                                                        const BatchParams& batch, std::int32_t s,
+                                                        std::int64_t kv_len) {
+  semantics::SequenceMask mask;
+  mask.kv_len = kv_len;
+  mask.causal = batch.causal ? batch.causal[s] != 0 : layer.mask.causal;
+  mask.window = layer.mask.window;
+  mask.window_size = layer.mask.window_size;
+  mask.chunk_lookback = layer.mask.chunk_lookback;
+  mask.visible_prefix = batch.visible_prefix_lens ? batch.visible_prefix_lens[s] : 0;
+  mask.num_ranges = batch.num_ranges;
+  mask.ranges = batch.ranges + static_cast<std::int64_t>(s) * batch.num_ranges * 2;
+  return mask;
+}
+
 // `num_kv_tokens`: rows of the key tensor of direct attention; not used by paged attention.
 QUIRE_HOST_DEVICE Sequence sequence_at(const LayerParams& layer, const BatchParams& batch,
                                        std::int64_t num_kv_tokens, std::int32_t s) {
@@ -177,15 +193,7 @@ QUIRE_HOST_DEVICE Sequence sequence_at(const LayerParams& layer, const BatchPara
   const std::int64_t full_query_len = max_of(row_end - row_begin, 0);
   seq.context_len = seq_len - full_query_len + (seq.first_row - row_begin);
 
-  semantics::SequenceMask& mask = seq.mask;
-  mask.kv_len = min_of(seq_len, reachable);
-  mask.causal = batch.causal ? batch.causal[s] != 0 : layer.mask.causal;
-  mask.window = layer.mask.window;
-  mask.window_size = layer.mask.window_size;
-  mask.chunk_lookback = layer.mask.chunk_lookback;
-  mask.visible_prefix = batch.visible_prefix_lens ? batch.visible_prefix_lens[s] : 0;
-  mask.num_ranges = batch.num_ranges;
-  mask.ranges = batch.ranges + static_cast<std::int64_t>(s) * batch.num_ranges * 2;
+  seq.mask = sequence_mask(layer, batch, s, min_of(seq_len, reachable));
   return seq;
 }
 

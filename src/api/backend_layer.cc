@@ -1,6 +1,4 @@
 // AttentionMetadataBuilder and AttentionImpl: vLLM's names over the functional core.
-#include <cstring>
-
 #include "api/check.h"
 #include "api/lower.h"
 #include "quire/backend.h"
@@ -44,24 +42,15 @@ PagedKvCache with_scales(PagedKvCache cache, const LayerScales& scales) {
 }
 
 // A profiling run has no batch: the output only has to exist and be finite.
-void fill_with_zeros(const AttentionConfig& config, const TensorView& output) {
-  check::that(static_cast<bool>(output) && output.device == config.device, "output",
-              "a tensor on " + to_string(config.device), output.to_string());
-  check::that(output.data != nullptr || output.num_elements() == 0, "output", "a data pointer",
-              "null");
-  check::that(config.device.type == DeviceType::kCpu, "metadata",
-              "metadata: profiling runs are not supported on this device", "none");
-  const std::int64_t rows = output.ndim > 0 ? output.shape[0] : 0;
-  const std::int64_t columns = output.ndim > 2 ? output.shape[1] : 1;
-  const std::int64_t row_bytes = output.shape[output.ndim - 1] * size_of(output.dtype);
-  for (std::int64_t i = 0; i < rows; ++i) {
-    for (std::int64_t j = 0; j < columns; ++j) {
-      const std::int64_t offset =
-          i * output.strides[0] + (output.ndim > 2 ? j * output.strides[1] : 0);
-      std::memset(static_cast<char*>(output.data) + offset * size_of(output.dtype), 0,
-                  static_cast<std::size_t>(row_bytes));
-    }
-  }
+void fill_with_zeros(const AttentionConfig& config, const TensorView& output, const Context& ctx) {
+  check::that(output.ndim == 2 || output.ndim == 3, "output", "2 or 3 dimensions",
+              output.to_string());
+  check::tensor("output", output, config.device, {output.dtype},
+                output.ndim == 2
+                    ? std::initializer_list<std::int64_t>{check::kAny, check::kAny}
+                    : std::initializer_list<std::int64_t>{check::kAny, check::kAny, check::kAny});
+  check::unit_last_stride("output", output);
+  pick_backend(config.device, config.backend).fill_zero(output, ctx);
 }
 
 bool same_layer(const AttentionConfig& a, const AttentionConfig& b) {
@@ -81,7 +70,7 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const TensorView& q
                                   const TensorView& output_block_scale, const TensorView& lse,
                                   const Context& ctx) const {
   if (metadata == nullptr) {
-    fill_with_zeros(config_, output);
+    fill_with_zeros(config_, output, ctx);
     return output;
   }
   check::that(metadata->scheduler_metadata != nullptr, "metadata",

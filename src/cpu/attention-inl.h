@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/few_rows-inl.h"
 #include "cpu/kernels.h"
@@ -44,8 +45,11 @@ static_assert(kMaxKvTile % kPanel == 0 && kPadV % kPanel == 0);
 
 // ---- the micro-kernel -------------------------------------------------------------------------
 
-// c[r][0, kPanel) = (alpha ? alpha[r] * c[r] : 0) + sum_k a[r][k] * b[k][0, kPanel)
-template <int kRows>
+// How a product meets what is in c already.
+enum class Meet { kStore, kAdd, kRescale };
+
+// c[r][0, kPanel) = (nothing, c[r] or alpha[r] * c[r]) + sum_k a[r][k] * b[k][0, kPanel)
+template <int kRows, Meet kMeet>
 HWY_INLINE void block_times_panel(const float* HWY_RESTRICT a, std::int64_t lda,
                                   const float* HWY_RESTRICT b, std::int32_t depth,
                                   float* HWY_RESTRICT c, std::int64_t ldc, const float* alpha) {
@@ -54,9 +58,9 @@ HWY_INLINE void block_times_panel(const float* HWY_RESTRICT a, std::int64_t lda,
   HWY_UNROLL(6)
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kPanelVectors; ++v) {
-      acc[r][v] = alpha == nullptr
-                      ? hn::Zero(d)
-                      : hn::Mul(hn::Set(d, alpha[r]), hn::LoadU(d, c + r * ldc + v * kVec));
+      acc[r][v] = kMeet == Meet::kRescale
+                      ? hn::Mul(hn::Set(d, alpha[r]), hn::LoadU(d, c + r * ldc + v * kVec))
+                      : hn::Zero(d);
     }
   }
   for (std::int32_t k = 0; k < depth; ++k) {
@@ -70,11 +74,15 @@ HWY_INLINE void block_times_panel(const float* HWY_RESTRICT a, std::int64_t lda,
   }
   HWY_UNROLL(6)
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kPanelVectors; ++v) hn::StoreU(acc[r][v], d, c + r * ldc + v * kVec);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* to = c + r * ldc + v * kVec;
+      hn::StoreU(kMeet == Meet::kAdd ? hn::Add(hn::LoadU(d, to), acc[r][v]) : acc[r][v], d, to);
+    }
   }
 }
 
 // The same for any number of rows and panels; panel p of b starts at p * panel_stride.
+template <Meet kMeet>
 HWY_NOINLINE void rows_times_panels(const float* a, std::int64_t lda, const float* b,
                                     std::int64_t panel_stride, std::int32_t num_panels,
                                     std::int32_t depth, float* c, std::int64_t ldc,
@@ -83,18 +91,19 @@ HWY_NOINLINE void rows_times_panels(const float* a, std::int64_t lda, const floa
     const float* panel = b + p * panel_stride;
     float* out = c + p * kPanel;
     std::int32_t r = 0;
-    const auto scale = [&] { return alpha == nullptr ? nullptr : alpha + r; };
+    const auto block = [&](auto block_rows) {
+      block_times_panel<block_rows(), kMeet>(a + r * lda, lda, panel, depth, out + r * ldc, ldc,
+                                             kMeet == Meet::kRescale ? alpha + r : nullptr);
+    };
     for (; r + kBlockRows <= rows; r += kBlockRows) {
-      block_times_panel<kBlockRows>(a + r * lda, lda, panel, depth, out + r * ldc, ldc, scale());
+      block(std::integral_constant<int, kBlockRows>());
     }
-    const float* rest = a + r * lda;
-    float* out_rest = out + r * ldc;
     switch (rows - r) {
-      case 1: block_times_panel<1>(rest, lda, panel, depth, out_rest, ldc, scale()); break;
-      case 2: block_times_panel<2>(rest, lda, panel, depth, out_rest, ldc, scale()); break;
-      case 3: block_times_panel<3>(rest, lda, panel, depth, out_rest, ldc, scale()); break;
-      case 4: block_times_panel<4>(rest, lda, panel, depth, out_rest, ldc, scale()); break;
-      case 5: block_times_panel<5>(rest, lda, panel, depth, out_rest, ldc, scale()); break;
+      case 1: block(std::integral_constant<int, 1>()); break;
+      case 2: block(std::integral_constant<int, 2>()); break;
+      case 3: block(std::integral_constant<int, 3>()); break;
+      case 4: block(std::integral_constant<int, 4>()); break;
+      case 5: block(std::integral_constant<int, 5>()); break;
       default: break;
     }
   }
@@ -107,6 +116,14 @@ HWY_NOINLINE void rows_times_panels(const float* a, std::int64_t lda, const floa
 struct UnitRows {
   const char* row[kMaxKvTile];
   const float* scale[kMaxKvTile];  // null: 1
+};
+
+// A unit of keys, resolved.
+struct Unit {
+  std::int64_t first = 0;
+  std::int32_t count = 0;
+  UnitRows k;
+  UnitRows v;
 };
 
 HWY_INLINE void resolve_rows(const Item& item, const KvParams& kv, std::int64_t first,
@@ -238,30 +255,35 @@ HWY_INLINE void load_v_panels(const Item& item, const UnitRows& rows, std::int32
   }
 }
 
-// One head's rows of a unit for the direct path.
-HWY_INLINE void direct_rows(const KvParams& kv, const UnitRows& rows, std::int32_t h,
-                            std::int32_t count, DirectRows* out) {
+// One head's rows of a unit for the direct path. While it uses its n-th row (heads outermost), it
+// asks for the n-th row of `next` in memory order (keys outermost); next_count 0: for nothing.
+HWY_INLINE void direct_rows(const Item& item, const KvParams& kv, const UnitRows& rows,
+                            std::int32_t count, const UnitRows& next, std::int32_t next_count,
+                            std::int32_t h, DirectRows* out) {
   static constexpr char kZeros[576 * sizeof(float)] = {};
   const std::int64_t head_bytes = kv.strides.head * size_of(kv.dtype);
   const auto padded = static_cast<std::int32_t>(round_up(count, kVec));
+  std::int32_t next_key = h * count / item.heads;
+  std::int32_t next_head = h * count % item.heads;
   for (std::int32_t t = 0; t < padded; ++t) {
     const bool exists = t < count && rows.row[t] != nullptr;
     out->row[t] = exists ? rows.row[t] + h * head_bytes : kZeros;
     out->scale[t] =
         exists && rows.scale[t] != nullptr ? rows.scale[t][h * kv.token_scale_strides.head] : 1.0F;
+    const bool ask = next_key < next_count && next.row[next_key] != nullptr;
+    out->ahead[t] = ask ? next.row[next_key] + next_head * head_bytes : kZeros;
+    if (++next_head == item.heads) {
+      next_head = 0;
+      ++next_key;
+    }
   }
 }
 
-// Asks for the next unit's rows while this one is being computed.
-HWY_INLINE void prefetch_rows(const Item& item, const KvParams& kv, const UnitRows& rows,
-                              std::int32_t count, std::int64_t row_bytes) {
-  const std::int64_t head_bytes = kv.strides.head * size_of(kv.dtype);
+// Asks for a whole unit at once: right where computing takes much longer than loading.
+HWY_INLINE void prefetch_rows(const UnitRows& rows, std::int32_t count, std::int64_t row_bytes) {
   for (std::int32_t t = 0; t < count; ++t) {
     if (rows.row[t] == nullptr) continue;
-    for (std::int32_t h = 0; h < item.heads; ++h) {
-      const char* row = rows.row[t] + h * head_bytes;
-      for (std::int64_t byte = 0; byte < row_bytes; byte += 64) hwy::Prefetch(row + byte);
-    }
+    for (std::int64_t byte = 0; byte < row_bytes; byte += 64) hwy::Prefetch(rows.row[t] + byte);
   }
 }
 
@@ -293,12 +315,22 @@ HWY_INLINE void scores_by_dots(const Item& item, std::int32_t h, std::int32_t co
   }
 }
 
+// Long head sizes are summed in parts of at most this many products: rounding errors grow with the
+// length of a chain of additions, and large logits feel it.
+constexpr std::int32_t kMostDepth = 128;
+
 HWY_INLINE void scores_by_panels(const Item& item, std::int32_t count) {
   const Scratch& scratch = *item.scratch;
-  rows_times_panels(scratch.q, item.padded_k, scratch.k,
-                    static_cast<std::int64_t>(item.padded_k) * kPanel,
-                    (count + kPanel - 1) / kPanel, item.params->layer->head_size, scratch.s,
-                    kMaxKvTile, item.rows, nullptr);
+  const std::int32_t size = item.params->layer->head_size;
+  const std::int64_t stride = static_cast<std::int64_t>(item.padded_k) * kPanel;
+  const std::int32_t num_panels = (count + kPanel - 1) / kPanel;
+  const std::int32_t num_parts = (size + kMostDepth - 1) / kMostDepth;
+  const std::int32_t part = (size + num_parts - 1) / num_parts;
+  for (std::int32_t i = 0; i < size; i += part) {
+    const auto run = i == 0 ? rows_times_panels<Meet::kStore> : rows_times_panels<Meet::kAdd>;
+    run(scratch.q + i, item.padded_k, scratch.k + std::int64_t{i} * kPanel, stride, num_panels,
+        std::min(part, size - i), scratch.s, kMaxKvTile, item.rows, nullptr);
+  }
 }
 
 // Key columns of a unit relative to its first key.
@@ -466,38 +498,40 @@ HWY_INLINE void softmax(const Item& item, std::int32_t h, std::int64_t first, st
 HWY_INLINE void values_by_panels(const Item& item, std::int32_t h, std::int32_t count,
                                  const PartialRows& state) {
   const std::int32_t kv_tile = item.tile->kv_tile;
-  rows_times_panels(
+  rows_times_panels<Meet::kRescale>(
       item.scratch->s, kMaxKvTile, item.scratch->v + std::int64_t{h} * kv_tile * item.padded_v,
       std::int64_t{kv_tile} * kPanel, (item.params->layer->head_size_v + kPanel - 1) / kPanel,
       count, state.o, item.padded_v, item.rows, item.scratch->alpha);
 }
 
 // Many rows of one head: K transposed and V widened once for all of them.
-void attend_many_rows(const Item& item, const UnitRows& k, const UnitRows& v, std::int64_t first,
-                      std::int32_t count, const PartialRows& out) {
-  load_k_panels(item, k, count);
-  load_v_panels(item, v, count);
-  scores_by_panels(item, count);
-  softmax(item, 0, first, count, out);
-  values_by_panels(item, 0, count, out);
+void attend_many_rows(const Item& item, const Unit& unit, const Unit& next,
+                      const PartialRows& out) {
+  const AttentionParams& p = *item.params;
+  prefetch_rows(next.k, next.count, p.layer->head_size * size_of(p.k.dtype));
+  prefetch_rows(next.v, next.count, p.layer->head_size_v * size_of(p.v.dtype));
+  load_k_panels(item, unit.k, unit.count);
+  load_v_panels(item, unit.v, unit.count);
+  scores_by_panels(item, unit.count);
+  softmax(item, 0, unit.first, unit.count, out);
+  values_by_panels(item, 0, unit.count, out);
 }
 
 // Few rows of several heads, widened copies: any head size.
-void attend_few_rows_widened(const Item& item, const UnitRows& k, const UnitRows& v,
-                             std::int64_t first, std::int32_t count, const PartialRows& out) {
-  load_k_rows(item, k, count);
-  load_v_panels(item, v, count);
+void attend_few_rows_widened(const Item& item, const Unit& unit, const Unit&,
+                             const PartialRows& out) {
+  load_k_rows(item, unit.k, unit.count);
+  load_v_panels(item, unit.v, unit.count);
   for (std::int32_t h = 0; h < item.heads; ++h) {
     const PartialRows state = head_of(item, out, h);
-    scores_by_dots(item, h, count);
-    softmax(item, h, first, count, state);
-    values_by_panels(item, h, count, state);
+    scores_by_dots(item, h, unit.count);
+    softmax(item, h, unit.first, unit.count, state);
+    values_by_panels(item, h, unit.count, state);
   }
 }
 
 // Few rows of several heads straight from the cache.
-void attend_few_rows(const Item& item, const UnitRows& k, const UnitRows& v, std::int64_t first,
-                     std::int32_t count, const PartialRows& out) {
+void attend_few_rows(const Item& item, const Unit& unit, const Unit& next, const PartialRows& out) {
   const AttentionParams& p = *item.params;
   const Scratch& scratch = *item.scratch;
   const DirectKernels k_kernels = direct_kernels(p.k.dtype);
@@ -505,12 +539,18 @@ void attend_few_rows(const Item& item, const UnitRows& k, const UnitRows& v, std
   DirectRows rows;
   for (std::int32_t h = 0; h < item.heads; ++h) {
     const PartialRows state = head_of(item, out, h);
-    direct_rows(p.k, k, h, count, &rows);
-    k_kernels.scores(rows, count, scratch.q + std::int64_t{h} * item.head_rows * item.padded_k,
+    direct_rows(item, p.k, unit.k, unit.count, next.k, next.count, h, &rows);
+    k_kernels.scores(rows, unit.count, scratch.q + std::int64_t{h} * item.head_rows * item.padded_k,
                      item.padded_k, p.layer->head_size, item.rows, scratch.s);
-    softmax(item, h, first, count, state);
-    direct_rows(p.v, v, h, count, &rows);
-    v_kernels.values(rows, count, p.layer->head_size_v, item.rows, scratch.s, scratch.alpha,
+    if (p.k.token_scales != nullptr) {
+      scale_columns(rows.scale, unit.count, item.rows, scratch.s);
+    }
+    softmax(item, h, unit.first, unit.count, state);
+    direct_rows(item, p.v, unit.v, unit.count, next.v, next.count, h, &rows);
+    if (p.v.token_scales != nullptr) {
+      scale_columns(rows.scale, unit.count, item.rows, scratch.s);
+    }
+    v_kernels.values(rows, unit.count, p.layer->head_size_v, item.rows, scratch.s, scratch.alpha,
                      state.o, item.padded_v);
   }
 }
@@ -518,36 +558,28 @@ void attend_few_rows(const Item& item, const UnitRows& k, const UnitRows& v, std
 void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
                const PartialRows& out) {
   const planning::WorkTile& tile = *item.tile;
-  const AttentionParams& p = *item.params;
-  const std::int64_t k_bytes = p.layer->head_size * size_of(p.k.dtype);
-  const std::int64_t v_bytes = p.layer->head_size_v * size_of(p.v.dtype);
-  const auto first_of = [&](std::int32_t u) {
-    return std::int64_t{tile.units.at(u)} * tile.kv_tile;
-  };
-  const auto count_of = [&](std::int32_t u) {
-    return static_cast<std::int32_t>(
-        std::clamp<std::int64_t>(item.hull_end - first_of(u), 0, tile.kv_tile));
-  };
-  UnitRows k_rows[2];
-  UnitRows v_rows[2];
-  const auto resolve = [&](std::int32_t u) {
-    resolve_rows(item, p.k, first_of(u), count_of(u), &k_rows[u & 1]);
-    resolve_rows(item, p.v, first_of(u), count_of(u), &v_rows[u & 1]);
-  };
-  const bool direct = p.layer->head_size % kVec == 0 && p.layer->head_size_v % kVec == 0;
+  const LayerParams& layer = *item.params->layer;
+  const bool direct = layer.head_size % kVec == 0 && layer.head_size_v % kVec == 0;
   const auto attend = !tile.few_rows ? attend_many_rows
                       : direct       ? attend_few_rows
                                      : attend_few_rows_widened;
+  Unit units[2];
+  const auto resolve = [&](std::int32_t u) {
+    Unit& unit = units[u & 1];
+    unit.count = 0;
+    if (u >= unit_end) return;
+    unit.first = std::int64_t{tile.units.at(u)} * tile.kv_tile;
+    unit.count = static_cast<std::int32_t>(
+        std::clamp<std::int64_t>(item.hull_end - unit.first, 0, tile.kv_tile));
+    resolve_rows(item, item.params->k, unit.first, unit.count, &unit.k);
+    resolve_rows(item, item.params->v, unit.first, unit.count, &unit.v);
+  };
   clear(item, out);
-  if (unit_begin < unit_end) resolve(unit_begin);
+  resolve(unit_begin);
   for (std::int32_t u = unit_begin; u < unit_end; ++u) {
-    if (u + 1 < unit_end) {
-      resolve(u + 1);
-      prefetch_rows(item, p.k, k_rows[(u + 1) & 1], count_of(u + 1), k_bytes);
-      prefetch_rows(item, p.v, v_rows[(u + 1) & 1], count_of(u + 1), v_bytes);
-    }
-    const std::int32_t count = count_of(u);
-    if (count > 0) attend(item, k_rows[u & 1], v_rows[u & 1], first_of(u), count, out);
+    resolve(u + 1);
+    const Unit& unit = units[u & 1];
+    if (unit.count > 0) attend(item, unit, units[(u + 1) & 1], out);
   }
 }
 

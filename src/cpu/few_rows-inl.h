@@ -4,8 +4,10 @@
 //            multiplied with every row; the lanes of all sums are added together at the end
 //   values:  kRows x kVectors accumulators; each V vector is loaded and widened once for all rows
 //
-// Memory-bound work: what counts is instructions per byte of K and V. Head sizes that are not a
-// whole number of vectors take the widening path of attention-inl.h.
+// Memory-bound work: what counts is instructions per byte of K and V, and that the next unit's lines
+// are on their way meanwhile. For each line used here one line of the next unit is asked for, in
+// memory order; asking for all of them at once fills the miss buffers and stalls like a load.
+// Head sizes that are not a whole number of vectors take the widening path of attention-inl.h.
 #if defined(QUIRE_CPU_FEW_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef QUIRE_CPU_FEW_ROWS_INL_H_
 #undef QUIRE_CPU_FEW_ROWS_INL_H_
@@ -24,8 +26,19 @@ namespace quire::cpu::HWY_NAMESPACE {
 // One head's stored rows of a unit and their scales.
 struct DirectRows {
   const void* row[kMaxKvTile];  // never null: zeros stand for what does not exist
-  float scale[kMaxKvTile];
+  alignas(64) float scale[kMaxKvTile];
+  const char* ahead[kMaxKvTile];  // the row to ask for while using row t
 };
+
+// Asks for the lines of `ahead` that begin in the vector at element i. Into L2 only (locality 2):
+// asked into L1 they occupy its few miss buffers and hold up the loads of the current unit, which
+// made decode 1.3 times slower (docs/performance.md).
+template <DType kDType>
+HWY_INLINE void prefetch_ahead(const char* ahead, std::int32_t i) {
+  constexpr std::int32_t kBytes = static_cast<std::int32_t>(size_of(kDType));
+  constexpr std::int32_t kVectorBytes = static_cast<std::int32_t>(kLanes) * kBytes;
+  if (kVectorBytes >= 64 || i * kBytes % 64 == 0) __builtin_prefetch(ahead + i * kBytes, 0, 2);
+}
 
 // s[r][t] for kRows rows from `q` on and all tokens up to a multiple of kTokens.
 template <DType kDType, int kRows>
@@ -44,6 +57,7 @@ HWY_INLINE void direct_scores(const DirectRows& keys, std::int32_t count, const 
       for (std::int32_t r = 0; r < kRows; ++r) x[r] = hn::Load(d, q + r * padded_k + i);
       HWY_UNROLL(16)
       for (std::int32_t k = 0; k < kTokens; ++k) {
+        prefetch_ahead<kDType>(keys.ahead[t + k], i);
         const Vf key = load_widened<kDType>(keys.row[t + k], static_cast<std::size_t>(i));
         HWY_UNROLL(4)
         for (std::int32_t r = 0; r < kRows; ++r) {
@@ -58,9 +72,7 @@ HWY_INLINE void direct_scores(const DirectRows& keys, std::int32_t count, const 
       for (std::int32_t n = 0; n < kSums; ++n) sums[n] = hn::GetLane(hn::SumOfLanes(d, acc[n]));
     }
     for (std::int32_t r = 0; r < kRows; ++r) {
-      for (std::int32_t k = 0; k < kTokens; ++k) {
-        s[r * kMaxKvTile + t + k] = sums[r * kTokens + k] * keys.scale[t + k];
-      }
+      std::memcpy(s + r * kMaxKvTile + t, sums + r * kTokens, kTokens * sizeof(float));
     }
   }
 }
@@ -83,11 +95,12 @@ HWY_INLINE void direct_values(const DirectRows& values, std::int32_t count, std:
     Vf x[kVectors];
     HWY_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) {
+      prefetch_ahead<kDType>(values.ahead[t], column + v * kVec);
       x[v] = load_widened<kDType>(values.row[t], static_cast<std::size_t>(column + v * kVec));
     }
     HWY_UNROLL(4)
     for (int r = 0; r < kRows; ++r) {
-      const Vf weight = hn::Set(d, s[r * kMaxKvTile + t] * values.scale[t]);
+      const Vf weight = hn::Set(d, s[r * kMaxKvTile + t]);
       HWY_UNROLL(4)
       for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(weight, x[v], acc[r][v]);
     }
@@ -147,6 +160,16 @@ void head_values(const DirectRows& values, std::int32_t count, std::int32_t head
       default:
         block_values<kDType, 4>(values, count, head_size_v, block_s, alpha + r, block_o, padded_v);
         break;
+    }
+  }
+}
+
+// s[r][t] *= scale[t]: the scales of per-token-head caches.
+HWY_INLINE void scale_columns(const float* scale, std::int32_t count, std::int32_t rows, float* s) {
+  const Df d;
+  for (std::int32_t r = 0; r < rows; ++r, s += kMaxKvTile) {
+    for (std::int32_t t = 0; t < count; t += static_cast<std::int32_t>(kLanes)) {
+      hn::Store(hn::Mul(hn::Load(d, s + t), hn::Load(d, scale + t)), d, s + t);
     }
   }
 }

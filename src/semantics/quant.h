@@ -18,7 +18,7 @@ inline constexpr float kE5M2Max = 57344.0F;
 inline constexpr float kInt8Max = 127.0F;
 inline constexpr float kMinTokenHeadScale = 1e-6F;
 // Block-scale output: keeps x / s finite where a whole group is 0.
-inline constexpr float kMinBlockScale = 1e-12F;
+inline constexpr float kMinBlockScale = 1.17549435e-38F;  // the smallest normal float
 inline constexpr std::int64_t kOutputGroup = 128;
 
 QUIRE_HOST_DEVICE std::uint32_t float_bits(float x) {

@@ -1,0 +1,46 @@
+// What the backend needs to know about a device, asked once a process.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "quire/types.h"
+
+namespace quire::cuda {
+
+struct DeviceInfo {
+  int sm_count = 0;
+  int major = 0;
+  int minor = 0;
+  int shared_bytes_per_block = 0;  // with opt-in
+  int shared_bytes_per_sm = 0;
+  std::string name;
+};
+
+// Devices that can run our kernels (sm_80 and newer); 0 and a reason if there are none. Never
+// throws: machines without a driver ask too.
+struct Inventory {
+  int count = 0;
+  std::string reason;
+};
+const Inventory& inventory();
+
+// Throws Error if the device does not exist or is older than sm_80.
+const DeviceInfo& device_info(int index);
+
+// Makes a device current for a scope.
+class DeviceScope {
+ public:
+  explicit DeviceScope(Device device);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int previous_ = -1;
+};
+
+bool is_capturing(cudaStream_t stream);
+
+}  // namespace quire::cuda

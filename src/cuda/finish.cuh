@@ -1,0 +1,293 @@
+// What becomes of a segment's result, unnormalised rows (O, m, l) in shared memory:
+//
+//   a whole item             -> divided, scaled, written to output and lse
+//   part of an item          -> a slot in global memory; the CTA that comes last (one counter an
+//                               item, put back to 0) folds all slots in key order and writes
+//
+// m is the maximum logit in natural units, l the sum of exp(S - m).
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/rows.cuh"
+#include "semantics/quant.h"
+#include "semantics/softmax_state.h"
+
+namespace quire::cuda {
+
+// The result of a segment or chunk: rows of `pitch` floats.
+struct Result {
+  float* o = nullptr;
+  float* max = nullptr;
+  float* sum = nullptr;
+  int pitch = 0;
+};
+
+// Running fold of parts in key order. Written out operation by operation: a fold gives the same
+// bits wherever it is done.
+struct Fold {
+  float max = -INFINITY;
+  float sum = 0.0F;
+  float weight_before = 0.0F;
+  float weight_part = 0.0F;
+  __device__ void add(float part_max, float part_sum) {
+    const float new_max = fmaxf(max, part_max);
+    const float shift = semantics::softmax_shift(new_max);
+    weight_before = expf(max - shift);
+    weight_part = expf(part_max - shift);
+    max = new_max;
+    sum = __fmaf_rn(part_sum, weight_part, __fmul_rn(sum, weight_before));
+  }
+  __device__ float value(float before, float part) const {
+    return __fmaf_rn(part, weight_part, __fmul_rn(before, weight_before));
+  }
+};
+
+template <int kRows, int kThreads>
+class Finisher {
+ public:
+  struct Shared {
+    std::uint8_t parts[kMaxGrid];
+    int last;
+  };
+
+  // `columns`: of this pass, from column `first_column` of the head on.
+  __device__ Finisher(const KernelParams& p, RowTable<kRows>& table, Shared& shared)
+      : p_(p), table_(table), shared_(shared) {}
+
+  __device__ void set_pass(int first_column, int columns) {
+    first_column_ = first_column;
+    columns_ = columns;
+  }
+
+  __device__ Result slot(std::int32_t cta, std::int32_t k) const {
+    const ScheduleView& s = p_.schedule;
+    float* memory = s.slots + (std::int64_t{cta} * s.slots_per_cta + k) * s.slot_floats;
+    const int pitch = static_cast<int>(s.slot_floats / kRows) - 2;
+    return {memory, memory + std::int64_t{kRows} * pitch, memory + std::int64_t{kRows} * (pitch + 1),
+            pitch};
+  }
+
+  // The result of an item that is done, to its output rows.
+  __device__ void write(const Segment& segment, const Result& result) {
+    for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
+      close_row(r, result.max[r], result.sum[r]);
+    }
+    __syncthreads();
+    const int groups = (columns_ + 7) / 8;
+    for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
+      const int r = i / groups;
+      const int c = i % groups * 8;
+      float values[8];
+      const auto* from = reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c);
+      const float4 low = from[0];
+      const float4 high = from[1];
+      values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+      values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+      store(r, c, values);
+    }
+  }
+
+  __device__ void keep(const Segment& segment, const Result& result, const Result& to) {
+    const int groups = (columns_ + 3) / 4;
+    for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
+      const int r = i / groups;
+      const int c = i % groups * 4;
+      *reinterpret_cast<float4*>(to.o + std::int64_t{r} * to.pitch + c) =
+          *reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c);
+    }
+    for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
+      to.max[r] = result.max[r];
+      to.sum[r] = result.sum[r];
+    }
+  }
+
+  // into = fold(into, result): the next chunk of an item whose beginning this CTA has.
+  __device__ void fold_into(const Segment& segment, const Result& result, const Result& into) {
+    __syncthreads();
+    const int groups = (columns_ + 3) / 4;
+    for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
+      const int r = i / groups;
+      const int c = i % groups * 4;
+      Fold fold{into.max[r], into.sum[r]};
+      fold.add(result.max[r], result.sum[r]);
+      auto* before = reinterpret_cast<float4*>(into.o + std::int64_t{r} * into.pitch + c);
+      *before = fold_values(fold, *before,
+                            *reinterpret_cast<const float4*>(
+                                result.o + std::int64_t{r} * result.pitch + c));
+    }
+    __syncthreads();
+    for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
+      Fold fold{into.max[r], into.sum[r]};
+      fold.add(result.max[r], result.sum[r]);
+      into.max[r] = fold.max;
+      into.sum[r] = fold.sum;
+    }
+    __syncthreads();
+  }
+
+  // After this CTA's slots of an item are written: if all others' are too, folds and writes.
+  __device__ void arrive(const Walker& walker, const Segment& segment) {
+    const std::int32_t first = walker.first_cta(segment);
+    const std::int32_t last = walker.last_cta(segment);
+    int expected = 0;
+    int beginner = 0;
+    const bool one_part = !p_.layer.batch_invariant;
+    for (std::int32_t base = first; base <= last; base += kThreads) {
+      const std::int32_t cta = base + static_cast<std::int32_t>(threadIdx.x);
+      bool begins = false;
+      std::int32_t parts = 0;
+      if (cta <= last) {
+        parts = walker.parts_of(segment, cta, one_part, &begins);
+        shared_.parts[cta - first] = static_cast<std::uint8_t>(parts);
+      }
+      if (begins) shared_.last = cta;
+      expected += __syncthreads_count(parts > 0);
+    }
+    beginner = shared_.last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      std::int32_t* counter = p_.schedule.arrivals + beginner;
+      const bool is_last = atomicAdd(counter, 1) == expected - 1;
+      if (is_last) *counter = 0;
+      shared_.last = is_last ? 1 : 0;
+    }
+    __syncthreads();
+    if (shared_.last == 0) return;
+    __threadfence();
+    fold_slots(segment, first, last, beginner);
+  }
+
+ private:
+  static __device__ float4 fold_values(const Fold& fold, const float4& a, const float4& b) {
+    return make_float4(fold.value(a.x, b.x), fold.value(a.y, b.y), fold.value(a.z, b.z),
+                       fold.value(a.w, b.w));
+  }
+
+  __device__ void fold_slots(const Segment& segment, std::int32_t first, std::int32_t last,
+                             std::int32_t beginner) {
+    const int groups = (columns_ + 7) / 8;
+    const int work = segment.tile.rows * groups;
+    for (int i = static_cast<int>(threadIdx.x); i < work; i += kThreads) {
+      const int r = i / groups;
+      const int c = i % groups * 8;
+      Fold fold;
+      float4 low = make_float4(0, 0, 0, 0);
+      float4 high = low;
+      for (std::int32_t cta = beginner; cta <= last; ++cta) {
+        const int parts = shared_.parts[cta - first];
+        for (int k = 0; k < parts; ++k) {
+          const Result part = slot(cta, cta == beginner ? 0 : k + 1);
+          const auto* from =
+              reinterpret_cast<const float4*>(part.o + std::int64_t{r} * part.pitch + c);
+          const float4 part_low = __ldcg(from);
+          const float4 part_high = __ldcg(from + 1);
+          const float part_max = __ldcg(part.max + r);
+          const float part_sum = __ldcg(part.sum + r);
+          if (cta == beginner) {
+            fold = {part_max, part_sum};
+            low = part_low;
+            high = part_high;
+          } else {
+            fold.add(part_max, part_sum);
+            low = fold_values(fold, low, part_low);
+            high = fold_values(fold, high, part_high);
+          }
+        }
+      }
+      // Every thread of a row closes it alike: no exchange needed.
+      const float scale = closing_scale(r, fold.max, fold.sum, c == 0);
+      float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      store_scaled(r, c, values, scale);
+    }
+  }
+
+  __device__ float closing_scale(int r, float max, float sum, bool writes_lse) const {
+    const bool has_sink = p_.layer.sinks != nullptr;
+    const int head = table_.head[r];
+    const auto finished = semantics::finish(semantics::SoftmaxState<float>{max, sum}, has_sink,
+                                            has_sink ? p_.layer.sinks[head] : 0.0F);
+    if (writes_lse && p_.call.lse != nullptr && first_column_ == 0) {
+      p_.call.lse[head * p_.call.lse_head_stride + table_.token[r] * p_.call.lse_token_stride] =
+          finished.lse;
+    }
+    float scale = finished.output_scale * value_of(p_.call.v.scale);
+    if (p_.call.has_output_scale) scale *= 1.0F / value_of(p_.call.output_scale);
+    return scale;
+  }
+
+  __device__ void close_row(int r, float max, float sum) {
+    table_.scale[r] = closing_scale(r, max, sum, true);
+  }
+
+  __device__ void store(int r, int c, const float (&values)[8]) const {
+    store_scaled(r, c, values, table_.scale[r]);
+  }
+
+  __device__ void store_scaled(int r, int c, const float (&values)[8], float scale) const {
+    const std::int64_t token = table_.token[r];
+    const std::int64_t head = table_.head[r];
+    const int column = first_column_ + c;
+    const int count = min(8, columns_ - c);
+    DType dtype = p_.call.output_dtype;
+    char* to;
+    bool aligned = p_.output_aligned;
+    if (p_.block_output != nullptr) {
+      dtype = DType::kFloat32;
+      to = reinterpret_cast<char*>(p_.block_output +
+                                   (token * p_.layer.num_heads + head) * p_.layer.head_size_v +
+                                   column);
+      aligned = p_.layer.head_size_v % 8 == 0;
+    } else {
+      to = static_cast<char*>(p_.call.output) +
+           (token * p_.call.output_token_stride + head * p_.call.output_head_stride + column) *
+               size_of(dtype);
+    }
+    if (!aligned || count < 8) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (i < count) semantics::store_element(to, dtype, i, values[i] * scale);
+      }
+      return;
+    }
+    if (dtype == DType::kFloat32) {
+      auto* out = reinterpret_cast<float4*>(to);
+      out[0] = make_float4(values[0] * scale, values[1] * scale, values[2] * scale,
+                           values[3] * scale);
+      out[1] = make_float4(values[4] * scale, values[5] * scale, values[6] * scale,
+                           values[7] * scale);
+      return;
+    }
+    union {
+      std::uint16_t halves[8];
+      std::uint8_t bytes[16];
+      uint4 whole;
+      uint2 half;
+    } packed;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float x = values[i] * scale;
+      if (dtype == DType::kFloat16) {
+        packed.halves[i] = semantics::float_to_fp16(x);
+      } else if (dtype == DType::kBFloat16) {
+        packed.halves[i] = semantics::float_to_bf16(x);
+      } else {
+        packed.bytes[i] = semantics::float_to_e4m3(x);
+      }
+    }
+    if (size_of(dtype) == 2) {
+      *reinterpret_cast<uint4*>(to) = packed.whole;
+    } else {
+      *reinterpret_cast<uint2*>(to) = packed.half;
+    }
+  }
+
+  const KernelParams& p_;
+  RowTable<kRows>& table_;
+  Shared& shared_;
+  int first_column_ = 0;
+  int columns_ = 0;
+};
+
+}  // namespace quire::cuda

@@ -1,0 +1,243 @@
+// Attention in fp32 FFMA arithmetic.
+//
+//   per segment: Q -> shared memory; per tile of 16 or 32 keys:
+//     K -> shared (widened, scaled) | S = Q K^T, mask, softmax: 8 threads a row | V -> the same
+//     shared memory | O += P V: a thread owns columns, all 16 rows in registers
+//
+// Barriers: one after each of the four steps. Not tuned: it serves accuracy and odd dtypes.
+#include <algorithm>
+
+#include "cuda/check.h"
+#include "cuda/finish.cuh"
+#include "cuda/kv_rows.cuh"
+#include "cuda/sm80/attention_fp32.h"
+
+namespace quire::cuda::sm80 {
+namespace {
+
+constexpr int kRows = kFp32Rows;
+constexpr int kThreads = kFp32Threads;
+constexpr int kMaxKeys = 32;
+constexpr int kThreadsPerRow = kThreads / kRows;
+
+struct Shared {
+  RowTable<kRows> rows;
+  Finisher<kRows, kThreads>::Shared finish;
+  float p[kRows][kMaxKeys + 1];
+  float max[kRows];
+  float sum[kRows];
+  float alpha[kRows];
+};
+
+// Dynamic shared memory behind Shared: Q, then K or V or the result.
+__host__ __device__ constexpr int result_pitch(int head_size_v) {
+  return (head_size_v + 7) / 8 * 8 + 4;
+}
+
+__device__ void load_queries(const KernelParams& p, const RowTable<kRows>& rows, int num_rows,
+                             float* q, int pitch) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  for (int r = warp; r < kRows; r += kThreads / 32) {
+    const char* from = static_cast<const char*>(p.call.query) +
+                       (rows.token[r] * p.call.query_token_stride +
+                        rows.head[r] * p.call.query_head_stride) *
+                           size_of(p.layer.dtype);
+    for (int d = static_cast<int>(threadIdx.x) % 32; d < p.layer.head_size; d += 32) {
+      q[r * pitch + d] = r < num_rows ? semantics::load_element(from, p.layer.dtype, d) : 0.0F;
+    }
+  }
+}
+
+// Keys [first, first + count) of one side, widened and scaled; absent rows are zeros.
+__device__ void load_rows(const KernelParams& p, const KvParams& kv, const Tile& tile, int kv_len,
+                          int kv_head, int first, int count, int size, float* to, int pitch) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  for (int t = warp; t < count; t += kThreads / 32) {
+    const KvRow row = kv_row(p, tile, kv_len, first + t);
+    const float scale = row_scale(kv, row, kv_head);
+    const char* from = static_cast<const char*>(kv.data) +
+                       (row.block < 0 ? 0 : row_offset(kv, row, kv_head) * size_of(kv.dtype));
+    for (int d = static_cast<int>(threadIdx.x) % 32; d < size; d += 32) {
+      to[t * pitch + d] =
+          row.block < 0 ? 0.0F : semantics::load_element(from, kv.dtype, d) * scale;
+    }
+  }
+}
+
+// Scores of this thread's row at keys lane, lane + 8, ...; softmax state and P.
+__device__ void scores(const KernelParams& p, Shared& shared, const Segment& segment,
+                       const float* q, int q_pitch, const float* k, int k_pitch, int first,
+                       int keys, float scale) {
+  const int r = static_cast<int>(threadIdx.x) / kThreadsPerRow;
+  const int lane = static_cast<int>(threadIdx.x) % kThreadsPerRow;
+  float s[kMaxKeys / kThreadsPerRow] = {};
+  for (int d = 0; d < p.layer.head_size; ++d) {
+    const float x = q[r * q_pitch + d];
+#pragma unroll
+    for (int n = 0; n < kMaxKeys / kThreadsPerRow; ++n) {
+      const int t = lane + n * kThreadsPerRow;
+      if (t < keys) s[n] += x * k[t * k_pitch + d];
+    }
+  }
+  float max = -INFINITY;
+#pragma unroll
+  for (int n = 0; n < kMaxKeys / kThreadsPerRow; ++n) {
+    const int t = lane + n * kThreadsPerRow;
+    const int j = first + t;
+    const bool visible = t < keys && sees(shared.rows.visible[r], j);
+    s[n] = visible ? modify_score<ExactFloatOps>(p, shared.rows, segment.tile.seq, r, j,
+                                                 s[n] * scale)
+                   : -INFINITY;
+    max = fmaxf(max, s[n]);
+  }
+  for (int d = 1; d < kThreadsPerRow; d *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, d));
+  const float old_max = shared.max[r];
+  max = fmaxf(max, old_max);
+  const float shift = semantics::softmax_shift(max);
+  float sum = 0.0F;
+#pragma unroll
+  for (int n = 0; n < kMaxKeys / kThreadsPerRow; ++n) {
+    const int t = lane + n * kThreadsPerRow;
+    const float weight = expf(s[n] - shift);
+    if (t < keys) shared.p[r][t] = weight;
+    sum += weight;
+  }
+  for (int d = 1; d < kThreadsPerRow; d *= 2) sum += __shfl_xor_sync(~0U, sum, d);
+  __syncwarp();
+  if (lane == 0) {
+    const float alpha = expf(old_max - shift);
+    shared.alpha[r] = alpha;
+    shared.max[r] = max;
+    shared.sum[r] = shared.sum[r] * alpha + sum;
+  }
+}
+
+template <int kColumns>
+__device__ void add_values(const Shared& shared, const float* v, int pitch, int keys, int size,
+                           float (&acc)[kRows][kColumns]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const float alpha = shared.alpha[r];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) acc[r][c] *= alpha;
+  }
+  for (int t = 0; t < keys; ++t) {
+    float x[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int column = static_cast<int>(threadIdx.x) + c * kThreads;
+      x[c] = column < size ? v[t * pitch + column] : 0.0F;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float weight = shared.p[r][t];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) acc[r][c] += weight * x[c];
+    }
+  }
+}
+
+template <int kColumns>
+__global__ void __launch_bounds__(kThreads)
+    attention_fp32(const __grid_constant__ KernelParams p, int keys) {
+  extern __shared__ __align__(16) char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const int q_pitch = p.layer.head_size | 1;
+  const int k_pitch = q_pitch;
+  const int v_pitch = p.layer.head_size_v | 1;
+  float* q = reinterpret_cast<float*>(memory + (sizeof(Shared) + 15) / 16 * 16);
+  float* kv = q + (kRows * q_pitch + 3) / 4 * 4;
+  const float scale = p.layer.softmax_scale * value_of(p.call.q_scale) * value_of(p.call.k.scale);
+  Finisher<kRows, kThreads> finisher(p, shared.rows, shared.finish);
+  finisher.set_pass(0, p.layer.head_size_v);
+  Walker walker(p.schedule);
+  Segment segment;
+  while (walker.next(p.schedule, &segment)) {
+    const int kv_head = segment.head;
+    __syncthreads();
+    fill_rows<kRows, kThreads>(p, segment, kv_head, shared.rows);
+    if (threadIdx.x < kRows) {
+      shared.max[threadIdx.x] = -INFINITY;
+      shared.sum[threadIdx.x] = 0.0F;
+    }
+    __syncthreads();
+    const int kv_len = shared.rows.kv_len;
+    load_queries(p, shared.rows, segment.tile.rows, q, q_pitch);
+    float acc[kRows][kColumns] = {};
+    const int steps = kUnitKeys / keys;
+    for (int i = segment.unit_begin * steps; i < segment.unit_end * steps; ++i) {
+      const int first = segment.tile.unit(i / steps) * kUnitKeys + i % steps * keys;
+      load_rows(p, p.call.k, segment.tile, kv_len, kv_head, first, keys, p.layer.head_size, kv,
+                k_pitch);
+      __syncthreads();
+      scores(p, shared, segment, q, q_pitch, kv, k_pitch, first, keys, scale);
+      __syncthreads();
+      load_rows(p, p.call.v, segment.tile, kv_len, kv_head, first, keys, p.layer.head_size_v, kv,
+                v_pitch);
+      __syncthreads();
+      add_values<kColumns>(shared, kv, v_pitch, keys, p.layer.head_size_v, acc);
+      __syncthreads();
+    }
+    const Result result{kv, shared.max, shared.sum, result_pitch(p.layer.head_size_v)};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int column = static_cast<int>(threadIdx.x) + c * kThreads;
+        if (column < p.layer.head_size_v) result.o[r * result.pitch + column] = acc[r][c];
+      }
+    }
+    __syncthreads();
+    if (segment.whole()) {
+      finisher.write(segment, result);
+    } else {
+      finisher.keep(segment, result,
+                    finisher.slot(static_cast<std::int32_t>(blockIdx.x),
+                                  segment.unit_begin == 0 ? 0 : 1));
+      finisher.arrive(walker, segment);
+    }
+  }
+}
+
+std::size_t shared_bytes(const LayerParams& layer, int keys) {
+  const int q_pitch = layer.head_size | 1;
+  const int v_pitch = layer.head_size_v | 1;
+  const int kv = std::max(keys * std::max(q_pitch, v_pitch),
+                          kRows * result_pitch(layer.head_size_v));
+  return (sizeof(Shared) + 15) / 16 * 16 +
+         sizeof(float) * static_cast<std::size_t>((kRows * q_pitch + 3) / 4 * 4 + kv);
+}
+
+using Kernel = void (*)(KernelParams, int);
+
+Kernel kernel_of(const LayerParams& layer) {
+  const int columns = (layer.head_size_v + kThreads - 1) / kThreads;
+  if (columns <= 1) return attention_fp32<1>;
+  if (columns <= 2) return attention_fp32<2>;
+  return attention_fp32<5>;
+}
+
+}  // namespace
+
+Fp32Launch fp32_launch(const LayerParams& layer) {
+  Fp32Launch launch;
+  launch.keys = std::max(layer.head_size, layer.head_size_v) <= 256 ? 32 : 16;
+  launch.shared_bytes = shared_bytes(layer, launch.keys);
+  const Kernel kernel = kernel_of(layer);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(launch.shared_bytes)),
+        "attention_fp32: shared memory");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&launch.ctas_per_sm, kernel, kThreads,
+                                                      launch.shared_bytes),
+        "attention_fp32: occupancy");
+  return launch;
+}
+
+void launch_attention_fp32(const KernelParams& params, const Fp32Launch& launch, int grid,
+                           cudaStream_t stream) {
+  kernel_of(params.layer)<<<grid, kThreads, launch.shared_bytes, stream>>>(params, launch.keys);
+  check_launch("attention_fp32", dim3(static_cast<unsigned>(grid)), kThreads,
+               launch.shared_bytes);
+}
+
+}  // namespace quire::cuda::sm80

@@ -1,0 +1,31 @@
+// What an instance's translation unit consists of.
+#pragma once
+
+#include "cuda/sm80/attention_mma.cuh"
+#include "cuda/sm80/table.h"
+
+namespace quire::cuda::sm80 {
+
+template <class C>
+MmaKernel describe_instance(DType compute, const char* name) {
+  MmaKernel kernel;
+  kernel.key = {compute, C::kBytes, C::kHeadK, C::kFew};
+  kernel.name = name;
+  kernel.function = reinterpret_cast<const void*>(&attention_mma<C>);
+  kernel.rows = C::kRows;
+  kernel.columns = C::kHeadV;
+  kernel.max_stages = C::kMaxStages;
+  kernel.shared_bytes = [](int stages) { return mma_shared_bytes<C>(stages); };
+  return kernel;
+}
+
+}  // namespace quire::cuda::sm80
+
+// QUIRE_MMA_INSTANCE(bf16, BFloat16, false, 128, few): the function bf16_128_few().
+#define QUIRE_MMA_INSTANCE(function, dtype, type, bytes, head, few)                              \
+  namespace quire::cuda::sm80 {                                                                  \
+  MmaKernel function() {                                                                         \
+    return describe_instance<MmaConfig<tile::type, bytes, head, few>>(dtype,                     \
+                                                                      "sm80::attention_mma<" #function ">"); \
+  }                                                                                              \
+  }

@@ -1,0 +1,134 @@
+// 16-bit tiles in shared memory: rows of 16-byte pieces, piece c of row r at place c ^ (r % 8), so
+// that eight rows' pieces of one column lie in different banks; and the ways in and out of them.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/tile/ptx.cuh"
+#include "quire/types.h"
+#include "semantics/quant.h"
+
+namespace quire::cuda::tile {
+
+// Byte offset of piece `c` of row `r` in a tile with rows of `pitch` bytes (a multiple of 128).
+__device__ __forceinline__ std::uint32_t piece_offset(int r, int c, int pitch) {
+  return static_cast<std::uint32_t>(r * pitch + ((c ^ (r & 7)) << 4));
+}
+
+// 16 rows x 16 columns as the A operand; `column` counts pieces.
+__device__ __forceinline__ void load_a(std::uint32_t (&a)[4], std::uint32_t tile, int row,
+                                       int column, int pitch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  load_matrices(a, tile + piece_offset(row + lane % 16, column + lane / 16, pitch));
+}
+
+// 16 keys x 16 columns of K as two B operands (keys 0-7: b[0], b[1]; keys 8-15: b[2], b[3]).
+__device__ __forceinline__ void load_b(std::uint32_t (&b)[4], std::uint32_t tile, int row,
+                                       int column, int pitch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  load_matrices(b, tile + piece_offset(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2,
+                                       pitch));
+}
+
+// 16 keys x 16 columns of V as two B operands (columns 0-7: b[0], b[1]; 8-15: b[2], b[3]).
+__device__ __forceinline__ void load_b_transposed(std::uint32_t (&b)[4], std::uint32_t tile,
+                                                  int row, int column, int pitch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  load_matrices_transposed(b, tile + piece_offset(row + lane % 16, column + lane / 16, pitch));
+}
+
+// Copies up to 16 bytes of a row whose start is aligned to `alignment` bytes. From 4 bytes on the
+// copy is asynchronous.
+__device__ __forceinline__ void copy_piece(std::uint32_t to, const char* from, int valid,
+                                           int alignment) {
+  if (alignment >= 16) {
+    copy_async<16>(to, from, valid);
+  } else if (alignment == 8) {
+#pragma unroll
+    for (int i = 0; i < 16; i += 8) {
+      const int part = min(max(valid - i, 0), 8);
+      copy_async<8>(to + i, part > 0 ? from + i : from, part);
+    }
+  } else if (alignment == 4) {
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+      const int part = min(max(valid - i, 0), 4);
+      copy_async<4>(to + i, part > 0 ? from + i : from, part);
+    }
+  } else {
+    std::uint32_t words[4] = {};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (i < valid) {
+        words[i / 4] |= static_cast<std::uint32_t>(static_cast<std::uint8_t>(from[i]))
+                        << (i % 4 * 8);
+      }
+    }
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void store_piece(std::uint32_t to, std::uint32_t a, std::uint32_t b,
+                                            std::uint32_t c, std::uint32_t d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_piece(std::uint32_t from) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(from)
+               : "memory");
+  return x;
+}
+
+// Two bytes of an 8-bit type -> fp16 pair, exact. e4m3: the exponent's bias moves from 7 to 15 by a
+// multiplication, which also normalises subnormals and takes the same few instructions on every
+// architecture; e5m2 is fp16's upper byte.
+__device__ __forceinline__ __half2 halves_of(std::uint32_t low, std::uint32_t high, DType dtype) {
+  if (dtype == DType::kFloat8E5M2) {
+    const std::uint32_t bits = (low << 8) | (high << 24);
+    return *reinterpret_cast<const __half2*>(&bits);
+  }
+  if (dtype == DType::kInt8) {
+    return __halves2half2(__int2half_rn(static_cast<std::int8_t>(low)),
+                          __int2half_rn(static_cast<std::int8_t>(high)));
+  }
+  const std::uint32_t pair = low | (high << 16);
+  const std::uint32_t bits = ((pair & 0x00800080U) << 8) | ((pair & 0x007F007FU) << 7);
+  __half2 value = __hmul2(*reinterpret_cast<const __half2*>(&bits),
+                          __floats2half2_rn(256.0F, 256.0F));
+  // 0x7F is NaN, which 480 would stand for.
+  if ((low & 0x7FU) == 0x7FU) value.x = __ushort_as_half(0x7FFF);
+  if ((high & 0x7FU) == 0x7FU) value.y = __ushort_as_half(0x7FFF);
+  return value;
+}
+
+// Sixteen stored bytes -> two 16-byte pieces of `Type`, multiplied by `scale` unless it is 1.
+template <class Type>
+__device__ __forceinline__ void widen_piece(const uint4& bytes, DType dtype, bool scaled,
+                                            float scale, std::uint32_t (&out)[8]) {
+  const std::uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const std::uint32_t two = words[i / 2] >> (i % 2 * 16);
+    const __half2 halves = halves_of(two & 0xFFU, (two >> 8) & 0xFFU, dtype);
+    if constexpr (std::is_same_v<Type, Half>) {
+      if (!scaled) {
+        out[i] = *reinterpret_cast<const std::uint32_t*>(&halves);
+        continue;
+      }
+    }
+    float2 x = __half22float2(halves);
+    if (scaled) {
+      x.x *= scale;
+      x.y *= scale;
+    }
+    out[i] = Type::pack(x.x, x.y);
+  }
+}
+
+}  // namespace quire::cuda::tile
