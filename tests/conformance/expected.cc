@@ -168,6 +168,10 @@ void attend_head(const Case& c, const Sequence& sequence, std::int64_t head, Exp
 
 }  // namespace
 
+bool is_visible(const Case& c, std::int64_t s, std::int64_t i, std::int64_t j) {
+  return allowed(c, s, sequence_at(c, s).context_len + i, j);
+}
+
 Expected empty_expected(const Case& c) {
   const AttentionConfig& config = c.spec.config;
   Expected expected;

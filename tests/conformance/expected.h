@@ -26,6 +26,9 @@ struct Expected {
 // Zero results of the right size, and which rows are written.
 Expected empty_expected(const Case& c);
 
+// Whether row i of sequence s sees the sequence's key j < seq_len (step 3 of the score).
+bool is_visible(const Case& c, std::int64_t s, std::int64_t i, std::int64_t j);
+
 // semantics.md, transcribed.
 Expected literal_attention(const Case& c);
 
