@@ -29,9 +29,9 @@ void lower_score(const AttentionConfig& config, const Score& score, LayerParams*
     check::contiguous("score.sinks", score.sinks);
   }
   check::that(std::isfinite(score.softmax_scale), "score.softmax_scale", "a finite scale",
-              std::to_string(score.softmax_scale));
+              [&] { return std::to_string(score.softmax_scale); });
   check::that(std::isfinite(score.soft_cap) && score.soft_cap >= 0, "score.soft_cap",
-              "a finite cap of at least 0", std::to_string(score.soft_cap));
+              "a finite cap of at least 0", [&] { return std::to_string(score.soft_cap); });
   check::that(!score.alibi_sqrt || score.alibi_slopes, "score.alibi_slopes",
               "slopes to go with alibi_sqrt", "none");
   layer->softmax_scale = score.softmax_scale != 0.0F
@@ -95,7 +95,7 @@ void lower_qq_bias(const TensorView& bias, Device device, BatchParams* p) {
     check::tensor("batch.qq_bias", bias, device, {DType::kFloat32}, {kAny, kAny});
   }
   check::that(bias.shape[bias.ndim - 1] == bias.shape[bias.ndim - 2], "batch.qq_bias",
-              "a square [m, m] for each sequence", bias.to_string());
+              "a square [m, m] for each sequence", bias);
   check::unit_last_stride("batch.qq_bias", bias);
   p->qq_bias = check::data<const float>(bias);
   p->qq_size = bias.shape[bias.ndim - 1];
@@ -120,11 +120,14 @@ void lower_keys(const AttentionConfig& config, const CommonAttentionMetadata& ba
   check::at_least("batch.block_table", batch.block_table, 0, p->num_seqs, "one row a sequence");
   const std::int64_t reachable = batch.block_table.shape[1] * config.block_size;
   // max_seq_len is an upper bound; only a bound that no table entry could serve is a mistake.
-  check::that(batch.max_seq_len <= 0 || batch.max_seq_len <= reachable || p->num_seqs == 0,
-              "batch.block_table",
-              "a width of at least max_seq_len " + std::to_string(batch.max_seq_len) +
-                  " / block_size " + std::to_string(config.block_size),
-              batch.block_table.to_string());
+  check::that(
+      batch.max_seq_len <= 0 || batch.max_seq_len <= reachable || p->num_seqs == 0,
+      "batch.block_table",
+      [&] {
+        return "a width of at least max_seq_len " + std::to_string(batch.max_seq_len) +
+               " / block_size " + std::to_string(config.block_size);
+      },
+      batch.block_table);
   p->seq_lens = check::data<const std::int32_t>(batch.seq_lens);
   p->block_table = check::data<const std::int32_t>(batch.block_table);
   p->table_stride = batch.block_table.strides[0];
@@ -178,13 +181,15 @@ void lower_query(const AttentionConfig& config, const AttentionArgs& args, Atten
 
 void lower_paged(const AttentionConfig& config, const AttentionArgs& args, AttentionParams* p) {
   const PagedKvCache& cache = args.kv_cache;
-  check::that(cache.dtype == config.kv_cache_dtype, "kv_cache.dtype",
-              std::string("the plan's ") + to_string(config.kv_cache_dtype),
-              to_string(cache.dtype));
+  check::that(
+      cache.dtype == config.kv_cache_dtype, "kv_cache.dtype",
+      [&] { return std::string("the plan's ") + to_string(config.kv_cache_dtype); },
+      to_string(cache.dtype));
   lower_cache(cache, config.device, &p->k, &p->v);
-  check::that(cache.dtype != KvCacheDType::kAuto || cache.key.dtype == config.dtype, "kv_cache.key",
-              std::string("the plan's dtype ") + to_string(config.dtype),
-              to_string(cache.key.dtype));
+  check::that(
+      cache.dtype != KvCacheDType::kAuto || cache.key.dtype == config.dtype, "kv_cache.key",
+      [&] { return std::string("the plan's dtype ") + to_string(config.dtype); },
+      to_string(cache.key.dtype));
   check::tensor("kv_cache.key", cache.key, config.device, {cache.key.dtype},
                 {kAny, config.block_size, config.num_kv_heads, config.head_size});
   check::tensor("kv_cache.value", cache.value, config.device, {cache.value.dtype},
@@ -209,8 +214,7 @@ void lower_direct(const AttentionConfig& config, const AttentionArgs& args, Atte
   p->k = lower_direct_side("key", args.key, config, config.head_size);
   p->v = lower_direct_side("value", args.value, config, config.value_head_size());
   p->num_kv_tokens = args.key.shape[0];
-  check::that(args.value.shape[0] == p->num_kv_tokens, "value", "as many rows as key",
-              args.value.to_string());
+  check::that(args.value.shape[0] == p->num_kv_tokens, "value", "as many rows as key", args.value);
   if (p->batch->kv_start_loc == nullptr) {
     check::at_least("key", args.key, 0, p->batch->num_tokens, "num_actual_tokens");
   }

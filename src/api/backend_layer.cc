@@ -43,8 +43,7 @@ PagedKvCache with_scales(PagedKvCache cache, const LayerScales& scales) {
 
 // A profiling run has no batch: the output only has to exist and be finite.
 void fill_with_zeros(const AttentionConfig& config, const TensorView& output, const Context& ctx) {
-  check::that(output.ndim == 2 || output.ndim == 3, "output", "2 or 3 dimensions",
-              output.to_string());
+  check::that(output.ndim == 2 || output.ndim == 3, "output", "2 or 3 dimensions", output);
   check::tensor("output", output, config.device, {output.dtype},
                 output.ndim == 2
                     ? std::initializer_list<std::int64_t>{check::kAny, check::kAny}

@@ -38,14 +38,6 @@ bool shape_matches(const TensorView& view, std::initializer_list<std::int64_t> s
 
 }  // namespace
 
-void that(bool ok, std::string_view name, std::string_view expected, std::string_view got) {
-  if (!ok) throw Error(name, expected, got);
-}
-
-void that(bool ok, std::string_view name, std::string_view expected, std::int64_t got) {
-  if (!ok) throw Error(name, expected, std::to_string(got));
-}
-
 void tensor(std::string_view name, const TensorView& view, Device device,
             std::initializer_list<DType> dtypes, std::initializer_list<std::int64_t> shape) {
   if (!view) throw Error(name, "a tensor of " + shape_text(shape), "none");
@@ -83,7 +75,7 @@ void at_least(std::string_view name, const TensorView& view, int dim, std::int64
 void scale(std::string_view name, const Scale& scale) {
   if (scale.data != nullptr) return;
   that(std::isfinite(scale.value) && scale.value > 0.0F, name, "a finite scale above 0",
-       std::to_string(scale.value));
+       [&] { return std::to_string(scale.value); });
 }
 
 }  // namespace quire::check

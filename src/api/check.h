@@ -1,6 +1,7 @@
 // Checks of the public boundary. Each throws quire::Error naming the argument.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -26,8 +27,20 @@ void contiguous(std::string_view name, const TensorView& view);
 void at_least(std::string_view name, const TensorView& view, int dim, std::int64_t least,
               std::string_view why);
 
-void that(bool ok, std::string_view name, std::string_view expected, std::string_view got);
-void that(bool ok, std::string_view name, std::string_view expected, std::int64_t got);
+// Texts of a failed check: words, a number, a tensor, or a function that makes them. Checks that
+// pass must not build strings: calls in steady state allocate nothing.
+inline std::string text_of(std::string_view words) { return std::string(words); }
+inline std::string text_of(std::int64_t number) { return std::to_string(number); }
+inline std::string text_of(const TensorView& view) { return view.to_string(); }
+template <std::invocable F>
+std::string text_of(const F& make) {
+  return make();
+}
+
+template <class Expected, class Got>
+void that(bool ok, std::string_view name, const Expected& expected, const Got& got) {
+  if (!ok) throw Error(name, text_of(expected), text_of(got));
+}
 
 // A finite, positive host value, or a pointer whose value is the device's business.
 void scale(std::string_view name, const Scale& scale);

@@ -69,8 +69,9 @@ TensorView stored_as(TensorView view, KvCacheDType dtype) {
   }
   const bool plain = view.dtype == DType::kFloat16 || view.dtype == DType::kBFloat16 ||
                      view.dtype == DType::kFloat32;
-  check::that(view.dtype == storage && (plain || dtype != KvCacheDType::kAuto), "kv_cache",
-              std::string("elements of a cache of kind ") + to_string(dtype), view.to_string());
+  check::that(
+      view.dtype == storage && (plain || dtype != KvCacheDType::kAuto), "kv_cache",
+      [&] { return std::string("elements of a cache of kind ") + to_string(dtype); }, view);
   return view;
 }
 
@@ -78,7 +79,7 @@ TensorView stored_as(TensorView view, KvCacheDType dtype) {
 
 PagedKvCache PagedKvCache::from_combined(const TensorView& kv_cache, KvCacheDType dtype) {
   check::that(kv_cache.ndim == 5 && kv_cache.shape[1] == 2, "kv_cache",
-              "shape [num_blocks, 2, block_size, num_kv_heads, head_size]", kv_cache.to_string());
+              "shape [num_blocks, 2, block_size, num_kv_heads, head_size]", kv_cache);
   const TensorView view = stored_as(kv_cache, dtype);
   PagedKvCache cache;
   cache.key = view.select(1, 0);
@@ -90,10 +91,10 @@ PagedKvCache PagedKvCache::from_combined(const TensorView& kv_cache, KvCacheDTyp
 PagedKvCache PagedKvCache::from_packed(const TensorView& kv_cache, std::int64_t head_size,
                                        KvCacheDType dtype) {
   check::that(kv_cache.ndim == 4, "kv_cache",
-              "shape [num_blocks, num_kv_heads, block_size, head_size + head_size_v]",
-              kv_cache.to_string());
-  check::that(head_size >= 1 && head_size < kv_cache.shape[3], "head_size",
-              "1 to " + std::to_string(kv_cache.shape[3] - 1), head_size);
+              "shape [num_blocks, num_kv_heads, block_size, head_size + head_size_v]", kv_cache);
+  check::that(
+      head_size >= 1 && head_size < kv_cache.shape[3], "head_size",
+      [&] { return "1 to " + std::to_string(kv_cache.shape[3] - 1); }, head_size);
   const TensorView rows = stored_as(kv_cache, dtype).transpose(1, 2);
   PagedKvCache cache;
   cache.key = rows.slice(3, 0, head_size);
@@ -148,8 +149,7 @@ void lower_cache(const PagedKvCache& cache, Device device, KvParams* k, KvParams
   const TensorView& value = cache.value;
   check::that(key.shape[0] == value.shape[0] && key.shape[1] == value.shape[1] &&
                   key.shape[2] == value.shape[2] && key.dtype == value.dtype,
-              "kv_cache.value", "the key's dtype, num_blocks, block_size and num_kv_heads",
-              value.to_string());
+              "kv_cache.value", "the key's dtype, num_blocks, block_size and num_kv_heads", value);
   check_token_scales("kv_cache.k_scale_cache", cache.k_scale_cache, key, cache.dtype);
   check_token_scales("kv_cache.v_scale_cache", cache.v_scale_cache, value, cache.dtype);
   if (is_per_tensor_fp8(cache.dtype)) {
@@ -166,8 +166,7 @@ CacheWriteParams lower_cache_write(const TensorView& key, const TensorView& valu
   CacheWriteParams p;
   const Device device = cache.key.device;
   lower_cache(cache, device, &p.k, &p.v);
-  check::that(cache.block_size() >= 1, "kv_cache.key", "a block_size of at least 1",
-              cache.key.to_string());
+  check::that(cache.block_size() >= 1, "kv_cache.key", "a block_size of at least 1", cache.key);
   check::tensor("slot_mapping", slot_mapping, device, {DType::kInt64}, {kAny});
   check::contiguous("slot_mapping", slot_mapping);
   p.num_slots = slot_mapping.shape[0];

@@ -579,7 +579,9 @@ void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
   for (std::int32_t u = unit_begin; u < unit_end; ++u) {
     resolve(u + 1);
     const Unit& unit = units[u & 1];
-    if (unit.count > 0) attend(item, unit, units[(u + 1) & 1], out);
+    // Units ascend: the first one past every key that exists is the last to look at.
+    if (unit.count == 0) break;
+    attend(item, unit, units[(u + 1) & 1], out);
   }
 }
 

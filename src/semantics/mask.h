@@ -81,8 +81,9 @@ QUIRE_HOST_DEVICE std::int64_t prefix_end(const SequenceMask& mask, std::int64_t
 QUIRE_HOST_DEVICE Span widen_by_ranges(const SequenceMask& mask, Span span, std::int64_t first_p,
                                        std::int64_t last_p) {
   for (std::int32_t r = 0; r < mask.num_ranges; ++r) {
-    const std::int64_t start = mask.ranges[2 * r];
-    const std::int64_t last = mask.ranges[2 * r + 1];
+    const std::int32_t* range_bounds = mask.ranges + std::int64_t{2} * r;
+    const std::int64_t start = range_bounds[0];
+    const std::int64_t last = range_bounds[1];
     if (start >= last || start > last_p || last < first_p) continue;
     const Span range{max_of(start, 0), min_of(last + 1, mask.kv_len)};
     if (range.empty()) continue;
