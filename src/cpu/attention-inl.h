@@ -22,7 +22,6 @@
 #include "cpu/few_rows-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/simd/vec-inl.h"
-#include "hwy/cache_control.h"
 #include "semantics/kv_address.h"
 #include "semantics/softmax_state.h"
 
@@ -279,12 +278,26 @@ HWY_INLINE void direct_rows(const Item& item, const KvParams& kv, const UnitRows
   }
 }
 
-// Asks for a whole unit at once: right where computing takes much longer than loading.
-HWY_INLINE void prefetch_rows(const UnitRows& rows, std::int32_t count, std::int64_t row_bytes) {
+// Asks for a whole unit at once, in memory order: right where computing takes much longer than
+// loading, and for the first unit of an item, which nobody has asked for before.
+HWY_INLINE void prefetch_rows(const Item& item, const KvParams& kv, std::int32_t size,
+                              const UnitRows& rows, std::int32_t count) {
+  const std::int64_t element = size_of(kv.dtype);
   for (std::int32_t t = 0; t < count; ++t) {
     if (rows.row[t] == nullptr) continue;
-    for (std::int64_t byte = 0; byte < row_bytes; byte += 64) hwy::Prefetch(rows.row[t] + byte);
+    for (std::int32_t h = 0; h < item.heads; ++h) {
+      const char* row = rows.row[t] + h * kv.strides.head * element;
+      for (std::int64_t byte = 0; byte < size * element; byte += 64) {
+        __builtin_prefetch(row + byte, 0, 2);
+      }
+    }
   }
+}
+
+HWY_INLINE void prefetch_unit(const Item& item, const Unit& unit) {
+  const AttentionParams& p = *item.params;
+  prefetch_rows(item, p.k, p.layer->head_size, unit.k, unit.count);
+  prefetch_rows(item, p.v, p.layer->head_size_v, unit.v, unit.count);
 }
 
 // ---- scores -------------------------------------------------------------------------------------
@@ -507,9 +520,7 @@ HWY_INLINE void values_by_panels(const Item& item, std::int32_t h, std::int32_t 
 // Many rows of one head: K transposed and V widened once for all of them.
 void attend_many_rows(const Item& item, const Unit& unit, const Unit& next,
                       const PartialRows& out) {
-  const AttentionParams& p = *item.params;
-  prefetch_rows(next.k, next.count, p.layer->head_size * size_of(p.k.dtype));
-  prefetch_rows(next.v, next.count, p.layer->head_size_v * size_of(p.v.dtype));
+  prefetch_unit(item, next);
   load_k_panels(item, unit.k, unit.count);
   load_v_panels(item, unit.v, unit.count);
   scores_by_panels(item, unit.count);
@@ -518,8 +529,9 @@ void attend_many_rows(const Item& item, const Unit& unit, const Unit& next,
 }
 
 // Few rows of several heads, widened copies: any head size.
-void attend_few_rows_widened(const Item& item, const Unit& unit, const Unit&,
+void attend_few_rows_widened(const Item& item, const Unit& unit, const Unit& next,
                              const PartialRows& out) {
+  prefetch_unit(item, next);
   load_k_rows(item, unit.k, unit.count);
   load_v_panels(item, unit.v, unit.count);
   for (std::int32_t h = 0; h < item.heads; ++h) {
@@ -563,11 +575,13 @@ void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
   const auto attend = !tile.few_rows ? attend_many_rows
                       : direct       ? attend_few_rows
                                      : attend_few_rows_widened;
+  // The unit after the chunk's last one is asked for too: the next chunk is most often ours.
+  const std::int32_t num_units = tile.units.count();
   Unit units[2];
   const auto resolve = [&](std::int32_t u) {
     Unit& unit = units[u & 1];
     unit.count = 0;
-    if (u >= unit_end) return;
+    if (u >= num_units) return;
     unit.first = std::int64_t{tile.units.at(u)} * tile.kv_tile;
     unit.count = static_cast<std::int32_t>(
         std::clamp<std::int64_t>(item.hull_end - unit.first, 0, tile.kv_tile));
@@ -576,6 +590,7 @@ void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
   };
   clear(item, out);
   resolve(unit_begin);
+  if (item.cold) prefetch_unit(item, units[unit_begin & 1]);
   for (std::int32_t u = unit_begin; u < unit_end; ++u) {
     resolve(u + 1);
     const Unit& unit = units[u & 1];

@@ -118,11 +118,12 @@ class Call {
 
   // Chunks [chunk_begin, chunk_end) of an item. A whole item is finished here; a part of one goes
   // to the item's partial slots.
-  void run_item(const Schedule& schedule, const Item& item, std::int32_t chunk_begin,
+  void run_item(const Schedule& schedule, Item& item, std::int32_t chunk_begin,
                 std::int32_t chunk_end, std::int64_t first_slot, bool shared) {
     const WorkTile& tile = *item.tile;
     kernels_.load_queries(item);
     const auto run_chunk = [&](std::int32_t chunk, const PartialRows& out) {
+      item.cold = chunk == chunk_begin;
       kernels_.run_chunk(item, chunk * tile.units_per_chunk,
                          std::min((chunk + 1) * tile.units_per_chunk, tile.units.count()), out);
     };

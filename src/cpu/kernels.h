@@ -88,6 +88,7 @@ struct Item {
   std::int32_t head_rows = 0;  // distance of heads in `q` and in results, in rows
   std::int64_t hull_end = 0;   // no row of the tile sees a key at or past it
   std::int64_t first_kv_row = 0;
+  bool cold = false;         // the first chunk of a run: nobody asked for its keys yet
   float query_scale = 1.0F;  // softmax, query and key scales
   std::int32_t padded_k = 0;
   std::int32_t padded_v = 0;
