@@ -481,8 +481,8 @@ void load_queries(const Item& item) {
               size_of(layer.dtype);
       widen(from, layer.head_size, item.query_scale, to, item.padded_k);
     }
-    // Blocks of 4 rows may reach past the last one.
-    std::fill(to, to + (round_up(item.rows, 4) - item.rows) * item.padded_k, 0.0F);
+    // Blocks of 8 rows may reach past the last one.
+    std::fill(to, to + (round_up(item.rows, 8) - item.rows) * item.padded_k, 0.0F);
   }
 }
 
@@ -582,9 +582,10 @@ void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
     Unit& unit = units[u & 1];
     unit.count = 0;
     if (u >= num_units) return;
-    unit.first = std::int64_t{tile.units.at(u)} * tile.kv_tile;
-    unit.count = static_cast<std::int32_t>(
-        std::clamp<std::int64_t>(item.hull_end - unit.first, 0, tile.kv_tile));
+    const std::int64_t begin = std::int64_t{tile.units.at(u)} * tile.kv_tile;
+    const std::int64_t end = std::min(begin + tile.kv_tile, item.hull_end);
+    unit.first = std::max(begin, item.hull_begin);
+    unit.count = static_cast<std::int32_t>(std::max<std::int64_t>(end - unit.first, 0));
     resolve_rows(item, item.params->k, unit.first, unit.count, &unit.k);
     resolve_rows(item, item.params->v, unit.first, unit.count, &unit.v);
   };

@@ -110,7 +110,9 @@ class Call {
       token.query_index = token.row - seq.first_row;
       token.visible = clip(semantics::row_spans(seq.mask, token.q_pos), tile.kv_begin, tile.kv_end);
       for (const semantics::Span span : {token.visible.prefix, token.visible.main}) {
-        if (!span.empty()) item.hull_end = std::max(item.hull_end, span.end);
+        if (span.empty()) continue;
+        item.hull_begin = item.hull_end == 0 ? span.begin : std::min(item.hull_begin, span.begin);
+        item.hull_end = std::max(item.hull_end, span.end);
       }
     }
     return item;

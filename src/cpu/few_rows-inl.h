@@ -16,6 +16,7 @@
 #endif
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/simd/vec-inl.h"
@@ -53,13 +54,13 @@ HWY_INLINE void direct_scores(const DirectRows& keys, std::int32_t count, const 
     for (std::int32_t n = 0; n < kSums; ++n) acc[n] = hn::Zero(d);
     for (std::int32_t i = 0; i < head_size; i += static_cast<std::int32_t>(kLanes)) {
       Vf x[kRows];
-      HWY_UNROLL(4)
+      HWY_UNROLL(8)
       for (std::int32_t r = 0; r < kRows; ++r) x[r] = hn::Load(d, q + r * padded_k + i);
       HWY_UNROLL(16)
       for (std::int32_t k = 0; k < kTokens; ++k) {
         prefetch_ahead<kDType>(keys.ahead[t + k], i);
         const Vf key = load_widened<kDType>(keys.row[t + k], static_cast<std::size_t>(i));
-        HWY_UNROLL(4)
+        HWY_UNROLL(8)
         for (std::int32_t r = 0; r < kRows; ++r) {
           acc[r * kTokens + k] = hn::MulAdd(x[r], key, acc[r * kTokens + k]);
         }
@@ -84,7 +85,7 @@ HWY_INLINE void direct_values(const DirectRows& values, std::int32_t count, std:
   const Df d;
   constexpr auto kVec = static_cast<std::int32_t>(kLanes);
   Vf acc[kRows][kVectors];
-  HWY_UNROLL(4)
+  HWY_UNROLL(8)
   for (int r = 0; r < kRows; ++r) {
     HWY_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) {
@@ -98,32 +99,42 @@ HWY_INLINE void direct_values(const DirectRows& values, std::int32_t count, std:
       prefetch_ahead<kDType>(values.ahead[t], column + v * kVec);
       x[v] = load_widened<kDType>(values.row[t], static_cast<std::size_t>(column + v * kVec));
     }
-    HWY_UNROLL(4)
+    HWY_UNROLL(8)
     for (int r = 0; r < kRows; ++r) {
       const Vf weight = hn::Set(d, s[r * kMaxKvTile + t]);
       HWY_UNROLL(4)
       for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(weight, x[v], acc[r][v]);
     }
   }
-  HWY_UNROLL(4)
+  HWY_UNROLL(8)
   for (int r = 0; r < kRows; ++r) {
     HWY_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], d, o + r * padded_v + v * kVec);
   }
 }
 
-// All rows of one head, in blocks of 4, 2 or 1. Rows are padded to the block: `q`, `s`, `alpha` and
-// `o` have room for it and the surplus is never looked at.
+// Blocks of 8 rows need 16 accumulators beside 8 rows of queries: AVX-512's 32 wide registers.
+constexpr std::int32_t kMostBlockRows = kLanes == 16 ? 8 : 4;
+
+// All rows of one head, in blocks of 8, 4, 2 or 1. Rows are padded to the block: `q`, `s`, `alpha`
+// and `o` have room for it and the surplus is never looked at.
 template <DType kDType>
 void head_scores(const DirectRows& keys, std::int32_t count, const float* q, std::int32_t padded_k,
                  std::int32_t head_size, std::int32_t rows, float* s) {
-  for (std::int32_t r = 0; r < rows; r += 4) {
-    const float* block_q = q + r * padded_k;
-    float* block_s = s + r * kMaxKvTile;
-    switch (rows - r) {
-      case 1: direct_scores<kDType, 1>(keys, count, block_q, padded_k, head_size, block_s); break;
-      case 2: direct_scores<kDType, 2>(keys, count, block_q, padded_k, head_size, block_s); break;
-      default: direct_scores<kDType, 4>(keys, count, block_q, padded_k, head_size, block_s); break;
+  for (std::int32_t r = 0; r < rows;) {
+    const auto block = [&](auto block_rows) {
+      direct_scores<kDType, block_rows()>(keys, count, q + r * padded_k, padded_k, head_size,
+                                          s + r * kMaxKvTile);
+      r += block_rows();
+    };
+    if (rows - r > 4 && kMostBlockRows == 8) {
+      block(std::integral_constant<int, kMostBlockRows>());
+    } else if (rows - r > 2) {
+      block(std::integral_constant<int, 4>());
+    } else if (rows - r == 2) {
+      block(std::integral_constant<int, 2>());
+    } else {
+      block(std::integral_constant<int, 1>());
     }
   }
 }
@@ -132,8 +143,8 @@ template <DType kDType, int kRows>
 HWY_INLINE void block_values(const DirectRows& values, std::int32_t count, std::int32_t head_size_v,
                              const float* s, const float* alpha, float* o, std::int32_t padded_v) {
   constexpr auto kVec = static_cast<std::int32_t>(kLanes);
-  // 4 rows x 4 vectors fill half of 32 registers; with 16 registers 2 vectors fit.
-  constexpr int kVectors = HWY_TARGET == HWY_AVX2 ? 2 : 4;
+  // 16 accumulators of 32 registers, or 8 of 16.
+  constexpr int kVectors = HWY_TARGET == HWY_AVX2 ? 2 : (kRows == 8 ? 2 : 4);
   std::int32_t column = 0;
   for (; column + kVectors * kVec <= head_size_v; column += kVectors * kVec) {
     direct_values<kDType, kRows, kVectors>(values, count, column, s, alpha, o + column, padded_v);
@@ -147,19 +158,20 @@ template <DType kDType>
 void head_values(const DirectRows& values, std::int32_t count, std::int32_t head_size_v,
                  std::int32_t rows, const float* s, const float* alpha, float* o,
                  std::int32_t padded_v) {
-  for (std::int32_t r = 0; r < rows; r += 4) {
-    const float* block_s = s + r * kMaxKvTile;
-    float* block_o = o + std::int64_t{r} * padded_v;
-    switch (rows - r) {
-      case 1:
-        block_values<kDType, 1>(values, count, head_size_v, block_s, alpha + r, block_o, padded_v);
-        break;
-      case 2:
-        block_values<kDType, 2>(values, count, head_size_v, block_s, alpha + r, block_o, padded_v);
-        break;
-      default:
-        block_values<kDType, 4>(values, count, head_size_v, block_s, alpha + r, block_o, padded_v);
-        break;
+  for (std::int32_t r = 0; r < rows;) {
+    const auto block = [&](auto block_rows) {
+      block_values<kDType, block_rows()>(values, count, head_size_v, s + r * kMaxKvTile, alpha + r,
+                                         o + std::int64_t{r} * padded_v, padded_v);
+      r += block_rows();
+    };
+    if (rows - r > 4 && kMostBlockRows == 8) {
+      block(std::integral_constant<int, kMostBlockRows>());
+    } else if (rows - r > 2) {
+      block(std::integral_constant<int, 4>());
+    } else if (rows - r == 2) {
+      block(std::integral_constant<int, 2>());
+    } else {
+      block(std::integral_constant<int, 1>());
     }
   }
 }

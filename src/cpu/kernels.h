@@ -82,11 +82,12 @@ struct Item {
   const AttentionParams* params = nullptr;
   const planning::WorkTile* tile = nullptr;
   Scratch* scratch = nullptr;
-  std::int32_t kv_head = 0;    // the first of
-  std::int32_t heads = 0;      // this many
-  std::int32_t rows = 0;       // of one head: num_tokens * group, group fastest
-  std::int32_t head_rows = 0;  // distance of heads in `q` and in results, in rows
-  std::int64_t hull_end = 0;   // no row of the tile sees a key at or past it
+  std::int32_t kv_head = 0;     // the first of
+  std::int32_t heads = 0;       // this many
+  std::int32_t rows = 0;        // of one head: num_tokens * group, group fastest
+  std::int32_t head_rows = 0;   // distance of heads in `q` and in results, in rows
+  std::int64_t hull_begin = 0;  // no row of the tile sees a key before it
+  std::int64_t hull_end = 0;    // no row of the tile sees a key at or past it
   std::int64_t first_kv_row = 0;
   bool cold = false;         // the first chunk of a run: nobody asked for its keys yet
   float query_scale = 1.0F;  // softmax, query and key scales

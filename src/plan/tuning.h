@@ -18,9 +18,10 @@ struct TilePolicy {
   bool splittable = false;  // whether keys may be cut into chunks
 };
 
-// Up to this many rows the CPU kernel takes dot products of K rows as they lie in the cache; above
-// it, transposing K once per tile is cheaper (the transposition costs about as much as 8 rows).
-inline constexpr std::int32_t kCpuDotRows = 8;
+// Up to this many rows the CPU kernel reads K and V straight from the cache, widening each vector
+// once per 8 rows; above it, transposing K once per tile for all rows is cheaper. At 20 rows the
+// direct way was 1.2 times faster (docs/performance.md).
+inline constexpr std::int32_t kCpuFewRows = 32;
 
 // Rows of a prefill tile: 96 = 16 blocks of the 6-row micro-kernel; Q, S, O and a K and V tile of
 // head size 128 then take 200 KiB, a fraction of a 1 MiB L2.
@@ -32,7 +33,7 @@ inline constexpr std::int32_t kCpuSplitRows = 64;
 inline TilePolicy cpu_policy(const LayerParams& layer, std::int64_t query_len) {
   const std::int64_t rows = query_len * layer.group;
   TilePolicy policy;
-  if (rows <= kCpuDotRows) {
+  if (rows <= kCpuFewRows) {
     policy.few_rows = true;
     policy.kv_tile = 32;  // K and V as fp32 at head size 128: 32 KiB, the size of an L1
   }
