@@ -1,13 +1,17 @@
 // The CPU attention kernel of one ISA.
 //
-//   per item (query tile x kv head), per unit of kv_tile keys:
-//     resolve the unit's rows through the block table -> widen K and V to fp32 scratch ->
+//   per item (query tile x kv heads), per unit of kv_tile keys:
+//     resolve the unit's rows through the block table (unit-inl.h) ->
 //     S = Q K^T -> soft cap, mask, bias -> online softmax -> O = alpha O + P V
 //
-// Bytes: each needed K and V row is read once per query tile. Flops: 4 rows x keys x head size.
-// Two ways to S: few rows take dot products of K rows as they lie (memory-bound, no transposition);
-// many rows transpose K into panels once and run the same 6-row micro-kernel as P V.
-// Everything a row computes is the same whatever other rows share its tile.
+// Three ways to S and P V:
+//   few rows           K and V straight from the cache, all heads of the item in turn
+//                      (few_rows-inl.h): memory-bound, no copies
+//   few rows, widened  head sizes that are not whole vectors: fp32 copies, dot products
+//   many rows          K transposed and V widened into panels once per tile, then the 6-row
+//                      micro-kernel (product-inl.h): compute-bound
+// Bytes: each needed K and V row is read once per query tile. Flops: 4 x rows x keys x head size.
+// Workers share nothing while they run. What a row computes does not depend on its tile's others.
 #if defined(QUIRE_CPU_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef QUIRE_CPU_ATTENTION_INL_H_
 #undef QUIRE_CPU_ATTENTION_INL_H_
@@ -17,288 +21,18 @@
 
 #include <algorithm>
 #include <limits>
-#include <type_traits>
 
 #include "cpu/few_rows-inl.h"
 #include "cpu/kernels.h"
+#include "cpu/product-inl.h"
 #include "cpu/simd/vec-inl.h"
-#include "semantics/kv_address.h"
+#include "cpu/unit-inl.h"
 #include "semantics/softmax_state.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace quire::cpu::HWY_NAMESPACE {
 
-constexpr std::int32_t kVec = static_cast<std::int32_t>(kLanes);
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// Micro-kernel: 6 rows by a panel of vectors; accumulators, one row of B and a broadcast fit the
-// register file (32 registers on AVX-512 and NEON, 16 on AVX2).
-constexpr std::int32_t kBlockRows = 6;
-#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SSSE3
-constexpr std::int32_t kPanelVectors = 2;
-#else
-constexpr std::int32_t kPanelVectors = 4;
-#endif
-constexpr std::int32_t kPanel = kPanelVectors * kVec;
-static_assert(kMaxKvTile % kPanel == 0 && kPadV % kPanel == 0);
-
-// ---- the micro-kernel -------------------------------------------------------------------------
-
-// How a product meets what is in c already.
-enum class Meet { kStore, kAdd, kRescale };
-
-// c[r][0, kPanel) = (nothing, c[r] or alpha[r] * c[r]) + sum_k a[r][k] * b[k][0, kPanel)
-template <int kRows, Meet kMeet>
-HWY_INLINE void block_times_panel(const float* HWY_RESTRICT a, std::int64_t lda,
-                                  const float* HWY_RESTRICT b, std::int32_t depth,
-                                  float* HWY_RESTRICT c, std::int64_t ldc, const float* alpha) {
-  const Df d;
-  Vf acc[kRows][kPanelVectors];
-  HWY_UNROLL(6)
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kPanelVectors; ++v) {
-      acc[r][v] = kMeet == Meet::kRescale
-                      ? hn::Mul(hn::Set(d, alpha[r]), hn::LoadU(d, c + r * ldc + v * kVec))
-                      : hn::Zero(d);
-    }
-  }
-  for (std::int32_t k = 0; k < depth; ++k) {
-    Vf row[kPanelVectors];
-    for (int v = 0; v < kPanelVectors; ++v) row[v] = hn::Load(d, b + k * kPanel + v * kVec);
-    HWY_UNROLL(6)
-    for (int r = 0; r < kRows; ++r) {
-      const Vf x = hn::Set(d, a[r * lda + k]);
-      for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = hn::MulAdd(x, row[v], acc[r][v]);
-    }
-  }
-  HWY_UNROLL(6)
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kPanelVectors; ++v) {
-      float* to = c + r * ldc + v * kVec;
-      hn::StoreU(kMeet == Meet::kAdd ? hn::Add(hn::LoadU(d, to), acc[r][v]) : acc[r][v], d, to);
-    }
-  }
-}
-
-// The same for any number of rows and panels; panel p of b starts at p * panel_stride.
-template <Meet kMeet>
-HWY_NOINLINE void rows_times_panels(const float* a, std::int64_t lda, const float* b,
-                                    std::int64_t panel_stride, std::int32_t num_panels,
-                                    std::int32_t depth, float* c, std::int64_t ldc,
-                                    std::int32_t rows, const float* alpha) {
-  for (std::int32_t p = 0; p < num_panels; ++p) {
-    const float* panel = b + p * panel_stride;
-    float* out = c + p * kPanel;
-    std::int32_t r = 0;
-    const auto block = [&](auto block_rows) {
-      block_times_panel<block_rows(), kMeet>(a + r * lda, lda, panel, depth, out + r * ldc, ldc,
-                                             kMeet == Meet::kRescale ? alpha + r : nullptr);
-    };
-    for (; r + kBlockRows <= rows; r += kBlockRows) {
-      block(std::integral_constant<int, kBlockRows>());
-    }
-    switch (rows - r) {
-      case 1: block(std::integral_constant<int, 1>()); break;
-      case 2: block(std::integral_constant<int, 2>()); break;
-      case 3: block(std::integral_constant<int, 3>()); break;
-      case 4: block(std::integral_constant<int, 4>()); break;
-      case 5: block(std::integral_constant<int, 5>()); break;
-      default: break;
-    }
-  }
-}
-
-// ---- loading a unit -----------------------------------------------------------------------------
-
-// The rows of keys [first, first + count) of one side, at the item's first head. A null row reads
-// as zeros.
-struct UnitRows {
-  const char* row[kMaxKvTile];
-  const float* scale[kMaxKvTile];  // null: 1
-};
-
-// A unit of keys, resolved.
-struct Unit {
-  std::int64_t first = 0;
-  std::int32_t count = 0;
-  UnitRows k;
-  UnitRows v;
-};
-
-HWY_INLINE void resolve_rows(const Item& item, const KvParams& kv, std::int64_t first,
-                             std::int32_t count, UnitRows* out) {
-  const AttentionParams& p = *item.params;
-  const LayerParams& layer = *p.layer;
-  const std::int64_t element = size_of(kv.dtype);
-  const auto set = [&](std::int32_t t, std::int64_t block, std::int64_t slot) {
-    const std::int64_t offset = semantics::cache_offset(kv.strides, block, slot, item.kv_head);
-    out->row[t] = static_cast<const char*>(kv.data) + offset * element;
-    out->scale[t] = kv.token_scales == nullptr
-                        ? nullptr
-                        : kv.token_scales + semantics::cache_offset(kv.token_scale_strides, block,
-                                                                    slot, item.kv_head);
-  };
-  if (!layer.paged) {
-    for (std::int32_t t = 0; t < count; ++t) set(t, 0, item.first_kv_row + first + t);
-    return;
-  }
-  const std::int32_t* table = p.batch->block_table + item.tile->seq * p.batch->table_stride;
-  std::int64_t logical = first / layer.block_size;
-  std::int64_t slot = first % layer.block_size;
-  std::int64_t block =
-      semantics::physical_block(table, p.batch->table_width, logical, p.num_blocks);
-  for (std::int32_t t = 0; t < count; ++t) {
-    if (block >= 0) {
-      set(t, block, slot);
-    } else {
-      out->row[t] = nullptr;
-      out->scale[t] = nullptr;
-    }
-    if (++slot == layer.block_size) {
-      slot = 0;
-      block = semantics::physical_block(table, p.batch->table_width, ++logical, p.num_blocks);
-    }
-  }
-}
-
-// One side's way from stored rows to fp32.
-class Widener {
- public:
-  explicit Widener(const KvParams& kv)
-      : widen_(widener(kv.dtype)),
-        element_bytes_(size_of(kv.dtype)),
-        head_bytes_(kv.strides.head * element_bytes_),
-        scale_head_stride_(kv.token_scale_strides.head) {}
-
-  // to[0, padded) = elements [from, from + size) of row t and head h, zeros behind.
-  HWY_INLINE void operator()(const UnitRows& rows, std::int32_t t, std::int32_t h,
-                             std::int32_t from, std::int32_t size, float* to,
-                             std::int32_t padded) const {
-    if (rows.row[t] == nullptr) {
-      std::fill(to, to + padded, 0.0F);
-      return;
-    }
-    const float scale = rows.scale[t] == nullptr ? 1.0F : rows.scale[t][h * scale_head_stride_];
-    widen_(rows.row[t] + h * head_bytes_ + from * element_bytes_, size, scale, to, padded);
-  }
-
- private:
-  WidenRow widen_;
-  std::int64_t element_bytes_;
-  std::int64_t head_bytes_;
-  std::int64_t scale_head_stride_;
-};
-
-// K rows as they lie, [heads][kv_tile][padded_k], in memory order: all heads of a key, then the
-// next key. Keys up to a whole vector are zeros.
-HWY_INLINE void load_k_rows(const Item& item, const UnitRows& rows, std::int32_t count) {
-  const Widener widen(item.params->k);
-  const std::int64_t head_stride = std::int64_t{item.tile->kv_tile} * item.padded_k;
-  const auto padded_count = static_cast<std::int32_t>(round_up(count, kVec));
-  for (std::int32_t t = 0; t < padded_count; ++t) {
-    for (std::int32_t h = 0; h < item.heads; ++h) {
-      float* to = item.scratch->k + h * head_stride + std::int64_t{t} * item.padded_k;
-      if (t < count) {
-        widen(rows, t, h, 0, item.params->layer->head_size, to, item.padded_k);
-      } else {
-        std::fill(to, to + item.padded_k, 0.0F);
-      }
-    }
-  }
-}
-
-// K of one head transposed into panels: [key panel][padded_k][kPanel].
-HWY_INLINE void load_k_panels(const Item& item, const UnitRows& rows, std::int32_t count) {
-  const Df d;
-  const Widener widen(item.params->k);
-  float* staging = item.scratch->staging;
-  const auto padded_count = static_cast<std::int32_t>(round_up(count, kPanel));
-  for (std::int32_t first = 0; first < padded_count; first += kVec) {
-    for (std::int32_t t = 0; t < kVec; ++t) {
-      float* to = staging + t * item.padded_k;
-      if (first + t < count) {
-        widen(rows, first + t, 0, 0, item.params->layer->head_size, to, item.padded_k);
-      } else {
-        std::fill(to, to + item.padded_k, 0.0F);
-      }
-    }
-    float* panel = item.scratch->k +
-                   static_cast<std::int64_t>(first / kPanel) * item.padded_k * kPanel +
-                   first % kPanel;
-    for (std::int32_t i = 0; i < item.padded_k; i += kVec) {
-      Vf block[kLanes];
-      HWY_UNROLL(16)
-      for (std::int32_t t = 0; t < kVec; ++t) {
-        block[t] = hn::LoadU(d, staging + t * item.padded_k + i);
-      }
-      transpose(block);
-      HWY_UNROLL(16)
-      for (std::int32_t r = 0; r < kVec; ++r) hn::StoreU(block[r], d, panel + (i + r) * kPanel);
-    }
-  }
-}
-
-// V in panels, in memory order: [heads][output panel][kv_tile][kPanel].
-HWY_INLINE void load_v_panels(const Item& item, const UnitRows& rows, std::int32_t count) {
-  const Widener widen(item.params->v);
-  const std::int32_t size = item.params->layer->head_size_v;
-  const std::int64_t panel_stride = std::int64_t{item.tile->kv_tile} * kPanel;
-  const std::int64_t head_stride = std::int64_t{item.tile->kv_tile} * item.padded_v;
-  for (std::int32_t t = 0; t < count; ++t) {
-    for (std::int32_t h = 0; h < item.heads; ++h) {
-      float* to = item.scratch->v + h * head_stride + std::int64_t{t} * kPanel;
-      for (std::int32_t i = 0; i < size; i += kPanel, to += panel_stride) {
-        widen(rows, t, h, i, std::min(kPanel, size - i), to, kPanel);
-      }
-    }
-  }
-}
-
-// One head's rows of a unit for the direct path. While it uses its n-th row (heads outermost), it
-// asks for the n-th row of `next` in memory order (keys outermost); next_count 0: for nothing.
-HWY_INLINE void direct_rows(const Item& item, const KvParams& kv, const UnitRows& rows,
-                            std::int32_t count, const UnitRows& next, std::int32_t next_count,
-                            std::int32_t h, DirectRows* out) {
-  static constexpr char kZeros[576 * sizeof(float)] = {};
-  const std::int64_t head_bytes = kv.strides.head * size_of(kv.dtype);
-  const auto padded = static_cast<std::int32_t>(round_up(count, kVec));
-  std::int32_t next_key = h * count / item.heads;
-  std::int32_t next_head = h * count % item.heads;
-  for (std::int32_t t = 0; t < padded; ++t) {
-    const bool exists = t < count && rows.row[t] != nullptr;
-    out->row[t] = exists ? rows.row[t] + h * head_bytes : kZeros;
-    out->scale[t] =
-        exists && rows.scale[t] != nullptr ? rows.scale[t][h * kv.token_scale_strides.head] : 1.0F;
-    const bool ask = next_key < next_count && next.row[next_key] != nullptr;
-    out->ahead[t] = ask ? next.row[next_key] + next_head * head_bytes : kZeros;
-    if (++next_head == item.heads) {
-      next_head = 0;
-      ++next_key;
-    }
-  }
-}
-
-// Asks for a whole unit at once, in memory order: right where computing takes much longer than
-// loading, and for the first unit of an item, which nobody has asked for before.
-HWY_INLINE void prefetch_rows(const Item& item, const KvParams& kv, std::int32_t size,
-                              const UnitRows& rows, std::int32_t count) {
-  const std::int64_t element = size_of(kv.dtype);
-  for (std::int32_t t = 0; t < count; ++t) {
-    if (rows.row[t] == nullptr) continue;
-    for (std::int32_t h = 0; h < item.heads; ++h) {
-      const char* row = rows.row[t] + h * kv.strides.head * element;
-      for (std::int64_t byte = 0; byte < size * element; byte += 64) {
-        __builtin_prefetch(row + byte, 0, 2);
-      }
-    }
-  }
-}
-
-HWY_INLINE void prefetch_unit(const Item& item, const Unit& unit) {
-  const AttentionParams& p = *item.params;
-  prefetch_rows(item, p.k, p.layer->head_size, unit.k, unit.count);
-  prefetch_rows(item, p.v, p.layer->head_size_v, unit.v, unit.count);
-}
 
 // ---- scores -------------------------------------------------------------------------------------
 

@@ -116,27 +116,36 @@ HWY_INLINE void direct_values(const DirectRows& values, std::int32_t count, std:
 // Blocks of 8 rows need 16 accumulators beside 8 rows of queries: AVX-512's 32 wide registers.
 constexpr std::int32_t kMostBlockRows = kLanes == 16 ? 8 : 4;
 
-// All rows of one head, in blocks of 8, 4, 2 or 1. Rows are padded to the block: `q`, `s`, `alpha`
-// and `o` have room for it and the surplus is never looked at.
+// Calls run(r, number) for blocks of 8, 4, 2 or 1 rows until all are covered; `number` is a
+// compile-time constant. Rows are padded to the block: `q`, `s`, `alpha` and `o` have room for it,
+// and the surplus is never looked at.
+template <class Run>
+HWY_INLINE void for_row_blocks(std::int32_t rows, const Run& run) {
+  for (std::int32_t r = 0; r < rows;) {
+    const std::int32_t left = rows - r;
+    if (left > 4 && kMostBlockRows == 8) {
+      run(r, std::integral_constant<int, kMostBlockRows>());
+      r += 8;
+    } else if (left > 2) {
+      run(r, std::integral_constant<int, 4>());
+      r += 4;
+    } else if (left == 2) {
+      run(r, std::integral_constant<int, 2>());
+      r += 2;
+    } else {
+      run(r, std::integral_constant<int, 1>());
+      r += 1;
+    }
+  }
+}
+
 template <DType kDType>
 void head_scores(const DirectRows& keys, std::int32_t count, const float* q, std::int32_t padded_k,
                  std::int32_t head_size, std::int32_t rows, float* s) {
-  for (std::int32_t r = 0; r < rows;) {
-    const auto block = [&](auto block_rows) {
-      direct_scores<kDType, block_rows()>(keys, count, q + r * padded_k, padded_k, head_size,
-                                          s + r * kMaxKvTile);
-      r += block_rows();
-    };
-    if (rows - r > 4 && kMostBlockRows == 8) {
-      block(std::integral_constant<int, kMostBlockRows>());
-    } else if (rows - r > 2) {
-      block(std::integral_constant<int, 4>());
-    } else if (rows - r == 2) {
-      block(std::integral_constant<int, 2>());
-    } else {
-      block(std::integral_constant<int, 1>());
-    }
-  }
+  for_row_blocks(rows, [&](std::int32_t r, auto number) {
+    direct_scores<kDType, number()>(keys, count, q + r * padded_k, padded_k, head_size,
+                                    s + r * kMaxKvTile);
+  });
 }
 
 template <DType kDType, int kRows>
@@ -158,22 +167,10 @@ template <DType kDType>
 void head_values(const DirectRows& values, std::int32_t count, std::int32_t head_size_v,
                  std::int32_t rows, const float* s, const float* alpha, float* o,
                  std::int32_t padded_v) {
-  for (std::int32_t r = 0; r < rows;) {
-    const auto block = [&](auto block_rows) {
-      block_values<kDType, block_rows()>(values, count, head_size_v, s + r * kMaxKvTile, alpha + r,
-                                         o + std::int64_t{r} * padded_v, padded_v);
-      r += block_rows();
-    };
-    if (rows - r > 4 && kMostBlockRows == 8) {
-      block(std::integral_constant<int, kMostBlockRows>());
-    } else if (rows - r > 2) {
-      block(std::integral_constant<int, 4>());
-    } else if (rows - r == 2) {
-      block(std::integral_constant<int, 2>());
-    } else {
-      block(std::integral_constant<int, 1>());
-    }
-  }
+  for_row_blocks(rows, [&](std::int32_t r, auto number) {
+    block_values<kDType, number()>(values, count, head_size_v, s + r * kMaxKvTile, alpha + r,
+                                   o + std::int64_t{r} * padded_v, padded_v);
+  });
 }
 
 // s[r][t] *= scale[t]: the scales of per-token-head caches.
