@@ -103,6 +103,9 @@ void show_progress(int index, int count, const bench::Workload& workload) {
 
 void run_bench(Arguments arguments) {
   set_device(&arguments);
+  if (arguments.options.scale == 0.0) {
+    arguments.options.scale = arguments.options.device == DeviceType::kCpu ? kDefaultCpuScale : 1.0;
+  }
   arguments.options.kv_cache_dtype = parse_kv_cache_dtype(arguments.kv_cache_dtype);
   const std::string path =
       arguments.workload_file.empty() ? find_default_workloads() : arguments.workload_file;
@@ -124,8 +127,9 @@ void add_options(CLI::App* command, Arguments* arguments) {
   const std::map<std::string, DType> dtypes = {
       {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}, {"float32", DType::kFloat32}};
   bench::Options* options = &arguments->options;
-  options->scale = kDefaultCpuScale;
-  command->add_option("--device", arguments->device, "cpu, or reference for its float64 loops")
+  options->scale = 0.0;  // 0: the device's own
+  command
+      ->add_option("--device", arguments->device, "cpu, cuda, or reference for its float64 loops")
       ->check(CLI::IsMember({"cpu", "cuda", "reference"}))
       ->capture_default_str();
   command->add_option("--workload", arguments->workload_file,
@@ -133,10 +137,11 @@ void add_options(CLI::App* command, Arguments* arguments) {
   command->add_option("--only", arguments->only, "Run these workloads only: NAME,...")
       ->delimiter(',');
   command
-      ->add_option("--scale", options->scale,
-                   "Shrink each workload to about this part of its flops, in (0, 1]")
-      ->check(CLI::Range(1e-6, 1.0))
-      ->capture_default_str();
+      ->add_option(
+          "--scale", options->scale,
+          "Shrink each workload to about this part of its flops, in (0, 1]; default 0.25 on "
+          "the CPU, 1 on CUDA")
+      ->check(CLI::Range(1e-6, 1.0));
   command->add_option("--repeat", options->min_repeats, "Timed calls, at least")
       ->check(CLI::Range(1, 10'000))
       ->capture_default_str();

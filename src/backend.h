@@ -2,6 +2,7 @@
 // attention, and merge. Everything handed over has been checked by src/api.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -33,6 +34,11 @@ class Backend : public AttentionBackend {
                          const Context& ctx) const = 0;
   virtual void merge(const MergeParams& params, const Context& ctx) const = 0;
 
+  // Copies device memory to the host and waits for it, for Context::check_indices. Host memory: a
+  // plain copy.
+  virtual void read(Device device, void* to, const void* from, std::size_t bytes,
+                    const Context& ctx) const;
+
   // Fills a tensor [rows, (heads,) size] with zeros: the output of a profiling run. Host memory.
   virtual void fill_zero(const TensorView& output, const Context& ctx) const;
 };
@@ -52,6 +58,9 @@ const Backend& backend();
 }
 namespace cpu {
 const Backend& backend();
+}
+namespace cuda {
+const Backend& backend();  // builds with QUIRE_CUDA only
 }
 
 }  // namespace quire

@@ -6,7 +6,13 @@
 namespace quire {
 
 const std::vector<const Backend*>& backends() {
-  static const std::vector<const Backend*> list = {&cpu::backend(), &reference::backend()};
+  static const std::vector<const Backend*> list = {
+    &cpu::backend(),
+#if QUIRE_CUDA
+    &cuda::backend(),
+#endif
+    &reference::backend(),
+  };
   return list;
 }
 
@@ -37,6 +43,10 @@ const Backend& backend_by_name(const std::string& name, const char* argument) {
 
 const AttentionBackend& attention_backend(std::string_view name) {
   return backend_by_name(std::string(name), "name");
+}
+
+void Backend::read(Device, void* to, const void* from, std::size_t bytes, const Context&) const {
+  std::memcpy(to, from, bytes);
 }
 
 void Backend::fill_zero(const TensorView& output, const Context&) const {

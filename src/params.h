@@ -21,9 +21,11 @@ struct LayerParams {
   std::int32_t head_size = 0;
   std::int32_t head_size_v = 0;
   std::int32_t block_size = 0;
-  DType dtype = DType::kNone;
-  bool paged = true;   // K and V live in a paged cache; else in key/value tensors
-  bool cross = false;  // cross attention: sequence and query lengths are unrelated
+  Device device;
+  DType dtype = DType::kNone;     // of the query
+  DType kv_dtype = DType::kNone;  // of K and V as they are stored
+  bool paged = true;              // K and V live in a paged cache; else in key/value tensors
+  bool cross = false;             // cross attention: sequence and query lengths are unrelated
   bool batch_invariant = false;
   bool auto_cascade = false;
   Mask mask;
@@ -94,6 +96,7 @@ struct AttentionParams {
 };
 
 struct CacheWriteParams {
+  Device device;
   const void* key = nullptr;  // [num_slots, num_kv_heads, head_size]
   const void* value = nullptr;
   DType dtype = DType::kNone;
@@ -126,6 +129,7 @@ struct MergeParams {
   MergePart a;
   MergePart b;
   MergePart result;  // its output and lse are written; lse may be null
+  Device device;
   DType dtype = DType::kNone;
   std::int64_t num_tokens = 0;
   std::int32_t num_heads = 0;

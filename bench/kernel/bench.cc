@@ -8,6 +8,9 @@
 #include <stdexcept>
 
 #include "bench/kernel/cpu_layer.h"
+#if QUIRE_CUDA
+#include "bench/kernel/cuda_bench.h"
+#endif
 #include "bench/kernel/paged_batch.h"
 #include "bench/kernel/statistics.h"
 
@@ -112,6 +115,7 @@ const AttentionBackend& backend_of(const Workload& workload, const Options& opti
   config.block_size = options.block_size;
   config.kv_cache_dtype = options.kv_cache_dtype;
   config.backend = options.backend;
+  config.device.type = options.device;
   return attention_backend(Plan(config).backend_name());
 }
 
@@ -135,9 +139,10 @@ double Report::fraction(const Result& result) const {
 
 Report run(const std::vector<Workload>& workloads, const Options& options,
            const Progress& progress) {
-  if (options.device != DeviceType::kCpu) {
-    throw std::runtime_error("this build of quire bench measures the CPU only");
-  }
+  const bool on_cuda = options.device == DeviceType::kCuda;
+#if !QUIRE_CUDA
+  if (on_cuda) throw std::runtime_error("this build of quire bench measures the CPU only");
+#endif
   if (workloads.empty()) throw std::runtime_error("no workloads to run");
   std::unique_ptr<ThreadPool> own_threads;
   if (options.num_threads > 0) own_threads = make_thread_pool(options.num_threads);
@@ -151,15 +156,23 @@ Report run(const std::vector<Workload>& workloads, const Options& options,
   report.backend = backend.name();
   report.instruction_set = backend.instruction_set();
 
-  const std::int64_t budget = memory_budget(report.machine);
-  const std::unique_ptr<LimitMeter> meter =
-      make_cpu_limit_meter(threads, static_cast<std::size_t>(budget) / 4);
+  std::int64_t budget = memory_budget(report.machine);
+  std::int64_t cache_bytes = report.machine.last_level_cache_bytes;
+  std::unique_ptr<LimitMeter> meter;
+#if QUIRE_CUDA
+  if (on_cuda) {
+    const CudaMachine machine = inspect_cuda_machine();
+    budget = machine.free_bytes * 9 / 10;
+    cache_bytes = machine.l2_bytes;
+    meter = make_cuda_limit_meter();
+  }
+#endif
+  if (!on_cuda) meter = make_cpu_limit_meter(threads, static_cast<std::size_t>(budget) / 4);
   report.read_method = meter->read_method();
   report.flops_method = meter->flops_method();
 
-  const std::int64_t rotation_bytes = options.rotation_bytes > 0
-                                          ? options.rotation_bytes
-                                          : kRotationFactor * report.machine.last_level_cache_bytes;
+  const std::int64_t rotation_bytes =
+      options.rotation_bytes > 0 ? options.rotation_bytes : kRotationFactor * cache_bytes;
   std::vector<Workload> small;
   std::vector<MemoryNeed> needs;
   for (const Workload& workload : workloads) {
@@ -171,6 +184,12 @@ Report run(const std::vector<Workload>& workloads, const Options& options,
   for (std::size_t i = 0; i < small.size(); ++i) {
     if (progress) progress(static_cast<int>(i), static_cast<int>(small.size()), small[i]);
     report.limit_samples.push_back(meter->measure());
+#if QUIRE_CUDA
+    if (on_cuda) {
+      report.results.push_back(measure_cuda(small[i], options, needs[i].num_caches));
+      continue;
+    }
+#endif
     report.results.push_back(measure(small[i], options, needs[i], threads));
   }
   report.limit_samples.push_back(meter->measure());

@@ -42,6 +42,7 @@ struct Result {
   std::vector<double> attention_us;
   std::vector<double> plan_us;
   std::vector<double> write_us;
+  std::vector<double> host_us;  // CUDA: of the host, for an eager cache write and attention
 };
 
 struct Report {

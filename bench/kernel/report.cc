@@ -150,6 +150,7 @@ Json result_json(const Report& report, const Result& result) {
           {"gflop_per_s", f.gflop_per_s},
           {"plan_us", median(result.plan_us)},
           {"write_us", median(result.write_us)},
+          {"host_us", median(result.host_us)},
           {"num_caches", result.num_caches},
           {"cache_bytes", result.cache_bytes},
           {"workspace_bytes", result.workspace_bytes},
@@ -179,6 +180,7 @@ std::string to_table(const Report& report) {
   }
   append(&out, "\n%-20s %5s %6s %11s %7s %9s %11s %7s %8s %8s %8s\n", "workload", "seqs", "rows",
          "time us", "GB/s", "GFLOP/s", "limit us", "bound", "fraction", "plan us", "write us");
+  const bool on_cuda = report.options.device == DeviceType::kCuda;
   for (const Result& result : report.results) {
     const Figures f = figures_of(report, result);
     append(&out, "%-20s %5zu %6lld %11.1f %7.2f %9.1f %11.1f %7s %8.3f %8.1f %8.1f\n",
@@ -186,6 +188,10 @@ std::string to_table(const Report& report) {
            static_cast<long long>(result.workload.num_tokens()), f.time_us, f.gb_per_s,
            f.gflop_per_s, f.limit_us, f.memory_bound ? "memory" : "compute", f.fraction,
            median(result.plan_us), median(result.write_us));
+    if (on_cuda) {
+      out.pop_back();
+      append(&out, "  host %.1f us\n", median(result.host_us));
+    }
   }
   const Means means = fractions_of(report);
   out += "\ngeometric mean of the fractions\n";

@@ -51,8 +51,10 @@ LayerParams lower_layer(const AttentionConfig& config) {
   layer.head_size = static_cast<std::int32_t>(config.head_size);
   layer.head_size_v = static_cast<std::int32_t>(config.value_head_size());
   layer.block_size = static_cast<std::int32_t>(config.block_size);
+  layer.device = config.device;
   layer.dtype = config.dtype;
   layer.paged = !is_encoder(config.type);
+  layer.kv_dtype = layer.paged ? storage_dtype(config.kv_cache_dtype, config.dtype) : config.dtype;
   layer.cross = config.type == AttentionType::kEncoderDecoder;
   layer.batch_invariant = config.batch_invariant;
   layer.auto_cascade = config.auto_cascade && !config.batch_invariant && layer.paged;
@@ -322,7 +324,7 @@ Plan& Plan::operator=(Plan&&) noexcept = default;
 void Plan::update(const CommonAttentionMetadata& batch, std::int64_t common_prefix_len,
                   const Context& ctx) {
   const BatchParams params = api::lower_batch(impl_->config, batch, common_prefix_len);
-  if (ctx.check_indices) api::check_batch_indices(impl_->layer, params);
+  if (ctx.check_indices) api::check_batch_indices(*impl_->backend, impl_->layer, params, ctx);
   impl_->planned = false;
   impl_->backend->plan(*impl_->state, impl_->layer, params, ctx);
   impl_->batch = batch;
@@ -348,7 +350,7 @@ void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx) 
   check::that(impl.planned, "plan", "a plan that update() was called on", "none");
   LayerParams layer = impl.layer;
   const AttentionParams params = api::lower_attention(impl.config, impl.batch_params, args, &layer);
-  if (ctx.check_indices) api::check_block_table(params);
+  if (ctx.check_indices) api::check_block_table(*impl.backend, params, ctx);
   if (impl.batch_params.num_tokens == 0 || impl.batch_params.num_seqs == 0) return;
   impl.backend->attention(*impl.state, params, ctx);
 }
@@ -389,6 +391,7 @@ void merge_states(const TensorView& o_a, const TensorView& lse_a, const TensorVi
   params.a = lower_part("o_a", o_a, "lse_a", lse_a, o_a);
   params.b = lower_part("o_b", o_b, "lse_b", lse_b, o_a);
   params.result = lower_part("output", output, "lse", lse, o_a);
+  params.device = o_a.device;
   params.dtype = o_a.dtype;
   params.num_tokens = o_a.shape[0];
   params.num_heads = static_cast<std::int32_t>(o_a.shape[1]);

@@ -100,7 +100,7 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const TensorView& q
   check::that(impl.planned, "metadata", "metadata of a successful build()", "an unplanned batch");
   LayerParams layer = impl.layer;
   const AttentionParams params = api::lower_attention(impl.config, impl.batch_params, args, &layer);
-  if (ctx.check_indices) api::check_block_table(params);
+  if (ctx.check_indices) api::check_block_table(*impl.backend, params, ctx);
   if (!encoder && (key || value)) {
     do_kv_cache_update(scales, key, value, kv_cache, metadata->common.slot_mapping, ctx);
   }

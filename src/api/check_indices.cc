@@ -1,5 +1,6 @@
 // Context::check_indices: the data of index tensors, looked at before anything runs.
 #include <string>
+#include <vector>
 
 #include "api/check.h"
 #include "api/lower.h"
@@ -11,10 +12,21 @@ std::string entry(const char* name, std::int64_t i) {
   return std::string(name) + "[" + std::to_string(i) + "]";
 }
 
+// `count` entries of an index tensor on the host.
+template <class T>
+std::vector<T> read(const Backend& backend, Device device, const T* from, std::int64_t count,
+                    const Context& ctx) {
+  std::vector<T> values(static_cast<std::size_t>(count));
+  if (count > 0) backend.read(device, values.data(), from, values.size() * sizeof(T), ctx);
+  return values;
+}
+
 }  // namespace
 
-void check_batch_indices(const LayerParams& layer, const BatchParams& batch) {
-  const std::int32_t* start = batch.query_start_loc;
+void check_batch_indices(const Backend& backend, const LayerParams& layer, const BatchParams& batch,
+                         const Context& ctx) {
+  const std::vector<std::int32_t> start =
+      read(backend, layer.device, batch.query_start_loc, batch.num_seqs + 1, ctx);
   check::that(start[0] == 0, "query_start_loc[0]", "0", start[0]);
   for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
     check::that(start[s + 1] >= start[s], entry("query_start_loc", s + 1),
@@ -23,8 +35,10 @@ void check_batch_indices(const LayerParams& layer, const BatchParams& batch) {
   // Rows past num_actual_tokens are padding and may be named.
   if (!layer.paged) return;
   const std::int64_t reachable = batch.table_width * layer.block_size;
+  const std::vector<std::int32_t> seq_lens =
+      read(backend, layer.device, batch.seq_lens, batch.num_seqs, ctx);
   for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
-    const std::int64_t seq_len = batch.seq_lens[s];
+    const std::int64_t seq_len = seq_lens[s];
     const std::int64_t query_len = start[s + 1] - start[s];
     check::that(seq_len >= 0, entry("seq_lens", s), "at least 0", seq_len);
     check::that(seq_len <= reachable, entry("seq_lens", s),
@@ -35,14 +49,18 @@ void check_batch_indices(const LayerParams& layer, const BatchParams& batch) {
   }
 }
 
-void check_block_table(const AttentionParams& params) {
+void check_block_table(const Backend& backend, const AttentionParams& params, const Context& ctx) {
   const LayerParams& layer = *params.layer;
   const BatchParams& batch = *params.batch;
   if (!layer.paged) return;
+  const std::vector<std::int32_t> seq_lens =
+      read(backend, layer.device, batch.seq_lens, batch.num_seqs, ctx);
   for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
-    const Sequence seq = sequence_at(layer, batch, 0, s);
-    const std::int64_t used = (seq.mask.kv_len + layer.block_size - 1) / layer.block_size;
-    const std::int32_t* row = batch.block_table + s * batch.table_stride;
+    const std::int64_t blocks =
+        (seq_lens[s] + std::int64_t{layer.block_size} - 1) / layer.block_size;
+    const std::int64_t used = clamp_index(blocks, 0, batch.table_width);
+    const std::vector<std::int32_t> row =
+        read(backend, layer.device, batch.block_table + s * batch.table_stride, used, ctx);
     for (std::int64_t b = 0; b < used; ++b) {
       check::that(row[b] >= 0 && row[b] < params.num_blocks,
                   "block_table[" + std::to_string(s) + "][" + std::to_string(b) + "]",
@@ -51,12 +69,13 @@ void check_block_table(const AttentionParams& params) {
   }
 }
 
-void check_slots(const CacheWriteParams& params) {
+void check_slots(const CacheWriteParams& params, const Context& ctx) {
   const std::int64_t num_slots = params.num_blocks * params.block_size;
+  const std::vector<std::int64_t> slots = read(pick_backend(params.device, ""), params.device,
+                                               params.slot_mapping, params.num_slots, ctx);
   for (std::int64_t i = 0; i < params.num_slots; ++i) {
-    check::that(params.slot_mapping[i] < num_slots, entry("slot_mapping", i),
-                "a slot below " + std::to_string(num_slots) + ", or negative to skip",
-                params.slot_mapping[i]);
+    check::that(slots[i] < num_slots, entry("slot_mapping", i),
+                "a slot below " + std::to_string(num_slots) + ", or negative to skip", slots[i]);
   }
 }
 

@@ -165,6 +165,7 @@ CacheWriteParams lower_cache_write(const TensorView& key, const TensorView& valu
   using check::kAny;
   CacheWriteParams p;
   const Device device = cache.key.device;
+  p.device = device;
   lower_cache(cache, device, &p.k, &p.v);
   check::that(cache.block_size() >= 1, "kv_cache.key", "a block_size of at least 1", cache.key);
   check::tensor("slot_mapping", slot_mapping, device, {DType::kInt64}, {kAny});
@@ -202,7 +203,7 @@ CacheWriteParams lower_cache_write(const TensorView& key, const TensorView& valu
 void write_kv_cache(const TensorView& key, const TensorView& value, const PagedKvCache& cache,
                     const TensorView& slot_mapping, const Context& ctx) {
   const CacheWriteParams params = api::lower_cache_write(key, value, cache, slot_mapping);
-  if (ctx.check_indices) api::check_slots(params);
+  if (ctx.check_indices) api::check_slots(params, ctx);
   if (params.num_slots == 0) return;
   pick_backend(cache.key.device, "").cache_write(params, ctx);
 }

@@ -20,10 +20,11 @@ CacheWriteParams lower_cache_write(const TensorView& key, const TensorView& valu
 // Checks a cache view and fills both sides.
 void lower_cache(const PagedKvCache& cache, Device device, KvParams* k, KvParams* v);
 
-// The data of index tensors (Context::check_indices). CPU memory only.
-void check_batch_indices(const LayerParams& layer, const BatchParams& batch);
-void check_block_table(const AttentionParams& params);
-void check_slots(const CacheWriteParams& params);
+// The data of index tensors (Context::check_indices), read through the backend.
+void check_batch_indices(const Backend& backend, const LayerParams& layer, const BatchParams& batch,
+                         const Context& ctx);
+void check_block_table(const Backend& backend, const AttentionParams& params, const Context& ctx);
+void check_slots(const CacheWriteParams& params, const Context& ctx);
 
 }  // namespace quire::api
 

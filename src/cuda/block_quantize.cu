@@ -28,19 +28,17 @@ __device__ void quantize_token(const KernelParams& p, std::int64_t token) {
     }
     for (std::int64_t i = begin + lane; i < end; i += 32) {
       const std::int64_t head = i / p.layer.head_size_v;
-      auto* to = static_cast<std::uint8_t*>(p.call.output) +
-                 token * p.call.output_token_stride + head * p.call.output_head_stride;
+      auto* to = static_cast<std::uint8_t*>(p.call.output) + token * p.call.output_token_stride +
+                 head * p.call.output_head_stride;
       to[i - head * p.layer.head_size_v] = semantics::float_to_e4m3(from[i] / scale);
     }
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    block_quantize(const __grid_constant__ KernelParams p) {
+__global__ void __launch_bounds__(kThreads) block_quantize(const __grid_constant__ KernelParams p) {
   for (std::int32_t s = 0; s < p.batch.num_seqs; ++s) {
     const std::int64_t begin = clamp_index(p.batch.query_start_loc[s], 0, p.batch.num_tokens);
-    const std::int64_t end =
-        clamp_index(p.batch.query_start_loc[s + 1], begin, p.batch.num_tokens);
+    const std::int64_t end = clamp_index(p.batch.query_start_loc[s + 1], begin, p.batch.num_tokens);
     const std::int64_t grid = gridDim.x;
     const std::int64_t offset = (blockIdx.x + grid - begin % grid) % grid;
     for (std::int64_t token = begin + offset; token < end; token += grid) {

@@ -32,10 +32,10 @@ __device__ Side side_of(const CacheWriteParams& p, const KvParams& kv, const voi
               (token * token_stride + head * head_stride) * size_of(p.dtype);
   side.to = static_cast<char*>(kv.data) +
             semantics::cache_offset(kv.strides, block, offset, head) * size_of(kv.dtype);
-  side.token_scale = kv.token_scales == nullptr
-                         ? nullptr
-                         : kv.token_scales + semantics::cache_offset(kv.token_scale_strides, block,
-                                                                     offset, head);
+  side.token_scale =
+      kv.token_scales == nullptr
+          ? nullptr
+          : kv.token_scales + semantics::cache_offset(kv.token_scale_strides, block, offset, head);
   side.size = size;
   return side;
 }
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kThreads)
     const auto head = static_cast<int>(row - token * p.num_kv_heads);
     const std::int64_t slot = p.slot_mapping[token];
     if (slot < 0 || slot >= p.num_blocks * p.block_size) continue;
-    const Side k = side_of(p, p.k, p.key, p.key_token_stride, p.key_head_stride, p.head_size,
-                           token, slot, head);
+    const Side k = side_of(p, p.k, p.key, p.key_token_stride, p.key_head_stride, p.head_size, token,
+                           slot, head);
     const Side v = side_of(p, p.v, p.value, p.value_token_stride, p.value_head_stride,
                            p.head_size_v, token, slot, head);
     if (!whole_pieces) {

@@ -72,17 +72,16 @@ const DeviceInfo& device_info(int index) {
   static std::mutex mutex;
   static std::vector<DeviceInfo> infos(static_cast<std::size_t>(inventory().count));
   if (index < 0 || index >= inventory().count) {
-    throw Error("config.device",
-                "a CUDA device from 0 to " + std::to_string(inventory().count - 1),
+    throw Error("config.device", "a CUDA device from 0 to " + std::to_string(inventory().count - 1),
                 std::to_string(index));
   }
   const std::lock_guard<std::mutex> lock(mutex);
   DeviceInfo& info = infos[static_cast<std::size_t>(index)];
   if (info.sm_count == 0) info = read_info(index);
   if (info.major < kMinMajor) {
-    throw Error("config.device", "a GPU of compute capability 8.0 or newer",
-                info.name + " (sm_" + std::to_string(info.major) + std::to_string(info.minor) +
-                    ")");
+    throw Error(
+        "config.device", "a GPU of compute capability 8.0 or newer",
+        info.name + " (sm_" + std::to_string(info.major) + std::to_string(info.minor) + ")");
   }
   return info;
 }

@@ -64,8 +64,8 @@ class Finisher {
     const ScheduleView& s = p_.schedule;
     float* memory = s.slots + (std::int64_t{cta} * s.slots_per_cta + k) * s.slot_floats;
     const int pitch = static_cast<int>(s.slot_floats / kRows) - 2;
-    return {memory, memory + std::int64_t{kRows} * pitch, memory + std::int64_t{kRows} * (pitch + 1),
-            pitch};
+    return {memory, memory + std::int64_t{kRows} * pitch,
+            memory + std::int64_t{kRows} * (pitch + 1), pitch};
   }
 
   // The result of an item that is done, to its output rows.
@@ -79,7 +79,8 @@ class Finisher {
       const int r = i / groups;
       const int c = i % groups * 8;
       float values[8];
-      const auto* from = reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c);
+      const auto* from =
+          reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c);
       const float4 low = from[0];
       const float4 high = from[1];
       values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
@@ -112,9 +113,9 @@ class Finisher {
       Fold fold{into.max[r], into.sum[r]};
       fold.add(result.max[r], result.sum[r]);
       auto* before = reinterpret_cast<float4*>(into.o + std::int64_t{r} * into.pitch + c);
-      *before = fold_values(fold, *before,
-                            *reinterpret_cast<const float4*>(
-                                result.o + std::int64_t{r} * result.pitch + c));
+      *before = fold_values(
+          fold, *before,
+          *reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c));
     }
     __syncthreads();
     for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
@@ -235,9 +236,8 @@ class Finisher {
     bool aligned = p_.output_aligned;
     if (p_.block_output != nullptr) {
       dtype = DType::kFloat32;
-      to = reinterpret_cast<char*>(p_.block_output +
-                                   (token * p_.layer.num_heads + head) * p_.layer.head_size_v +
-                                   column);
+      to = reinterpret_cast<char*>(
+          p_.block_output + (token * p_.layer.num_heads + head) * p_.layer.head_size_v + column);
       aligned = p_.layer.head_size_v % 8 == 0;
     } else {
       to = static_cast<char*>(p_.call.output) +
@@ -253,10 +253,10 @@ class Finisher {
     }
     if (dtype == DType::kFloat32) {
       auto* out = reinterpret_cast<float4*>(to);
-      out[0] = make_float4(values[0] * scale, values[1] * scale, values[2] * scale,
-                           values[3] * scale);
-      out[1] = make_float4(values[4] * scale, values[5] * scale, values[6] * scale,
-                           values[7] * scale);
+      out[0] =
+          make_float4(values[0] * scale, values[1] * scale, values[2] * scale, values[3] * scale);
+      out[1] =
+          make_float4(values[4] * scale, values[5] * scale, values[6] * scale, values[7] * scale);
       return;
     }
     union {

@@ -32,8 +32,8 @@ __device__ __forceinline__ std::int64_t row_offset(const KvParams& kv, const KvR
 __device__ __forceinline__ float row_scale(const KvParams& kv, const KvRow& row,
                                            std::int32_t head) {
   if (kv.token_scales == nullptr || row.block < 0) return 1.0F;
-  return kv.token_scales[semantics::cache_offset(kv.token_scale_strides, row.block, row.slot,
-                                                 head)];
+  return kv
+      .token_scales[semantics::cache_offset(kv.token_scale_strides, row.block, row.slot, head)];
 }
 
 }  // namespace quire::cuda

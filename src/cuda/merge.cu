@@ -2,6 +2,7 @@
 // the lanes; each element is read before it is written by the same thread, so outputs may alias.
 #include "cuda/check.h"
 #include "cuda/kernels.h"
+#include "semantics/quant.h"
 #include "semantics/softmax_state.h"
 
 namespace quire::cuda {
@@ -39,10 +40,8 @@ __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ MergeP
     void* result = const_cast<void*>(row_of(p, p.result, token, head));
     for (int i = lane; i < p.head_size_v; i += 32) {
       // A part without keys may hold anything, NaN included.
-      const float part_a =
-          weight_a > 0 ? weight_a * semantics::load_element(a, p.dtype, i) : 0.0F;
-      const float part_b =
-          weight_b > 0 ? weight_b * semantics::load_element(b, p.dtype, i) : 0.0F;
+      const float part_a = weight_a > 0 ? weight_a * semantics::load_element(a, p.dtype, i) : 0.0F;
+      const float part_b = weight_b > 0 ? weight_b * semantics::load_element(b, p.dtype, i) : 0.0F;
       semantics::store_element(result, p.dtype, i, part_a + part_b);
     }
     __syncwarp();  // all lanes have read both lse

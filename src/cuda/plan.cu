@@ -152,9 +152,8 @@ __device__ void schedule(const PlanArgs& args, const TileRule& rule, bool is_few
   }
   for (std::int32_t c = static_cast<std::int32_t>(threadIdx.x); c < num_ctas; c += kThreads) {
     const std::int64_t begin = c * cost / num_ctas;
-    const std::int32_t t =
-        last_at_most(static_cast<std::int32_t>(num_tiles), begin,
-                     [&](std::int32_t i) { return rule.tiles[i].cost_begin; });
+    const std::int32_t t = last_at_most(static_cast<std::int32_t>(num_tiles), begin,
+                                        [&](std::int32_t i) { return rule.tiles[i].cost_begin; });
     const Tile& tile = rule.tiles[t];
     rule.starts[c] = {t, static_cast<std::int32_t>((begin - tile.cost_begin) / tile.cost)};
   }

@@ -49,9 +49,8 @@ __device__ __forceinline__ float value_of(const Scale& scale) {
 
 __device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const Tile& tile) {
   if (p.layer.paged) return tile.kv_len;
-  return static_cast<std::int32_t>(
-      semantics::max_of(semantics::min_of(tile.kv_len, p.call.num_kv_tokens - tile.first_kv_row),
-                        0));
+  return static_cast<std::int32_t>(semantics::max_of(
+      semantics::min_of(tile.kv_len, p.call.num_kv_tokens - tile.first_kv_row), 0));
 }
 
 // Fills the table for a segment; callers synchronise after it.
@@ -66,17 +65,16 @@ __device__ void fill_rows(const KernelParams& p, const Segment& segment, std::in
     const int token = packed / p.layer.group;
     const std::int64_t position = tile.first_pos + token;
     const semantics::Spans spans = clip(semantics::row_spans(mask, position), 0, kv_len);
-    table.visible[r] = r < tile.rows ? make_int4(static_cast<int>(spans.prefix.begin),
-                                                 static_cast<int>(spans.prefix.end),
-                                                 static_cast<int>(spans.main.begin),
-                                                 static_cast<int>(spans.main.end))
-                                     : make_int4(0, 0, 0, 0);
+    table.visible[r] =
+        r < tile.rows
+            ? make_int4(static_cast<int>(spans.prefix.begin), static_cast<int>(spans.prefix.end),
+                        static_cast<int>(spans.main.begin), static_cast<int>(spans.main.end))
+            : make_int4(0, 0, 0, 0);
     table.position[r] = static_cast<std::int32_t>(position);
     table.token[r] = static_cast<std::int32_t>(tile.first_token + token);
     table.head[r] = kv_head * p.layer.group + packed % p.layer.group;
     table.query_index[r] = tile.first_index + token;
-    table.slope[r] =
-        p.layer.alibi_slopes != nullptr ? p.layer.alibi_slopes[table.head[r]] : 0.0F;
+    table.slope[r] = p.layer.alibi_slopes != nullptr ? p.layer.alibi_slopes[table.head[r]] : 0.0F;
   }
   if (threadIdx.x == kThreads - 1) {
     const int last = (tile.first_sub + tile.rows - 1) / p.layer.group;

@@ -5,7 +5,9 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "backend.h"
 #include "cuda/device.h"
@@ -15,7 +17,6 @@
 
 namespace quire::cuda {
 
-// One allocation that grows.
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
@@ -23,8 +24,8 @@ class DeviceBuffer {
   DeviceBuffer(const DeviceBuffer&) = delete;
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
 
-  // True if it had to grow; the old content is lost then, and queued work on it is waited for.
-  bool reserve(std::size_t bytes, cudaStream_t stream, const char* what);
+  // Takes zeroed memory, once. Throws Error while `stream` is being captured.
+  void allocate(std::size_t bytes, cudaStream_t stream);
   char* data() const { return data_; }
   std::size_t size() const { return size_; }
 
@@ -44,36 +45,51 @@ class CudaPlan final : public PlanState {
   void attend(const AttentionParams& params, cudaStream_t stream);
 
  private:
-  // A kernel of this layer with its grid and its part of the plan.
+  // A kernel of this layer and its grid. Requests of few rows go to one, all others to the other.
   struct Stage {
     const sm80::MmaKernel* mma = nullptr;  // null: the fp32 kernel
-    int tile_rows = 0;                     // 0: not used
-    int pitch = 0;                         // columns of a slot
-    int passes = 1;
-    bool chunks = false;
-    int grid = 0;
     sm80::MmaLaunch mma_launch;
     sm80::Fp32Launch fp32_launch;
-    TileRule rule;
+    int tile_rows = 0;  // 0: not used
+    int columns = 0;    // of a pass
+    int passes = 1;
+    int grid = 0;
+    bool chunks = false;  // batch-invariant mode: keys may be cut
+    int slots_per_cta = 2;
+    std::int64_t slot_floats() const { return std::int64_t{tile_rows} * (columns + 2); }
+    std::int64_t num_slots() const { return std::int64_t{grid} * slots_per_cta; }
   };
 
-  void choose_kernels(const LayerParams& layer, DType kv_dtype);
-  void prepare(Stage* stage) const;
-  void lay_out(const LayerParams& layer, const BatchParams& batch, cudaStream_t stream);
-  ScheduleView view_of(const Stage& stage, const LayerParams& layer) const;
-  void launch(const Stage& stage, KernelParams params, cudaStream_t stream) const;
+  // What depends on the batch's padded size. A graph keeps the addresses it was captured with, so
+  // a workspace that a capture has seen lives as long as the plan, and every batch that fits the
+  // smallest one is planned there.
+  struct Workspace {
+    std::int32_t max_seqs = 0;
+    std::int64_t max_tokens = 0;
+    bool captured = false;
+    DeviceBuffer memory;
+    DeviceBuffer block_output;
+    TileRule few;
+    TileRule many;
+  };
+
+  void choose_kernels(const LayerParams& layer);
+  Stage make_stage(const LayerParams& layer, const sm80::MmaKernel* kernel) const;
+  void allocate_slots(cudaStream_t stream);
+  Workspace& workspace_for(const LayerParams& layer, const BatchParams& batch, cudaStream_t stream);
+  void launch(const Stage& stage, const TileRule& rule, KernelParams params,
+              cudaStream_t stream) const;
 
   Device device_;
-  int sm_count_ = 0;
+  const DeviceInfo& info_;
   Stage few_;
   Stage many_;
-  DeviceBuffer work_;          // headers, tiles, starts
-  DeviceBuffer slots_;         // partial results
-  DeviceBuffer arrivals_;      // counters
-  DeviceBuffer block_output_;  // fp32 rows for block scales
-  LayerParams layer_;
-  std::int64_t num_tokens_ = 0;
-  std::int32_t num_seqs_ = 0;
+  bool few_only_ = false;           // of the planned batch: its bound on query lengths says so
+  bool captured_few_only_ = false;  // some graph launches only the kernel for few rows
+  DeviceBuffer slots_;
+  DeviceBuffer arrivals_;
+  std::vector<std::unique_ptr<Workspace>> workspaces_;  // from small to large
+  Workspace* current_ = nullptr;
 };
 
 }  // namespace quire::cuda

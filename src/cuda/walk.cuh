@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "cuda/limits.h"
 #include "cuda/work.h"
 
 namespace quire::cuda {
-
-inline constexpr int kMaxGrid = 1024;
 
 struct Segment {
   Tile tile;
@@ -25,8 +24,7 @@ __device__ __forceinline__ std::int32_t unit_of_cut(const Tile& tile, std::int64
   if (x >= tile.cost) return count;
   const auto unit = static_cast<std::int32_t>(x) - kOverhead;
   if (unit <= 0) return 0;
-  const std::int32_t rounded =
-      (unit + tile.chunk_units / 2) / tile.chunk_units * tile.chunk_units;
+  const std::int32_t rounded = (unit + tile.chunk_units / 2) / tile.chunk_units * tile.chunk_units;
   return rounded < count ? rounded : count;
 }
 

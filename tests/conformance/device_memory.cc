@@ -6,6 +6,11 @@
 #include <utility>
 
 namespace quire::conformance {
+
+#if QUIRE_CUDA
+std::unique_ptr<DeviceMemory> make_cuda_memory();  // cuda_memory.cc
+#endif
+
 namespace {
 
 class CpuMemory : public DeviceMemory {
@@ -35,6 +40,9 @@ std::map<DeviceType, Entry>& registry() {
   static std::map<DeviceType, Entry> entries = [] {
     std::map<DeviceType, Entry> initial;
     initial[DeviceType::kCpu].make = [] { return std::make_unique<CpuMemory>(); };
+#if QUIRE_CUDA
+    initial[DeviceType::kCuda].make = make_cuda_memory;
+#endif
     return initial;
   }();
   return entries;

@@ -38,10 +38,10 @@ __device__ void load_queries(const KernelParams& p, const RowTable<kRows>& rows,
                              float* q, int pitch) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   for (int r = warp; r < kRows; r += kThreads / 32) {
-    const char* from = static_cast<const char*>(p.call.query) +
-                       (rows.token[r] * p.call.query_token_stride +
-                        rows.head[r] * p.call.query_head_stride) *
-                           size_of(p.layer.dtype);
+    const char* from =
+        static_cast<const char*>(p.call.query) +
+        (rows.token[r] * p.call.query_token_stride + rows.head[r] * p.call.query_head_stride) *
+            size_of(p.layer.dtype);
     for (int d = static_cast<int>(threadIdx.x) % 32; d < p.layer.head_size; d += 32) {
       q[r * pitch + d] = r < num_rows ? semantics::load_element(from, p.layer.dtype, d) : 0.0F;
     }
@@ -58,8 +58,7 @@ __device__ void load_rows(const KernelParams& p, const KvParams& kv, const Tile&
     const char* from = static_cast<const char*>(kv.data) +
                        (row.block < 0 ? 0 : row_offset(kv, row, kv_head) * size_of(kv.dtype));
     for (int d = static_cast<int>(threadIdx.x) % 32; d < size; d += 32) {
-      to[t * pitch + d] =
-          row.block < 0 ? 0.0F : semantics::load_element(from, kv.dtype, d) * scale;
+      to[t * pitch + d] = row.block < 0 ? 0.0F : semantics::load_element(from, kv.dtype, d) * scale;
     }
   }
 }
@@ -85,9 +84,9 @@ __device__ void scores(const KernelParams& p, Shared& shared, const Segment& seg
     const int t = lane + n * kThreadsPerRow;
     const int j = first + t;
     const bool visible = t < keys && sees(shared.rows.visible[r], j);
-    s[n] = visible ? modify_score<ExactFloatOps>(p, shared.rows, segment.tile.seq, r, j,
-                                                 s[n] * scale)
-                   : -INFINITY;
+    s[n] = visible
+               ? modify_score<ExactFloatOps>(p, shared.rows, segment.tile.seq, r, j, s[n] * scale)
+               : -INFINITY;
     max = fmaxf(max, s[n]);
   }
   for (int d = 1; d < kThreadsPerRow; d *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, d));
@@ -191,9 +190,9 @@ __global__ void __launch_bounds__(kThreads)
     if (segment.whole()) {
       finisher.write(segment, result);
     } else {
-      finisher.keep(segment, result,
-                    finisher.slot(static_cast<std::int32_t>(blockIdx.x),
-                                  segment.unit_begin == 0 ? 0 : 1));
+      finisher.keep(
+          segment, result,
+          finisher.slot(static_cast<std::int32_t>(blockIdx.x), segment.unit_begin == 0 ? 0 : 1));
       finisher.arrive(walker, segment);
     }
   }
@@ -202,8 +201,8 @@ __global__ void __launch_bounds__(kThreads)
 std::size_t shared_bytes(const LayerParams& layer, int keys) {
   const int q_pitch = layer.head_size | 1;
   const int v_pitch = layer.head_size_v | 1;
-  const int kv = std::max(keys * std::max(q_pitch, v_pitch),
-                          kRows * result_pitch(layer.head_size_v));
+  const int kv =
+      std::max(keys * std::max(q_pitch, v_pitch), kRows * result_pitch(layer.head_size_v));
   return (sizeof(Shared) + 15) / 16 * 16 +
          sizeof(float) * static_cast<std::size_t>((kRows * q_pitch + 3) / 4 * 4 + kv);
 }
@@ -236,8 +235,7 @@ Fp32Launch fp32_launch(const LayerParams& layer) {
 void launch_attention_fp32(const KernelParams& params, const Fp32Launch& launch, int grid,
                            cudaStream_t stream) {
   kernel_of(params.layer)<<<grid, kThreads, launch.shared_bytes, stream>>>(params, launch.keys);
-  check_launch("attention_fp32", dim3(static_cast<unsigned>(grid)), kThreads,
-               launch.shared_bytes);
+  check_launch("attention_fp32", dim3(static_cast<unsigned>(grid)), kThreads, launch.shared_bytes);
 }
 
 }  // namespace quire::cuda::sm80

@@ -8,7 +8,9 @@
 // a decode tile's K and V are read from shared memory once.
 // Each iteration has two barriers: A (K tile i is there; nobody uses V tile i-1 any more, its place
 // takes V tile i-1+stages) and B (V tile i is there; K tile i's place takes K tile i+stages).
-// 8-bit caches: a thread widens the very bytes it copied, so the barriers stay the same.
+// 8-bit caches: a thread widens the very bytes it copied, so the barriers stay the same. A token's
+// own K scale multiplies its column of S in fp32 (rounded into K it would cost a bit of every
+// logit); its V scale goes into the widened V, where rounding is as small as V's own.
 // Bytes per tile of 64 keys at d128: 32 KiB in; flops 4 * 64 * 128 * rows.
 #pragma once
 
@@ -71,11 +73,22 @@ struct MmaShared {
 template <class C>
 constexpr int mma_shared_bytes(int stages) {
   const int fixed = (static_cast<int>(sizeof(MmaShared<C>)) + 127) / 128 * 128;
-  const int loop = C::kQueryBytes + stages * (C::kStageK + C::kStageV) +
-                   (C::kBytes ? C::kTileK + C::kTileV : 0);
+  const int loop =
+      C::kQueryBytes + stages * (C::kStageK + C::kStageV) + (C::kBytes ? C::kTileK + C::kTileV : 0);
   const int merged_rows = C::kRows + (C::kFew ? 16 * C::kWarpKeys : 0);
   const int end = merged_rows * C::kResultPitch * static_cast<int>(sizeof(float));
   return fixed + (loop > end ? loop : end);
+}
+
+// Out of line, four scores at a time: inlined, 64 copies of it would take registers from the loop
+// of the layers that have no such scores.
+template <int kRows>
+__device__ __noinline__ float4 modify_scores(const KernelParams& p, const RowTable<kRows>& rows,
+                                             std::int32_t seq, int row, int key, float4 s) {
+  return make_float4(modify_score<FloatOps>(p, rows, seq, row, key, s.x),
+                     modify_score<FloatOps>(p, rows, seq, row, key + 1, s.y),
+                     modify_score<FloatOps>(p, rows, seq, row + 8, key, s.z),
+                     modify_score<FloatOps>(p, rows, seq, row + 8, key + 1, s.w));
 }
 
 template <class C>
@@ -96,7 +109,8 @@ class MmaAttention {
     negate_ = scale < 0;
     // At 0 a masked -inf would turn into NaN.
     score_scale_ = fmaxf(fabsf(scale), 1e-37F);
-    general_ = p.layer.soft_cap > 0 || p.layer.alibi_slopes != nullptr || p.batch.qq_bias != nullptr;
+    general_ =
+        p.layer.soft_cap > 0 || p.layer.alibi_slopes != nullptr || p.batch.qq_bias != nullptr;
   }
 
   __device__ __forceinline__ void run() {
@@ -246,17 +260,16 @@ class MmaAttention {
     const auto* base = static_cast<const char*>(kv.data);
     const int alignment = kSide == 0 ? p_.k_copy_bytes : p_.v_copy_bytes;
     const int row_bytes = (kSide == 0 ? p_.layer.head_size : columns_) * (C::kBytes ? 1 : 2);
-    const std::uint32_t stage = (kSide == 0 ? stage_k_ : stage_v_) +
-                                static_cast<std::uint32_t>(i % p_.stages) * kStage;
+    const std::uint32_t stage =
+        (kSide == 0 ? stage_k_ : stage_v_) + static_cast<std::uint32_t>(i % p_.stages) * kStage;
     const std::int64_t* offsets = shared_.offset[i % C::kRing][kSide];
     const auto copy = [&](int id, int width) {
       const int r = id / kPieces;
       const int c = id - r * kPieces;
       const std::int64_t offset = offsets[r];
       const int valid = offset < 0 ? 0 : min(max(row_bytes - c * 16, 0), 16);
-      const std::uint32_t to =
-          stage + (C::kBytes ? static_cast<std::uint32_t>(id) * 16
-                             : tile::piece_offset(r, c, kPitch));
+      const std::uint32_t to = stage + (C::kBytes ? static_cast<std::uint32_t>(id) * 16
+                                                  : tile::piece_offset(r, c, kPitch));
       tile::copy_piece(to, valid > 0 ? base + offset + c * 16 : base, valid, width);
     };
     if (alignment >= 16) {
@@ -278,9 +291,9 @@ class MmaAttention {
     constexpr int kStage = kSide == 0 ? C::kStageK : C::kStageV;
     constexpr int kCount = C::kKeys * kPieces;
     const KvParams& kv = kSide == 0 ? p_.call.k : p_.call.v;
-    const bool scaled = kv.token_scales != nullptr;
-    const std::uint32_t stage = (kSide == 0 ? stage_k_ : stage_v_) +
-                                static_cast<std::uint32_t>(i % p_.stages) * kStage;
+    const bool scaled = kSide == 1 && kv.token_scales != nullptr;
+    const std::uint32_t stage =
+        (kSide == 0 ? stage_k_ : stage_v_) + static_cast<std::uint32_t>(i % p_.stages) * kStage;
     const std::uint32_t to = kSide == 0 ? wide_k_ : wide_v_;
 #pragma unroll 2
     for (int n = 0; n < (kCount + kMmaThreads - 1) / kMmaThreads; ++n) {
@@ -356,7 +369,7 @@ class MmaAttention {
 
       float s[C::kMTiles][kNTiles][4];
       multiply_keys(i, s);
-      softmax(segment, first_key(segment, unit_begin, i), s);
+      softmax(segment, first_key(segment, unit_begin, i), shared_.scale[i % C::kRing][0], s);
 
       wait_oldest();
       if constexpr (C::kBytes) widen<1>(i);
@@ -369,9 +382,7 @@ class MmaAttention {
     tile::wait_copies<0>();
   }
 
-  __device__ __forceinline__ int warp_row() const {
-    return C::kFew ? 0 : warp_ * 16 * C::kMTiles;
-  }
+  __device__ __forceinline__ int warp_row() const { return C::kFew ? 0 : warp_ * 16 * C::kMTiles; }
   __device__ __forceinline__ int warp_key() const { return C::kFew ? warp_ * C::kKeysPerWarp : 0; }
   // kFew: decode tiles often fill only the first 16 rows.
   __device__ __forceinline__ bool used(int mt) const { return !C::kFew || mt < m_tiles_; }
@@ -387,6 +398,8 @@ class MmaAttention {
         for (int e = 0; e < 4; ++e) s[mt][n][e] = 0.0F;
       }
     }
+    const std::uint32_t query = tile::opaque(tile::a_base(query_, warp_row(), C::kPitchK));
+    const std::uint32_t key = tile::b_base(keys, warp_key(), C::kPitchK);
     constexpr int kUnroll = C::kHeadK <= 128 ? C::kHeadK / 16 : 4;
     const int steps = C::kHeadK <= 128 ? C::kHeadK / 16 : (p_.layer.head_size + 15) / 16;
 #pragma unroll kUnroll
@@ -394,12 +407,13 @@ class MmaAttention {
       std::uint32_t a[C::kMTiles][4];
 #pragma unroll
       for (int mt = 0; mt < C::kMTiles; ++mt) {
-        if (used(mt)) tile::load_a(a[mt], query_, warp_row() + mt * 16, 2 * k, C::kPitchK);
+        if (!used(mt)) continue;
+        tile::load_matrices(a[mt], tile::at_column(query, 2 * k) + mt * 16 * C::kPitchK);
       }
 #pragma unroll
       for (int n = 0; n < kNTiles; n += 2) {
         std::uint32_t b[4];
-        tile::load_b(b, keys, warp_key() + n * 8, 2 * k, C::kPitchK);
+        tile::load_matrices(b, tile::at_column(key, 2 * k) + n * 8 * C::kPitchK);
 #pragma unroll
         for (int mt = 0; mt < C::kMTiles; ++mt) {
           if (!used(mt)) continue;
@@ -412,7 +426,7 @@ class MmaAttention {
 
   // S -> P in place; updates (max_, sum_) and rescales o_. Maxima are in units of S: raw dot
   // products, or natural logits where scores are modified.
-  __device__ __forceinline__ void softmax(const Segment& segment, int first,
+  __device__ __forceinline__ void softmax(const Segment& segment, int first, const float* scales,
                                           float (&s)[C::kMTiles][kNTiles][4]) {
     const std::int32_t* common = shared_.rows.common;
     const bool all_visible = (first >= common[2] && first + C::kKeys <= common[3]) ||
@@ -423,6 +437,14 @@ class MmaAttention {
       if (!used(mt)) continue;
       const int row = warp_row() + mt * 16 + lane_ / 4;
       const int key = first + warp_key() + lane_ % 4 * 2;
+      if (C::kBytes && p_.call.k.token_scales != nullptr) {
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n) {
+          const float2 scale = *reinterpret_cast<const float2*>(scales + (key - first) + n * 8);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[mt][n][e] *= e % 2 == 0 ? scale.x : scale.y;
+        }
+      }
       if (general_) modify(segment, row, key, s[mt]);
       if (!all_visible) mask(row, key, s[mt]);
 #pragma unroll
@@ -472,11 +494,13 @@ class MmaAttention {
                                          float (&s)[kNTiles][4]) {
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        s[n][e] = modify_score<FloatOps>(p_, shared_.rows, segment.tile.seq, row + e / 2 * 8,
-                                         key + n * 8 + e % 2, s[n][e] * score_scale_);
-      }
+      const float4 x = modify_scores(p_, shared_.rows, segment.tile.seq, row, key + n * 8,
+                                     make_float4(s[n][0] * score_scale_, s[n][1] * score_scale_,
+                                                 s[n][2] * score_scale_, s[n][3] * score_scale_));
+      s[n][0] = x.x;
+      s[n][1] = x.y;
+      s[n][2] = x.z;
+      s[n][3] = x.w;
     }
   }
 
@@ -492,10 +516,10 @@ class MmaAttention {
     }
   }
 
-  __device__ __forceinline__ void multiply_values(int i,
-                                                  const float (&s)[C::kMTiles][kNTiles][4]) {
+  __device__ __forceinline__ void multiply_values(int i, const float (&s)[C::kMTiles][kNTiles][4]) {
     const std::uint32_t values =
         C::kBytes ? wide_v_ : stage_v_ + static_cast<std::uint32_t>(i % p_.stages) * C::kStageV;
+    const std::uint32_t value = tile::a_base(values, warp_key(), C::kPitchV);
 #pragma unroll
     for (int k = 0; k < C::kKeysPerWarp / 16; ++k) {
       std::uint32_t a[C::kMTiles][4];
@@ -509,7 +533,7 @@ class MmaAttention {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n += 2) {
         std::uint32_t b[4];
-        tile::load_b_transposed(b, values, warp_key() + k * 16, n, C::kPitchV);
+        tile::load_matrices_transposed(b, tile::at_column(value, n) + k * 16 * C::kPitchV);
 #pragma unroll
         for (int mt = 0; mt < C::kMTiles; ++mt) {
           if (!used(mt)) continue;
@@ -576,8 +600,8 @@ class MmaAttention {
 #pragma unroll
       for (int w = 0; w < C::kWarpKeys; ++w) {
         const float weight = tile::exp2_approx((shared_.warp_max[w][r] - shift) * kLog2E);
-        const float4 part = *reinterpret_cast<const float4*>(
-            area + (w * 16 + r) * C::kResultPitch + c);
+        const float4 part =
+            *reinterpret_cast<const float4*>(area + (w * 16 + r) * C::kResultPitch + c);
         o.x = fmaf(part.x, weight, o.x);
         o.y = fmaf(part.y, weight, o.y);
         o.z = fmaf(part.z, weight, o.z);

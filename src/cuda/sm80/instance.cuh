@@ -21,11 +21,11 @@ MmaKernel describe_instance(DType compute, const char* name) {
 
 }  // namespace quire::cuda::sm80
 
-// QUIRE_MMA_INSTANCE(bf16, BFloat16, false, 128, few): the function bf16_128_few().
-#define QUIRE_MMA_INSTANCE(function, dtype, type, bytes, head, few)                              \
-  namespace quire::cuda::sm80 {                                                                  \
-  MmaKernel function() {                                                                         \
-    return describe_instance<MmaConfig<tile::type, bytes, head, few>>(dtype,                     \
-                                                                      "sm80::attention_mma<" #function ">"); \
-  }                                                                                              \
+// Defines the function that table.cc lists, and with it the kernel.
+#define QUIRE_MMA_INSTANCE(function, dtype, type, bytes, head, few)    \
+  namespace quire::cuda::sm80 {                                        \
+  MmaKernel function() {                                               \
+    return describe_instance<MmaConfig<tile::type, bytes, head, few>>( \
+        dtype, "sm80::attention_mma<" #function ">");                  \
+  }                                                                    \
   }

@@ -43,8 +43,4 @@ MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block);
 void launch_attention_mma(const MmaKernel& kernel, const MmaLaunch& launch,
                           const KernelParams& params, int grid, cudaStream_t stream);
 
-// Defined by instances/*.cu.
-template <class Config>
-MmaKernel mma_instance(DType compute, const char* name);
-
 }  // namespace quire::cuda::sm80

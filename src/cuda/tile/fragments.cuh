@@ -15,27 +15,34 @@ __device__ __forceinline__ std::uint32_t piece_offset(int r, int c, int pitch) {
   return static_cast<std::uint32_t>(r * pitch + ((c ^ (r & 7)) << 4));
 }
 
-// 16 rows x 16 columns as the A operand; `column` counts pieces.
-__device__ __forceinline__ void load_a(std::uint32_t (&a)[4], std::uint32_t tile, int row,
-                                       int column, int pitch) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  load_matrices(a, tile + piece_offset(row + lane % 16, column + lane / 16, pitch));
+// Matrix operands are addressed from one base a tile: base ^ column bits, so that the loops hold one
+// register instead of a hoisted address for each column. `column` counts pieces and is even.
+__device__ __forceinline__ std::uint32_t at_column(std::uint32_t base, int column) {
+  return (base ^ static_cast<std::uint32_t>((column & 7) << 4)) +
+         static_cast<std::uint32_t>(column / 8 * 128);
 }
 
-// 16 keys x 16 columns of K as two B operands (keys 0-7: b[0], b[1]; keys 8-15: b[2], b[3]).
-__device__ __forceinline__ void load_b(std::uint32_t (&b)[4], std::uint32_t tile, int row,
-                                       int column, int pitch) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  load_matrices(b, tile + piece_offset(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2,
-                                       pitch));
+// Keeps the compiler from computing everything that follows from x ahead of a loop.
+__device__ __forceinline__ std::uint32_t opaque(std::uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
-// 16 keys x 16 columns of V as two B operands (columns 0-7: b[0], b[1]; 8-15: b[2], b[3]).
-__device__ __forceinline__ void load_b_transposed(std::uint32_t (&b)[4], std::uint32_t tile,
-                                                  int row, int column, int pitch) {
+// Bases for load_matrices, at row `row` (a multiple of 8) of a tile:
+// 16 rows x 16 columns as the A operand;
+__device__ __forceinline__ std::uint32_t a_base(std::uint32_t tile, int row, int pitch) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  load_matrices_transposed(b, tile + piece_offset(row + lane % 16, column + lane / 16, pitch));
+  return tile + piece_offset(row + lane % 16, lane / 16, pitch);
 }
+
+// 16 keys x 16 columns of K as two B operands (keys 0-7: b[0], b[1]; keys 8-15: b[2], b[3]);
+__device__ __forceinline__ std::uint32_t b_base(std::uint32_t tile, int row, int pitch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  return tile + piece_offset(row + lane % 8 + lane / 16 * 8, lane / 8 % 2, pitch);
+}
+
+// and, for load_matrices_transposed, 16 keys x 16 columns of V as two B operands (columns 0-7: b[0],
+// b[1]; 8-15: b[2], b[3]): the same base as A's.
 
 // Copies up to 16 bytes of a row whose start is aligned to `alignment` bytes. From 4 bytes on the
 // copy is asynchronous.
@@ -99,8 +106,8 @@ __device__ __forceinline__ __half2 halves_of(std::uint32_t low, std::uint32_t hi
   }
   const std::uint32_t pair = low | (high << 16);
   const std::uint32_t bits = ((pair & 0x00800080U) << 8) | ((pair & 0x007F007FU) << 7);
-  __half2 value = __hmul2(*reinterpret_cast<const __half2*>(&bits),
-                          __floats2half2_rn(256.0F, 256.0F));
+  __half2 value =
+      __hmul2(*reinterpret_cast<const __half2*>(&bits), __floats2half2_rn(256.0F, 256.0F));
   // 0x7F is NaN, which 480 would stand for.
   if ((low & 0x7FU) == 0x7FU) value.x = __ushort_as_half(0x7FFF);
   if ((high & 0x7FU) == 0x7FU) value.y = __ushort_as_half(0x7FFF);

@@ -1,0 +1,112 @@
+// The CUDA backend: everything in semantics.md but cascade, on any GPU from sm_80 on.
+#include "backend.h"
+
+#include <vector>
+
+#include "cuda/check.h"
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+#include "cuda/state.h"
+
+namespace quire::cuda {
+namespace {
+
+cudaStream_t stream_of(const Context& ctx) { return static_cast<cudaStream_t>(ctx.stream); }
+
+class CudaBackend final : public Backend {
+ public:
+  const char* name() const override { return "cuda"; }
+  DeviceType device_type() const override { return DeviceType::kCuda; }
+  bool available() const override { return inventory().count > 0; }
+
+  std::string instruction_set() const override {
+    if (!available()) return inventory().reason;
+    std::string text;
+    for (int i = 0; i < inventory().count; ++i) {
+      const DeviceInfo& info = device_info(i);
+      text += (i == 0 ? "" : "; ") + ("sm_" + std::to_string(info.major)) +
+              std::to_string(info.minor) + " (" + info.name + ", " + std::to_string(info.sm_count) +
+              " multiprocessors)";
+    }
+    return text;
+  }
+
+  const BackendCapabilities& capabilities() const override {
+    static const BackendCapabilities caps = [] {
+      BackendCapabilities all = full_capabilities();
+      all.cascade = false;  // a promised prefix is read like any other keys
+      all.graph_capture = true;
+      return all;
+    }();
+    return caps;
+  }
+
+  std::vector<std::string> supports(const AttentionConfig& config) const override {
+    std::vector<std::string> reasons = Backend::supports(config);
+    if (!available() || config.device.type != DeviceType::kCuda) return reasons;
+    if (config.device.index < 0 || config.device.index >= inventory().count) {
+      reasons.push_back("there is no device " + quire::to_string(config.device) + ", only " +
+                        std::to_string(inventory().count));
+    }
+    return reasons;
+  }
+
+  std::unique_ptr<PlanState> make_plan(const LayerParams& layer) const override {
+    return std::make_unique<CudaPlan>(layer);
+  }
+  void plan(PlanState& state, const LayerParams& layer, const BatchParams& batch,
+            const Context& ctx) const override {
+    static_cast<CudaPlan&>(state).update(layer, batch, stream_of(ctx));
+  }
+  void cache_write(const CacheWriteParams& params, const Context& ctx) const override {
+    const DeviceScope scope(params.device);
+    launch_cache_write(params, stream_of(ctx));
+  }
+  void attention(PlanState& state, const AttentionParams& params,
+                 const Context& ctx) const override {
+    static_cast<CudaPlan&>(state).attend(params, stream_of(ctx));
+  }
+  void merge(const MergeParams& params, const Context& ctx) const override {
+    const DeviceScope scope(params.device);
+    launch_merge(params, stream_of(ctx));
+  }
+
+  void read(Device device, void* to, const void* from, std::size_t bytes,
+            const Context& ctx) const override {
+    const DeviceScope scope(device);
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_of(ctx)),
+          "copying index tensors to the host");
+    check(cudaStreamSynchronize(stream_of(ctx)), "copying index tensors to the host");
+  }
+
+  void fill_zero(const TensorView& output, const Context& ctx) const override {
+    const DeviceScope scope(output.device);
+    const std::int64_t element = size_of(output.dtype);
+    const std::int64_t heads = output.ndim == 3 ? output.shape[1] : 1;
+    const std::int64_t head_stride = output.ndim == 3 ? output.strides[1] : 0;
+    const auto row_bytes = static_cast<std::size_t>(output.shape[output.ndim - 1] * element);
+    const std::int64_t pitch = output.strides[0] * element;
+    if (output.num_elements() == 0) return;
+    for (std::int64_t h = 0; h < heads; ++h) {
+      char* first = static_cast<char*>(output.data) + h * head_stride * element;
+      if (pitch >= static_cast<std::int64_t>(row_bytes)) {
+        check(cudaMemset2DAsync(first, static_cast<std::size_t>(pitch), 0, row_bytes,
+                                static_cast<std::size_t>(output.shape[0]), stream_of(ctx)),
+              "cudaMemset2DAsync");
+        continue;
+      }
+      for (std::int64_t i = 0; i < output.shape[0]; ++i) {
+        check(cudaMemsetAsync(first + i * pitch, 0, row_bytes, stream_of(ctx)), "cudaMemsetAsync");
+      }
+    }
+  }
+};
+
+}  // namespace
+
+const Backend& backend() {
+  static const CudaBackend instance;
+  return instance;
+}
+
+}  // namespace quire::cuda

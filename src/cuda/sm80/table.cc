@@ -1,0 +1,125 @@
+#include "cuda/sm80/table.h"
+
+#include <algorithm>
+
+#include "cuda/check.h"
+
+// Every instance of this build; each has its file in instances/.
+#define QUIRE_MMA_INSTANCES(X) \
+  X(fp16_64_few)               \
+  X(fp16_64_many)              \
+  X(fp16_128_few)              \
+  X(fp16_128_many)             \
+  X(fp16_256_few)              \
+  X(fp16_256_many)             \
+  X(fp16_576_many)             \
+  X(fp16_bytes_64_few)         \
+  X(fp16_bytes_64_many)        \
+  X(fp16_bytes_128_few)        \
+  X(fp16_bytes_128_many)       \
+  X(fp16_bytes_256_few)        \
+  X(fp16_bytes_256_many)       \
+  X(fp16_bytes_576_many)       \
+  X(bf16_64_few)               \
+  X(bf16_64_many)              \
+  X(bf16_128_few)              \
+  X(bf16_128_many)             \
+  X(bf16_256_few)              \
+  X(bf16_256_many)             \
+  X(bf16_576_many)             \
+  X(bf16_bytes_64_few)         \
+  X(bf16_bytes_64_many)        \
+  X(bf16_bytes_128_few)        \
+  X(bf16_bytes_128_many)       \
+  X(bf16_bytes_256_few)        \
+  X(bf16_bytes_256_many)       \
+  X(bf16_bytes_576_many)
+
+namespace quire::cuda::sm80 {
+
+#define QUIRE_DECLARE(name) MmaKernel name();
+QUIRE_MMA_INSTANCES(QUIRE_DECLARE)
+#undef QUIRE_DECLARE
+
+const std::vector<MmaKernel>& mma_kernels() {
+#define QUIRE_CALL(name) name(),
+  static const std::vector<MmaKernel> list = {QUIRE_MMA_INSTANCES(QUIRE_CALL)};
+#undef QUIRE_CALL
+  return list;
+}
+
+namespace {
+
+bool is_16_bit(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
+bool is_fp8(DType dtype) { return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2; }
+
+int bucket_of(int head_size, int head_size_v) {
+  const int size = std::max(head_size, head_size_v);
+  for (const int bucket : {64, 128, 256}) {
+    if (size <= bucket) return bucket;
+  }
+  return 576;
+}
+
+}  // namespace
+
+const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_size_v, bool few) {
+  MmaKey key;
+  key.bytes = size_of(kv) == 1;
+  key.head = bucket_of(head_size, head_size_v);
+  key.few = few;
+  if (is_16_bit(query) && (kv == query || key.bytes)) {
+    key.compute = query;
+  } else if (query == DType::kFloat8E4M3 && is_fp8(kv)) {
+    key.compute = DType::kFloat16;  // holds every fp8 value
+  } else {
+    return nullptr;
+  }
+  for (const MmaKernel& kernel : mma_kernels()) {
+    if (kernel.key.compute == key.compute && kernel.key.bytes == key.bytes &&
+        kernel.key.head == key.head && kernel.key.few == key.few) {
+      return &kernel;
+    }
+  }
+  return nullptr;
+}
+
+MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block) {
+  // Two stages let copies run through softmax and products. One stage is better where it doubles
+  // the CTAs of a multiprocessor: they cover for each other.
+  MmaLaunch best;
+  for (int stages = 1; stages <= std::min(kernel.max_stages, 2); ++stages) {
+    MmaLaunch launch;
+    launch.stages = stages;
+    launch.shared_bytes = kernel.shared_bytes(stages);
+    if (launch.shared_bytes > shared_bytes_per_block) break;
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               launch.shared_bytes),
+          kernel.name);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+              &launch.ctas_per_sm, kernel.function, 128,
+              static_cast<std::size_t>(launch.shared_bytes)),
+          kernel.name);
+    if (launch.ctas_per_sm == 0) break;
+    if (best.stages == 0 || launch.ctas_per_sm * 2 > best.ctas_per_sm) best = launch;
+  }
+  if (best.stages > 0) {
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               best.shared_bytes),
+          kernel.name);
+  }
+  return best;
+}
+
+void launch_attention_mma(const MmaKernel& kernel, const MmaLaunch& launch,
+                          const KernelParams& params, int grid, cudaStream_t stream) {
+  constexpr int kThreads = 128;
+  void* arguments[] = {const_cast<KernelParams*>(&params)};
+  const auto shared_bytes = static_cast<std::size_t>(launch.shared_bytes);
+  const dim3 shape(static_cast<unsigned>(grid));
+  const cudaError_t error =
+      cudaLaunchKernel(kernel.function, shape, dim3(kThreads), arguments, shared_bytes, stream);
+  if (error != cudaSuccess) check_launch(kernel.name, shape, kThreads, shared_bytes);
+}
+
+}  // namespace quire::cuda::sm80

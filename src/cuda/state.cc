@@ -1,0 +1,281 @@
+#include "cuda/state.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+
+#include "cuda/check.h"
+#include "cuda/kernels.h"
+#include "cuda/limits.h"
+
+namespace quire::cuda {
+
+DeviceBuffer::~DeviceBuffer() {
+  if (data_ != nullptr) cudaFree(data_);
+}
+
+void DeviceBuffer::allocate(std::size_t bytes, cudaStream_t stream) {
+  if (is_capturing(stream)) {
+    throw Error("ctx.stream",
+                "a plan that has run a batch of this size before the capture (warm up first)",
+                "a capture that would have to allocate " + std::to_string(bytes) + " bytes");
+  }
+  check(cudaMalloc(&data_, bytes), "cudaMalloc of a workspace");
+  size_ = bytes;
+  check(cudaMemset(data_, 0, bytes), "cudaMemset of a workspace");
+  check(cudaStreamSynchronize(nullptr), "cudaMemset of a workspace");
+}
+
+CudaPlan::CudaPlan(const LayerParams& layer)
+    : device_(layer.device), info_(device_info(layer.device.index)) {
+  const DeviceScope scope(device_);
+  choose_kernels(layer);
+}
+
+CudaPlan::Stage CudaPlan::make_stage(const LayerParams& layer,
+                                     const sm80::MmaKernel* kernel) const {
+  Stage stage;
+  int ctas_per_sm = 0;
+  if (kernel != nullptr) {
+    stage.mma = kernel;
+    stage.mma_launch = sm80::mma_launch(*kernel, info_.shared_bytes_per_block);
+    if (stage.mma_launch.stages == 0) return {};
+    stage.tile_rows = kernel->rows;
+    stage.columns = kernel->columns;
+    stage.passes = (layer.head_size_v + kernel->columns - 1) / kernel->columns;
+    ctas_per_sm = stage.mma_launch.ctas_per_sm;
+    stage.chunks = kernel->key.few;
+  } else {
+    stage.fp32_launch = sm80::fp32_launch(layer);
+    stage.tile_rows = sm80::kFp32Rows;
+    stage.columns = (layer.head_size_v + 7) / 8 * 8;
+    ctas_per_sm = std::max(stage.fp32_launch.ctas_per_sm, 1);
+  }
+  stage.grid = std::min(info_.sm_count * ctas_per_sm, kMaxGrid);
+  stage.slots_per_cta = layer.batch_invariant && stage.chunks ? 1 + semantics::kMaxChunks : 2;
+  return stage;
+}
+
+void CudaPlan::choose_kernels(const LayerParams& layer) {
+  const auto find = [&](bool few) {
+    return sm80::find_mma_kernel(layer.dtype, layer.kv_dtype, layer.head_size, layer.head_size_v,
+                                 few);
+  };
+  if (const sm80::MmaKernel* few = find(true)) few_ = make_stage(layer, few);
+  if (const sm80::MmaKernel* many = find(false)) many_ = make_stage(layer, many);
+  if (many_.tile_rows == 0) {  // no such instance, or too little shared memory for it
+    few_ = {};
+    many_ = make_stage(layer, nullptr);
+  }
+}
+
+void CudaPlan::allocate_slots(cudaStream_t stream) {
+  if (slots_.data() != nullptr) return;
+  // The two kernels run one after the other and share the memory.
+  std::int64_t floats = 0;
+  for (const Stage* stage : {&few_, &many_}) {
+    floats = std::max(floats, stage->num_slots() * stage->slot_floats());
+  }
+  slots_.allocate(static_cast<std::size_t>(floats) * sizeof(float), stream);
+  arrivals_.allocate(kMaxGrid * sizeof(std::int32_t), stream);
+}
+
+namespace {
+
+// Parts of one allocation, each aligned.
+class Carver {
+ public:
+  template <class T>
+  std::size_t take(std::int64_t count) {
+    const std::size_t at = size_;
+    size_ += (static_cast<std::size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    return at;
+  }
+  std::size_t size() const { return size_; }
+
+ private:
+  std::size_t size_ = 0;
+};
+
+struct RuleOffsets {
+  std::size_t header, tiles, starts, seq_tiles;
+};
+
+RuleOffsets carve(Carver* carver, const TileRule& rule, std::int32_t max_seqs) {
+  RuleOffsets at{};
+  at.header = carver->take<ScheduleHeader>(1);
+  at.tiles = carver->take<Tile>(rule.max_tiles);
+  at.starts = carver->take<CtaStart>(kMaxGrid);
+  at.seq_tiles = carver->take<std::int32_t>(max_seqs);
+  return at;
+}
+
+void set_pointers(char* base, const RuleOffsets& at, TileRule* rule) {
+  rule->header = reinterpret_cast<ScheduleHeader*>(base + at.header);
+  rule->tiles = reinterpret_cast<Tile*>(base + at.tiles);
+  rule->starts = reinterpret_cast<CtaStart*>(base + at.starts);
+  rule->seq_tiles = reinterpret_cast<std::int32_t*>(base + at.seq_tiles);
+}
+
+}  // namespace
+
+CudaPlan::Workspace& CudaPlan::workspace_for(const LayerParams& layer, const BatchParams& batch,
+                                             cudaStream_t stream) {
+  for (const auto& workspace : workspaces_) {
+    if (batch.num_seqs <= workspace->max_seqs && batch.num_tokens <= workspace->max_tokens) {
+      return *workspace;
+    }
+  }
+  auto made = std::make_unique<Workspace>();
+  made->max_seqs = static_cast<std::int32_t>(
+      std::bit_ceil(static_cast<std::uint32_t>(std::max(batch.num_seqs, 64))));
+  made->max_tokens = static_cast<std::int64_t>(
+      std::bit_ceil(static_cast<std::uint64_t>(std::max<std::int64_t>(batch.num_tokens, 1024))));
+  const auto rule_of = [&](const Stage& stage) {
+    TileRule rule;
+    rule.tile_rows = stage.tile_rows;
+    rule.heads = layer.num_kv_heads * stage.passes;
+    rule.grid = stage.grid;
+    rule.chunks = stage.chunks;
+    if (stage.tile_rows == 0) return rule;
+    const std::int64_t tiles =
+        made->max_seqs + (made->max_tokens * layer.group + stage.tile_rows - 1) / stage.tile_rows;
+    rule.max_tiles = static_cast<std::int32_t>(std::min<std::int64_t>(tiles, 1 << 30));
+    return rule;
+  };
+  made->few = rule_of(few_);
+  made->many = rule_of(many_);
+  Carver carver;
+  const RuleOffsets few = carve(&carver, made->few, made->max_seqs);
+  const RuleOffsets many = carve(&carver, made->many, made->max_seqs);
+  made->memory.allocate(carver.size(), stream);
+  set_pointers(made->memory.data(), few, &made->few);
+  set_pointers(made->memory.data(), many, &made->many);
+  // What no graph refers to and is too small has served its time.
+  std::erase_if(workspaces_, [&](const auto& old) {
+    return !old->captured && old->max_seqs <= made->max_seqs && old->max_tokens <= made->max_tokens;
+  });
+  current_ = nullptr;
+  workspaces_.push_back(std::move(made));
+  return *workspaces_.back();
+}
+
+void CudaPlan::update(const LayerParams& layer, const BatchParams& batch, cudaStream_t stream) {
+  const DeviceScope scope(device_);
+  if (batch.num_seqs == 0 || batch.num_tokens == 0) return;
+  allocate_slots(stream);
+  current_ = &workspace_for(layer, batch, stream);
+  if (is_capturing(stream)) current_->captured = true;
+  few_only_ = few_.tile_rows > 0 &&
+              (batch.max_query_len > 0 ? batch.max_query_len * layer.group <= few_.tile_rows
+                                       : captured_few_only_);
+  PlanArgs args;
+  args.layer = layer;
+  args.batch = batch;
+  args.few = current_->few;
+  args.many = current_->many;
+  if (few_only_) args.many.tile_rows = 0;
+  launch_plan(args, stream);
+}
+
+namespace {
+
+// The largest power of two up to 16 that divides every address of a row.
+std::int32_t row_alignment(const KvParams& kv) {
+  const auto element = static_cast<std::uint64_t>(size_of(kv.dtype));
+  const std::uint64_t bits = reinterpret_cast<std::uintptr_t>(kv.data) |
+                             static_cast<std::uint64_t>(kv.strides.block) * element |
+                             static_cast<std::uint64_t>(kv.strides.slot) * element |
+                             static_cast<std::uint64_t>(kv.strides.head) * element | 16U;
+  return 1 << std::countr_zero(bits);
+}
+
+bool is_aligned(const void* data, std::int64_t stride_a, std::int64_t stride_b, DType dtype,
+                std::int64_t bytes) {
+  return reinterpret_cast<std::intptr_t>(data) % bytes == 0 &&
+         stride_a * size_of(dtype) % bytes == 0 && stride_b * size_of(dtype) % bytes == 0;
+}
+
+}  // namespace
+
+void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
+  const DeviceScope scope(device_);
+  Workspace& workspace = *current_;
+  KernelParams p;
+  p.layer = *params.layer;
+  p.batch = *params.batch;
+  p.call = params;
+  p.k_copy_bytes = row_alignment(params.k);
+  p.v_copy_bytes = row_alignment(params.v);
+  p.query_aligned =
+      size_of(p.layer.dtype) == 2 && is_aligned(params.query, params.query_token_stride,
+                                                params.query_head_stride, p.layer.dtype, 16);
+  p.output_aligned =
+      is_aligned(params.output, params.output_token_stride, params.output_head_stride,
+                 params.output_dtype, size_of(params.output_dtype) == 1 ? 8 : 16);
+  if (params.block_scales != nullptr) {
+    if (workspace.block_output.data() == nullptr) {
+      workspace.block_output.allocate(
+          static_cast<std::size_t>(workspace.max_tokens * p.layer.num_heads * p.layer.head_size_v) *
+              sizeof(float),
+          stream);
+    }
+    p.block_output = reinterpret_cast<float*>(workspace.block_output.data());
+  }
+  if (is_capturing(stream)) {
+    workspace.captured = true;
+    captured_few_only_ = captured_few_only_ || few_only_;
+  }
+  if (few_.tile_rows > 0) launch(few_, workspace.few, p, stream);
+  if (!few_only_) launch(many_, workspace.many, p, stream);
+  if (p.block_output != nullptr) {
+    launch_block_quantize(
+        p, static_cast<int>(std::min<std::int64_t>(p.batch.num_tokens, info_.sm_count * 4)),
+        stream);
+  }
+}
+
+void CudaPlan::launch(const Stage& stage, const TileRule& rule, KernelParams params,
+                      cudaStream_t stream) const {
+  ScheduleView& view = params.schedule;
+  view.header = rule.header;
+  view.tiles = rule.tiles;
+  view.starts = rule.starts;
+  view.arrivals = reinterpret_cast<std::int32_t*>(arrivals_.data());
+  view.slots = reinterpret_cast<float*>(slots_.data());
+  view.slot_floats = stage.slot_floats();
+  view.slots_per_cta = stage.slots_per_cta;
+  view.heads = rule.heads;
+  params.columns = stage.columns;
+  params.passes = stage.passes;
+  if (stage.mma != nullptr) {
+    params.stages = stage.mma_launch.stages;
+    sm80::launch_attention_mma(*stage.mma, stage.mma_launch, params, stage.grid, stream);
+  } else {
+    sm80::launch_attention_fp32(params, stage.fp32_launch, stage.grid, stream);
+  }
+}
+
+std::int64_t CudaPlan::workspace_bytes() const {
+  std::size_t bytes = slots_.size() + arrivals_.size();
+  for (const auto& workspace : workspaces_) {
+    bytes += workspace->memory.size() + workspace->block_output.size();
+  }
+  return static_cast<std::int64_t>(bytes);
+}
+
+// The plan proper lives on the device and is not read back.
+std::string CudaPlan::to_string() const {
+  std::string text;
+  for (const Stage* stage : {&few_, &many_}) {
+    if (stage->tile_rows == 0) continue;
+    char line[240];
+    std::snprintf(line, sizeof line, "%s: tiles of %d rows, %d CTAs, %d stages, %d column passes\n",
+                  stage->mma != nullptr ? stage->mma->name : "sm80::attention_fp32",
+                  stage->tile_rows, stage->grid, stage->mma_launch.stages, stage->passes);
+    text += line;
+  }
+  return text;
+}
+
+}  // namespace quire::cuda
