@@ -17,6 +17,8 @@
 namespace quire::cli {
 namespace {
 
+constexpr std::int64_t kMostCases = 1'000'000'000'000;
+
 struct Options {
   std::string device = "cpu";
   std::int64_t cases = 1000;
@@ -68,12 +70,15 @@ void set_environment(const Options& options) {
 }
 
 const AttentionBackend& backend_of(const Options& options) {
-  const AttentionBackend& backend = attention_backend(options.device);
-  if (!backend.available()) {
-    throw std::runtime_error("device " + options.device +
-                             " cannot run here: " + backend.instruction_set());
+  std::string known;
+  for (const AttentionBackend* backend : attention_backends()) {
+    known += (known.empty() ? "" : ", ") + std::string(backend->name());
+    if (options.device != backend->name()) continue;
+    if (backend->available()) return *backend;
+    throw std::runtime_error("--device " + options.device +
+                             " cannot run here: " + backend->instruction_set());
   }
-  return backend;
+  throw std::runtime_error("--device: expected one of " + known + ", got " + options.device);
 }
 
 void verify_golden(const AttentionBackend& backend, const Options& options) {
@@ -129,10 +134,10 @@ void add_verify_command(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--cases", options->cases, "How many random cases")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::Range(std::int64_t{0}, kMostCases));
   command->add_option("--seed", options->seed, "Seed of the random cases")->capture_default_str();
   command->add_option("--case", options->only_case, "Run this one case of the seed only")
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::Range(std::int64_t{0}, kMostCases));
   command->add_option("--isa", options->isa,
                       "Instruction set of the CPU backend: AVX3, AVX2, NEON, SCALAR, ...");
   command

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""quire verify as a user meets it: verify_test.py QUIRE GOLDEN."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+
+QUIRE, GOLDEN = sys.argv[1:3]
+
+
+def verify(*args, **env):
+    return subprocess.run([QUIRE, "verify", *args], capture_output=True, text=True, timeout=110,
+                          stdin=subprocess.DEVNULL, env={**os.environ, **env})
+
+
+def last_line(done):
+    return done.stdout.splitlines()[-1]
+
+
+class VerifyTest(unittest.TestCase):
+    def test_random_cases(self):
+        for device in ("cpu", "reference"):
+            done = verify("--device", device, "--cases", "25", "--seed", "3")
+            self.assertEqual(done.returncode, 0, done.stdout)
+            self.assertEqual(last_line(done), "25 passed, 0 failed")
+
+    def test_one_case_says_what_it_is(self):
+        done = verify("--seed", "3", "--case", "4")
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn("case 4: ", done.stdout)
+        self.assertEqual(last_line(done), "1 passed, 0 failed")
+
+    def test_isa(self):
+        done = verify("--isa", "SCALAR", "--cases", "3")
+        self.assertIn("backend cpu on SCALAR\n", done.stdout)
+        self.assertEqual(done.returncode, 0)
+        done = verify("--isa", "no-such-isa", "--cases", "3")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("QUIRE_CPU_ISA: expected one of", done.stderr)
+
+    def test_golden(self):
+        done = verify("--golden", GOLDEN)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertRegex(last_line(done), r"^\d+ passed, 0 failed$")
+
+    def test_golden_with_other_outputs_fails(self):
+        with open(GOLDEN, "rb") as file:
+            data = bytearray(file.read())
+        length = int.from_bytes(data[:8], "little")
+        header = data[8:8 + length].decode()
+        # Another softmax scale than the one that the outputs were made with.
+        changed, count = re.subn(r'(\\"softmax_scale\\": 0\.)1', r'\g<1>9', header)
+        self.assertGreater(count, 0)
+        data[8:8 + length] = changed.encode()
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as broken:
+            broken.write(data)
+            broken.flush()
+            done = verify("--golden", broken.name)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("FAILED ", done.stdout)
+        failed = int(re.match(r"^\d+ passed, (\d+) failed$", last_line(done)).group(1))
+        self.assertGreater(failed, 0)
+
+    def test_mistakes(self):
+        done = verify("--device", "abacus")
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"--device: expected one of .*cpu.*, got abacus")
+        self.assertEqual(verify("--cases", "-3").returncode, 2)
+        self.assertEqual(verify("--golden", "does-not-exist").returncode, 2)
+        done = verify("--golden", QUIRE)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("does not fit into the file", done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main(argv=sys.argv[:1])
