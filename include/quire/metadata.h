@@ -15,8 +15,9 @@ class Plan;
 // step. Sequence s has the query rows [query_start_loc[s], query_start_loc[s + 1]); its row i sits
 // at absolute position seq_lens[s] - query_len + i.
 //
-// Padding: padded sequences have seq_len 0 (or an empty row range) and any table entries; padded
-// tokens have slot -1. Neither is read or written.
+// Padding: padded sequences have seq_len 0 (or an empty row range) and any table entries, of which
+// none is read; rows they own below num_actual_tokens see no key and get 0. Padded tokens have slot
+// -1 and are not written to the cache.
 struct CommonAttentionMetadata {
   TensorView query_start_loc{};  // int32 [num_seqs + 1], row offsets into the query
   TensorView seq_lens{};         // int32 [num_seqs], tokens after this step, cache included
