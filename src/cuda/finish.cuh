@@ -43,6 +43,7 @@ struct Fold {
   }
 };
 
+// Out of line: none of this is in a loop over keys, and its registers must not count there.
 template <int kRows, int kThreads>
 class Finisher {
  public:
@@ -69,7 +70,7 @@ class Finisher {
   }
 
   // The result of an item that is done, to its output rows.
-  __device__ void write(const Segment& segment, const Result& result) {
+  __device__ __noinline__ void write(const Segment& segment, const Result& result) {
     for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
       close_row(r, result.max[r], result.sum[r]);
     }
@@ -89,8 +90,10 @@ class Finisher {
     }
   }
 
-  __device__ void keep(const Segment& segment, const Result& result, const Result& to) {
+  __device__ __noinline__ void keep(const Segment& segment, const Result& result,
+                                    const Result& to) {
     const int groups = (columns_ + 3) / 4;
+#pragma unroll 4
     for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
       const int r = i / groups;
       const int c = i % groups * 4;
@@ -104,7 +107,8 @@ class Finisher {
   }
 
   // into = fold(into, result): the next chunk of an item whose beginning this CTA has.
-  __device__ void fold_into(const Segment& segment, const Result& result, const Result& into) {
+  __device__ __noinline__ void fold_into(const Segment& segment, const Result& result,
+                                         const Result& into) {
     __syncthreads();
     const int groups = (columns_ + 3) / 4;
     for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
@@ -128,7 +132,7 @@ class Finisher {
   }
 
   // After this CTA's slots of an item are written: if all others' are too, folds and writes.
-  __device__ void arrive(const Walker& walker, const Segment& segment) {
+  __device__ __noinline__ void arrive(const Walker& walker, const Segment& segment) {
     const std::int32_t first = walker.first_cta(segment);
     const std::int32_t last = walker.last_cta(segment);
     int expected = 0;
@@ -166,34 +170,56 @@ class Finisher {
                        fold.value(a.w, b.w));
   }
 
+  // Eight columns of a row of a slot.
+  struct Part {
+    float max;
+    float sum;
+    float4 low;
+    float4 high;
+  };
+  static constexpr int kAhead = 4;
+
+  static __device__ __forceinline__ Part load_part(const Result& from, int r, int c) {
+    const auto* o = reinterpret_cast<const float4*>(from.o + std::int64_t{r} * from.pitch + c);
+    return {__ldcg(from.max + r), __ldcg(from.sum + r), __ldcg(o), __ldcg(o + 1)};
+  }
+
   __device__ void fold_slots(const Segment& segment, std::int32_t first, std::int32_t last,
                              std::int32_t beginner) {
     const int groups = (columns_ + 7) / 8;
     const int work = segment.tile.rows * groups;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < work; i += kThreads) {
       const int r = i / groups;
       const int c = i % groups * 8;
       Fold fold;
       float4 low = make_float4(0, 0, 0, 0);
       float4 high = low;
-      for (std::int32_t cta = beginner; cta <= last; ++cta) {
-        const int parts = shared_.parts[cta - first];
-        for (int k = 0; k < parts; ++k) {
-          const Result part = slot(cta, cta == beginner ? 0 : k + 1);
-          const auto* from =
-              reinterpret_cast<const float4*>(part.o + std::int64_t{r} * part.pitch + c);
-          const float4 part_low = __ldcg(from);
-          const float4 part_high = __ldcg(from + 1);
-          const float part_max = __ldcg(part.max + r);
-          const float part_sum = __ldcg(part.sum + r);
-          if (cta == beginner) {
-            fold = {part_max, part_sum};
-            low = part_low;
-            high = part_high;
-          } else {
-            fold.add(part_max, part_sum);
-            low = fold_values(fold, low, part_low);
-            high = fold_values(fold, high, part_high);
+      // Four CTAs' first parts are loaded together: one after the other, latency would add up.
+      for (std::int32_t base = beginner; base <= last; base += kAhead) {
+        Part part[kAhead];
+        int parts[kAhead];
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          const std::int32_t cta = base + u;
+          parts[u] = cta <= last ? shared_.parts[cta - first] : 0;
+          if (parts[u] > 0) part[u] = load_part(slot(cta, cta == beginner ? 0 : 1), r, c);
+        }
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          if (parts[u] == 0) continue;
+          if (base + u == beginner) {
+            fold = {part[u].max, part[u].sum};
+            low = part[u].low;
+            high = part[u].high;
+            continue;
+          }
+          for (int k = 1;; ++k) {
+            fold.add(part[u].max, part[u].sum);
+            low = fold_values(fold, low, part[u].low);
+            high = fold_values(fold, high, part[u].high);
+            if (k == parts[u]) break;
+            part[u] = load_part(slot(base + u, k + 1), r, c);
           }
         }
       }

@@ -14,6 +14,8 @@ namespace {
 constexpr int kThreads = 1024;
 // Fewer units than this a CTA are not worth a partial result.
 constexpr std::int64_t kMinCost = 4 + kOverhead;
+// Items up to this long are not cut: a partial result costs more than the imbalance.
+constexpr std::int32_t kMaxWholeUnits = 8;
 // Batch-invariant mode: chunks of at least 512 keys.
 constexpr std::int32_t kMinChunkUnits = 8;
 // Direct attention bounds its keys by the key tensor's rows, which the plan does not know; the
@@ -99,7 +101,7 @@ __device__ Tile make_tile(const PlanArgs& args, const TileRule& rule, std::int32
   tile.main_count = units.main_count;
   const std::int32_t count = units.count();
   if (!layer.batch_invariant) {
-    tile.chunk_units = 1;
+    tile.chunk_units = count > kMaxWholeUnits || count == 0 ? 1 : count;
   } else if (rule.chunks) {
     tile.chunk_units = semantics::chunk_units(count, kMinChunkUnits);
   } else {

@@ -55,8 +55,8 @@ __device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const Til
 
 // Fills the table for a segment; callers synchronise after it.
 template <int kRows, int kThreads>
-__device__ void fill_rows(const KernelParams& p, const Segment& segment, std::int32_t kv_head,
-                          RowTable<kRows>& table) {
+__device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& segment,
+                                       std::int32_t kv_head, RowTable<kRows>& table) {
   const Tile& tile = segment.tile;
   const std::int32_t kv_len = keys_of(p, tile);
   const semantics::SequenceMask mask = sequence_mask(p.layer, p.batch, tile.seq, kv_len);
@@ -112,7 +112,9 @@ __device__ __forceinline__ float modify_score(const KernelParams& p, const RowTa
 }
 
 __device__ __forceinline__ bool sees(const int4& visible, int j) {
-  return (j >= visible.x && j < visible.y) || (j >= visible.z && j < visible.w);
+  // Without short circuits: no branches.
+  return (static_cast<int>(j >= visible.x) & static_cast<int>(j < visible.y)) |
+         (static_cast<int>(j >= visible.z) & static_cast<int>(j < visible.w));
 }
 
 }  // namespace quire::cuda

@@ -10,7 +10,8 @@
 // takes V tile i-1+stages) and B (V tile i is there; K tile i's place takes K tile i+stages).
 // 8-bit caches: a thread widens the very bytes it copied, so the barriers stay the same. A token's
 // own K scale multiplies its column of S in fp32 (rounded into K it would cost a bit of every
-// logit); its V scale goes into the widened V, where rounding is as small as V's own.
+// logit). Its V scale multiplies P in bf16, which holds every product; in fp16 tiny ones would be
+// lost, so there it goes into the widened V.
 // Bytes per tile of 64 keys at d128: 32 KiB in; flops 4 * 64 * 128 * rows.
 #pragma once
 
@@ -58,8 +59,8 @@ template <class C>
 struct MmaShared {
   RowTable<C::kRows> rows;
   typename Finisher<C::kRows, kMmaThreads>::Shared finish;
-  std::int64_t offset[C::kRing][2][C::kKeys];  // bytes from the start of K or V; -1: absent
-  float scale[C::kRing][2][C::kKeys];          // of tokens
+  std::int64_t offset[C::kRing][2][C::kKeys];          // bytes from the start of K or V; -1: absent
+  float scale[C::kBytes ? C::kRing : 1][2][C::kKeys];  // of tokens
   float warp_max[C::kWarpKeys][16];
   float warp_sum[C::kWarpKeys][16];
   float max[C::kRows];
@@ -154,6 +155,7 @@ class MmaAttention {
  private:
   static constexpr int kNTiles = C::kKeysPerWarp / 8;
   static constexpr int kColumnTiles = C::kHeadV / 8;
+  static constexpr bool kScaleWeights = std::is_same_v<typename C::Type, tile::BFloat16>;
 
   // ---- a segment's beginning ----------------------------------------------------------------
 
@@ -181,6 +183,21 @@ class MmaAttention {
     const int head_size = p_.layer.head_size;
     const DType dtype = p_.layer.dtype;
     const int rows = C::kFew ? m_tiles_ * 16 : C::kRows;
+    if (p_.query_aligned && !negate_) {
+#pragma unroll 4
+      for (int i = static_cast<int>(threadIdx.x); i < rows * kPieces; i += kMmaThreads) {
+        const int r = i / kPieces;
+        const int c = i - r * kPieces;
+        const char* row = static_cast<const char*>(p_.call.query) +
+                          (shared_.rows.token[r] * p_.call.query_token_stride +
+                           shared_.rows.head[r] * p_.call.query_head_stride) *
+                              2;
+        const int valid = r < segment.tile.rows ? min(max((head_size - c * 8) * 2, 0), 16) : 0;
+        tile::copy_async<16>(query_ + tile::piece_offset(r, c, C::kPitchK),
+                             valid > 0 ? row + c * 16 : row, valid);
+      }
+      return;
+    }
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < rows * kPieces; i += kMmaThreads) {
       const int r = i / kPieces;
@@ -222,31 +239,45 @@ class MmaAttention {
     return segment.tile.unit(unit_begin + i / kSteps) * kUnitKeys + i % kSteps * C::kKeys;
   }
 
+  // A key whose block table entry is on its way.
   struct RowPlace {
-    std::int64_t offset;
-    float scale;
+    std::int32_t key;
+    std::int32_t entry;  // physical block as the table has it; -1: no such key
   };
 
   // Thread t looks up key t % kKeys of a tile, for K (t < kKeys) or V.
   __device__ __forceinline__ RowPlace look_up(const Segment& segment, int first) const {
-    const int t = static_cast<int>(threadIdx.x) % C::kKeys;
-    const bool is_v = static_cast<int>(threadIdx.x) / C::kKeys % 2 == 1;
-    const KvParams& kv = is_v ? p_.call.v : p_.call.k;
-    const KvRow row = kv_row(p_, segment.tile, kv_len_, first + t);
-    RowPlace place{-1, 1.0F};
-    if (row.block < 0) return place;
-    place.offset = row_offset(kv, row, kv_head_) * size_of(kv.dtype);
-    if (is_v) place.offset += first_column_ * size_of(kv.dtype);
-    if constexpr (C::kBytes) place.scale = row_scale(kv, row, kv_head_);
+    RowPlace place{first + static_cast<int>(threadIdx.x) % C::kKeys, -1};
+    if (place.key >= kv_len_) return place;
+    if (!p_.layer.paged) {
+      place.entry = 0;
+      return place;
+    }
+    const std::uint32_t logical =
+        static_cast<std::uint32_t>(place.key) / static_cast<std::uint32_t>(p_.layer.block_size);
+    if (logical < p_.batch.table_width) {
+      place.entry = p_.batch.block_table[segment.tile.seq * p_.batch.table_stride + logical];
+    }
     return place;
   }
 
-  __device__ __forceinline__ void remember(int i, const RowPlace& place) {
+  // Writes down where the row is. Only here the table's entry is waited for.
+  __device__ __forceinline__ void remember(const Segment& segment, int i, const RowPlace& place) {
     const int t = static_cast<int>(threadIdx.x) % C::kKeys;
     const int side = static_cast<int>(threadIdx.x) / C::kKeys;
     if (side > 1) return;
-    shared_.offset[i % C::kRing][side][t] = place.offset;
-    if constexpr (C::kBytes) shared_.scale[i % C::kRing][side][t] = place.scale;
+    const KvParams& kv = side == 1 ? p_.call.v : p_.call.k;
+    std::int64_t offset = -1;
+    float scale = 1.0F;
+    if (place.entry >= 0 && (!p_.layer.paged || place.entry < p_.call.num_blocks)) {
+      const KvRow row{place.entry, p_.layer.paged ? place.key % p_.layer.block_size
+                                                  : segment.tile.first_kv_row + place.key};
+      offset =
+          (row_offset(kv, row, kv_head_) + (side == 1 ? first_column_ : 0)) * size_of(kv.dtype);
+      if constexpr (C::kBytes) scale = row_scale(kv, row, kv_head_);
+    }
+    shared_.offset[i % C::kRing][side][t] = offset;
+    if constexpr (C::kBytes) shared_.scale[i % C::kRing][side][t] = scale;
   }
 
   // Starts copying tile i of K (side 0) or V (side 1).
@@ -263,23 +294,43 @@ class MmaAttention {
     const std::uint32_t stage =
         (kSide == 0 ? stage_k_ : stage_v_) + static_cast<std::uint32_t>(i % p_.stages) * kStage;
     const std::int64_t* offsets = shared_.offset[i % C::kRing][kSide];
-    const auto copy = [&](int id, int width) {
+    if (alignment >= 16 && kMmaThreads % kPieces == 0) {
+      // Every piece of a thread has the same column.
+      constexpr int kRowStep = kMmaThreads / kPieces > 0 ? kMmaThreads / kPieces : 1;
+      const int c = static_cast<int>(threadIdx.x) % kPieces;
+      const int first_row = static_cast<int>(threadIdx.x) / kPieces;
+      const int valid = min(max(row_bytes - c * 16, 0), 16);
+      const char* from = base + c * 16;
+      if constexpr (kRowStep % 8 == 0 || C::kBytes) {
+        std::uint32_t to =
+            stage + (C::kBytes ? threadIdx.x * 16 : tile::piece_offset(first_row, c, kPitch));
+#pragma unroll 4
+        for (int r = first_row; r < C::kKeys; r += kRowStep) {
+          const std::int64_t offset = offsets[r];
+          tile::copy_async<16>(to, offset < 0 || valid == 0 ? base : from + offset,
+                               offset < 0 ? 0 : valid);
+          to += C::kBytes ? kMmaThreads * 16 : kRowStep * kPitch;
+        }
+      } else {
+#pragma unroll 4
+        for (int r = first_row; r < C::kKeys; r += kRowStep) {
+          const std::int64_t offset = offsets[r];
+          tile::copy_async<16>(stage + tile::piece_offset(r, c, kPitch),
+                               offset < 0 || valid == 0 ? base : from + offset,
+                               offset < 0 ? 0 : valid);
+        }
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int id = static_cast<int>(threadIdx.x); id < kCount; id += kMmaThreads) {
       const int r = id / kPieces;
       const int c = id - r * kPieces;
       const std::int64_t offset = offsets[r];
       const int valid = offset < 0 ? 0 : min(max(row_bytes - c * 16, 0), 16);
       const std::uint32_t to = stage + (C::kBytes ? static_cast<std::uint32_t>(id) * 16
                                                   : tile::piece_offset(r, c, kPitch));
-      tile::copy_piece(to, valid > 0 ? base + offset + c * 16 : base, valid, width);
-    };
-    if (alignment >= 16) {
-#pragma unroll 4
-      for (int id = static_cast<int>(threadIdx.x); id < kCount; id += kMmaThreads) copy(id, 16);
-    } else {
-#pragma unroll 1
-      for (int id = static_cast<int>(threadIdx.x); id < kCount; id += kMmaThreads) {
-        copy(id, alignment);
-      }
+      tile::copy_piece(to, valid > 0 ? base + offset + c * 16 : base, valid, alignment);
     }
   }
 
@@ -291,7 +342,7 @@ class MmaAttention {
     constexpr int kStage = kSide == 0 ? C::kStageK : C::kStageV;
     constexpr int kCount = C::kKeys * kPieces;
     const KvParams& kv = kSide == 0 ? p_.call.k : p_.call.v;
-    const bool scaled = kSide == 1 && kv.token_scales != nullptr;
+    const bool scaled = kSide == 1 && !kScaleWeights && kv.token_scales != nullptr;
     const std::uint32_t stage =
         (kSide == 0 ? stage_k_ : stage_v_) + static_cast<std::uint32_t>(i % p_.stages) * kStage;
     const std::uint32_t to = kSide == 0 ? wide_k_ : wide_v_;
@@ -344,8 +395,9 @@ class MmaAttention {
     if (count == 0) return;
 #pragma unroll 1
     for (int i = 0; i <= stages && i < count; ++i) {
-      remember(i, look_up(segment, first_key(segment, unit_begin, i)));
+      remember(segment, i, look_up(segment, first_key(segment, unit_begin, i)));
     }
+    load_queries(segment);  // arrives with the first tile
     __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < stages; ++i) {
@@ -355,11 +407,10 @@ class MmaAttention {
       if (i < count) start_copy<1>(i);
       tile::commit_copies();
     }
-    load_queries(segment);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const int ahead = i + stages + 1;
-      RowPlace place{-1, 1.0F};
+      RowPlace place{0, -1};
       if (ahead < count) place = look_up(segment, first_key(segment, unit_begin, ahead));
       wait_oldest();
       if constexpr (C::kBytes) widen<0>(i);
@@ -369,7 +420,12 @@ class MmaAttention {
 
       float s[C::kMTiles][kNTiles][4];
       multiply_keys(i, s);
-      softmax(segment, first_key(segment, unit_begin, i), shared_.scale[i % C::kRing][0], s);
+      const float* scales = C::kBytes ? shared_.scale[C::kBytes ? i % C::kRing : 0][0] : nullptr;
+      if (C::kBytes && p_.call.k.token_scales != nullptr) scale_columns(scales, s);
+      softmax(segment, first_key(segment, unit_begin, i), s);
+      if (C::kBytes && kScaleWeights && p_.call.v.token_scales != nullptr) {
+        scale_columns(scales + C::kKeys, s);
+      }
 
       wait_oldest();
       if constexpr (C::kBytes) widen<1>(i);
@@ -377,7 +433,7 @@ class MmaAttention {
       if (i + stages < count) start_copy<0>(i + stages);
       tile::commit_copies();
       multiply_values(i, s);
-      if (ahead < count) remember(ahead, place);
+      if (ahead < count) remember(segment, ahead, place);
     }
     tile::wait_copies<0>();
   }
@@ -424,9 +480,24 @@ class MmaAttention {
     }
   }
 
+  // Multiplies each key's column of S or P.
+  __device__ __forceinline__ void scale_columns(const float* scales,
+                                                float (&s)[C::kMTiles][kNTiles][4]) const {
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+      const float2 scale =
+          *reinterpret_cast<const float2*>(scales + warp_key() + lane_ % 4 * 2 + n * 8);
+#pragma unroll
+      for (int mt = 0; mt < C::kMTiles; ++mt) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[mt][n][e] *= e % 2 == 0 ? scale.x : scale.y;
+      }
+    }
+  }
+
   // S -> P in place; updates (max_, sum_) and rescales o_. Maxima are in units of S: raw dot
   // products, or natural logits where scores are modified.
-  __device__ __forceinline__ void softmax(const Segment& segment, int first, const float* scales,
+  __device__ __forceinline__ void softmax(const Segment& segment, int first,
                                           float (&s)[C::kMTiles][kNTiles][4]) {
     const std::int32_t* common = shared_.rows.common;
     const bool all_visible = (first >= common[2] && first + C::kKeys <= common[3]) ||
@@ -437,14 +508,6 @@ class MmaAttention {
       if (!used(mt)) continue;
       const int row = warp_row() + mt * 16 + lane_ / 4;
       const int key = first + warp_key() + lane_ % 4 * 2;
-      if (C::kBytes && p_.call.k.token_scales != nullptr) {
-#pragma unroll
-        for (int n = 0; n < kNTiles; ++n) {
-          const float2 scale = *reinterpret_cast<const float2*>(scales + (key - first) + n * 8);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s[mt][n][e] *= e % 2 == 0 ? scale.x : scale.y;
-        }
-      }
       if (general_) modify(segment, row, key, s[mt]);
       if (!all_visible) mask(row, key, s[mt]);
 #pragma unroll

@@ -85,10 +85,10 @@ const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_
 }
 
 MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block) {
-  // Two stages let copies run through softmax and products. One stage is better where it doubles
-  // the CTAs of a multiprocessor: they cover for each other.
+  // More stages keep more copies under way; fewer are better where that doubles the CTAs of a
+  // multiprocessor, which cover for each other.
   MmaLaunch best;
-  for (int stages = 1; stages <= std::min(kernel.max_stages, 2); ++stages) {
+  for (int stages = 1; stages <= kernel.max_stages; ++stages) {
     MmaLaunch launch;
     launch.stages = stages;
     launch.shared_bytes = kernel.shared_bytes(stages);
