@@ -215,8 +215,8 @@ void load_queries(const Item& item) {
               size_of(layer.dtype);
       widen(from, layer.head_size, item.query_scale, to, item.padded_k);
     }
-    // Blocks of 8 rows may reach past the last one.
-    std::fill(to, to + (round_up(item.rows, 8) - item.rows) * item.padded_k, 0.0F);
+    // Blocks of 4 rows may reach past the last one.
+    std::fill(to, to + (round_up(item.rows, 4) - item.rows) * item.padded_k, 0.0F);
   }
 }
 

@@ -54,13 +54,13 @@ HWY_INLINE void direct_scores(const DirectRows& keys, std::int32_t count, const 
     for (std::int32_t n = 0; n < kSums; ++n) acc[n] = hn::Zero(d);
     for (std::int32_t i = 0; i < head_size; i += static_cast<std::int32_t>(kLanes)) {
       Vf x[kRows];
-      HWY_UNROLL(8)
+      HWY_UNROLL(4)
       for (std::int32_t r = 0; r < kRows; ++r) x[r] = hn::Load(d, q + r * padded_k + i);
       HWY_UNROLL(16)
       for (std::int32_t k = 0; k < kTokens; ++k) {
         prefetch_ahead<kDType>(keys.ahead[t + k], i);
         const Vf key = load_widened<kDType>(keys.row[t + k], static_cast<std::size_t>(i));
-        HWY_UNROLL(8)
+        HWY_UNROLL(4)
         for (std::int32_t r = 0; r < kRows; ++r) {
           acc[r * kTokens + k] = hn::MulAdd(x[r], key, acc[r * kTokens + k]);
         }
@@ -85,7 +85,7 @@ HWY_INLINE void direct_values(const DirectRows& values, std::int32_t count, std:
   const Df d;
   constexpr auto kVec = static_cast<std::int32_t>(kLanes);
   Vf acc[kRows][kVectors];
-  HWY_UNROLL(8)
+  HWY_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
     HWY_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) {
@@ -99,34 +99,28 @@ HWY_INLINE void direct_values(const DirectRows& values, std::int32_t count, std:
       prefetch_ahead<kDType>(values.ahead[t], column + v * kVec);
       x[v] = load_widened<kDType>(values.row[t], static_cast<std::size_t>(column + v * kVec));
     }
-    HWY_UNROLL(8)
+    HWY_UNROLL(4)
     for (int r = 0; r < kRows; ++r) {
       const Vf weight = hn::Set(d, s[r * kMaxKvTile + t]);
       HWY_UNROLL(4)
       for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(weight, x[v], acc[r][v]);
     }
   }
-  HWY_UNROLL(8)
+  HWY_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
     HWY_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], d, o + r * padded_v + v * kVec);
   }
 }
 
-// Blocks of 8 rows need 16 accumulators beside 8 rows of queries: AVX-512's 32 wide registers.
-constexpr std::int32_t kMostBlockRows = kLanes == 16 ? 8 : 4;
-
-// Calls run(r, number) for blocks of 8, 4, 2 or 1 rows until all are covered; `number` is a
+// Calls run(r, number) for blocks of 4, 2 or 1 rows until all are covered; `number` is a
 // compile-time constant. Rows are padded to the block: `q`, `s`, `alpha` and `o` have room for it,
-// and the surplus is never looked at.
+// and the surplus is never looked at. (Blocks of 8, with AVX-512's 32 registers, were slower.)
 template <class Run>
 HWY_INLINE void for_row_blocks(std::int32_t rows, const Run& run) {
   for (std::int32_t r = 0; r < rows;) {
     const std::int32_t left = rows - r;
-    if (left > 4 && kMostBlockRows == 8) {
-      run(r, std::integral_constant<int, kMostBlockRows>());
-      r += 8;
-    } else if (left > 2) {
+    if (left > 2) {
       run(r, std::integral_constant<int, 4>());
       r += 4;
     } else if (left == 2) {
@@ -153,7 +147,7 @@ HWY_INLINE void block_values(const DirectRows& values, std::int32_t count, std::
                              const float* s, const float* alpha, float* o, std::int32_t padded_v) {
   constexpr auto kVec = static_cast<std::int32_t>(kLanes);
   // 16 accumulators of 32 registers, or 8 of 16.
-  constexpr int kVectors = HWY_TARGET == HWY_AVX2 ? 2 : (kRows == 8 ? 2 : 4);
+  constexpr int kVectors = HWY_TARGET == HWY_AVX2 ? 2 : 4;
   std::int32_t column = 0;
   for (; column + kVectors * kVec <= head_size_v; column += kVectors * kVec) {
     direct_values<kDType, kRows, kVectors>(values, count, column, s, alpha, o + column, padded_v);

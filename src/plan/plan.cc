@@ -52,13 +52,17 @@ Spans shared_tile_spans(const LayerParams& layer, const BatchParams& batch, cons
   return all;
 }
 
+// Rows before `*next_row` are taken: where wild row offsets overlap, a row belongs to the first
+// sequence that claims it, so that no two workers write it.
 void add_sequence(const LayerParams& layer, const BatchParams& batch, std::int32_t s,
-                  WorkPlan* plan) {
+                  std::int64_t* next_row, WorkPlan* plan) {
   const Sequence seq = sequence_at(layer, batch, kAnyKvTokens, s);
   if (seq.query_len == 0) return;
   const TilePolicy policy = cpu_policy(layer, seq.query_len);
   const std::int64_t shared_prefix = plan->prefix_len[s];
-  for (std::int64_t i = 0; i < seq.query_len; i += policy.tokens) {
+  const std::int64_t taken = std::max<std::int64_t>(*next_row - seq.first_row, 0);
+  *next_row = std::max(*next_row, seq.first_row + seq.query_len);
+  for (std::int64_t i = taken; i < seq.query_len; i += policy.tokens) {
     WorkTile tile;
     tile.seq = s;
     tile.first = seq.first_row + i;
@@ -204,7 +208,10 @@ void build(const LayerParams& layer, const BatchParams& batch, int num_threads, 
   for (WorkTile& tile : plan->shared.tiles) {
     set_units(shared_policy, shared_tile_spans(layer, batch, *plan, tile), &tile);
   }
-  for (std::int32_t s = 0; s < batch.num_seqs; ++s) add_sequence(layer, batch, s, plan);
+  std::int64_t next_row = 0;
+  for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
+    add_sequence(layer, batch, s, &next_row, plan);
+  }
   for (Schedule* schedule : {&plan->shared, &plan->main}) {
     group_heads(layer, num_threads, schedule);
     note_sizes(layer, *schedule, plan);

@@ -19,7 +19,7 @@ struct TilePolicy {
 };
 
 // Up to this many rows the CPU kernel reads K and V straight from the cache, widening each vector
-// once per 8 rows; above it, transposing K once per tile for all rows is cheaper. At 20 rows the
+// once per 4 rows; above it, transposing K once per tile for all rows is cheaper. At 20 rows the
 // direct way was 1.2 times faster (docs/performance.md).
 inline constexpr std::int32_t kCpuFewRows = 32;
 
