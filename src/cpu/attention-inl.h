@@ -200,7 +200,7 @@ HWY_INLINE void exponentiate(const Item& item, std::int32_t padded, const Partia
 
 // ---- entry points -------------------------------------------------------------------------------
 
-void load_queries(const Item& item) {
+inline void load_queries(const Item& item) {
   const AttentionParams& p = *item.params;
   const LayerParams& layer = *p.layer;
   const WidenRow widen = widener(layer.dtype);
@@ -252,8 +252,8 @@ HWY_INLINE void values_by_panels(const Item& item, std::int32_t h, std::int32_t 
 }
 
 // Many rows of one head: K transposed and V widened once for all of them.
-void attend_many_rows(const Item& item, const Unit& unit, const Unit& next,
-                      const PartialRows& out) {
+inline void attend_many_rows(const Item& item, const Unit& unit, const Unit& next,
+                             const PartialRows& out) {
   prefetch_unit(item, next);
   load_k_panels(item, unit.k, unit.count);
   load_v_panels(item, unit.v, unit.count);
@@ -263,8 +263,8 @@ void attend_many_rows(const Item& item, const Unit& unit, const Unit& next,
 }
 
 // Few rows of several heads, widened copies: any head size.
-void attend_few_rows_widened(const Item& item, const Unit& unit, const Unit& next,
-                             const PartialRows& out) {
+inline void attend_few_rows_widened(const Item& item, const Unit& unit, const Unit& next,
+                                    const PartialRows& out) {
   prefetch_unit(item, next);
   load_k_rows(item, unit.k, unit.count);
   load_v_panels(item, unit.v, unit.count);
@@ -277,7 +277,8 @@ void attend_few_rows_widened(const Item& item, const Unit& unit, const Unit& nex
 }
 
 // Few rows of several heads straight from the cache.
-void attend_few_rows(const Item& item, const Unit& unit, const Unit& next, const PartialRows& out) {
+inline void attend_few_rows(const Item& item, const Unit& unit, const Unit& next,
+                            const PartialRows& out) {
   const AttentionParams& p = *item.params;
   const Scratch& scratch = *item.scratch;
   const DirectKernels k_kernels = direct_kernels(p.k.dtype);
@@ -301,8 +302,8 @@ void attend_few_rows(const Item& item, const Unit& unit, const Unit& next, const
   }
 }
 
-void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
-               const PartialRows& out) {
+inline void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
+                      const PartialRows& out) {
   const planning::WorkTile& tile = *item.tile;
   const LayerParams& layer = *item.params->layer;
   const bool direct = layer.head_size % kVec == 0 && layer.head_size_v % kVec == 0;
@@ -347,8 +348,8 @@ HWY_INLINE void weighted_sum(float* into, float weight_into, const float* part, 
   }
 }
 
-void fold(const PartialRows& into, const PartialRows& part, std::int32_t rows,
-          std::int32_t padded_v) {
+inline void fold(const PartialRows& into, const PartialRows& part, std::int32_t rows,
+                 std::int64_t padded_v) {
   for (std::int32_t r = 0; r < rows; ++r) {
     const auto merged = semantics::merge(semantics::SoftmaxState<float>{into.max[r], into.sum[r]},
                                          semantics::SoftmaxState<float>{part.max[r], part.sum[r]});
@@ -359,7 +360,7 @@ void fold(const PartialRows& into, const PartialRows& part, std::int32_t rows,
   }
 }
 
-void store_row(const float* from, std::int64_t size, float scale, void* to, DType dtype) {
+inline void store_row(const float* from, std::int64_t size, float scale, void* to, DType dtype) {
   const Df d;
   const hn::RebindToUnsigned<Df> du;
   const hn::Rebind<std::uint16_t, Df> d16;

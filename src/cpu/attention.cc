@@ -191,7 +191,7 @@ class Call {
     const float scale = finished.output_scale * value_scale_;
     if (block_output_ != nullptr) {
       kernels_.store_row(state.o, layer_.head_size_v, scale,
-                         block_output_ + row * row_size() + head * layer_.head_size_v,
+                         block_output_ + row * row_size() + std::int64_t{head} * layer_.head_size_v,
                          DType::kFloat32);
     } else {
       kernels_.store_row(state.o, layer_.head_size_v, scale * inverse_output_scale_,

@@ -36,15 +36,15 @@ struct DirectRows {
 // made decode 1.3 times slower (docs/performance.md).
 template <DType kDType>
 HWY_INLINE void prefetch_ahead(const char* ahead, std::int32_t i) {
-  constexpr std::int32_t kBytes = static_cast<std::int32_t>(size_of(kDType));
-  constexpr std::int32_t kVectorBytes = static_cast<std::int32_t>(kLanes) * kBytes;
+  constexpr std::int64_t kBytes = size_of(kDType);
+  constexpr std::int64_t kVectorBytes = static_cast<std::int64_t>(kLanes) * kBytes;
   if (kVectorBytes >= 64 || i * kBytes % 64 == 0) __builtin_prefetch(ahead + i * kBytes, 0, 2);
 }
 
 // s[r][t] for kRows rows from `q` on and all tokens up to a multiple of kTokens.
 template <DType kDType, int kRows>
 HWY_INLINE void direct_scores(const DirectRows& keys, std::int32_t count, const float* q,
-                              std::int32_t padded_k, std::int32_t head_size, float* s) {
+                              std::int64_t padded_k, std::int32_t head_size, float* s) {
   const Df d;
   constexpr auto kTokens = static_cast<std::int32_t>(kLanes < kRows ? 1 : kLanes / kRows);
   constexpr std::int32_t kSums = kTokens * kRows;
@@ -81,9 +81,9 @@ HWY_INLINE void direct_scores(const DirectRows& keys, std::int32_t count, const 
 // o[r][0, kVectors vectors) = alpha[r] * o[r] + sum_t s[r][t] * v[t]
 template <DType kDType, int kRows, int kVectors>
 HWY_INLINE void direct_values(const DirectRows& values, std::int32_t count, std::int32_t column,
-                              const float* s, const float* alpha, float* o, std::int32_t padded_v) {
+                              const float* s, const float* alpha, float* o, std::int64_t padded_v) {
   const Df d;
-  constexpr auto kVec = static_cast<std::int32_t>(kLanes);
+  constexpr auto kVec = static_cast<std::int64_t>(kLanes);
   Vf acc[kRows][kVectors];
   HWY_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
@@ -134,7 +134,7 @@ HWY_INLINE void for_row_blocks(std::int32_t rows, const Run& run) {
 }
 
 template <DType kDType>
-void head_scores(const DirectRows& keys, std::int32_t count, const float* q, std::int32_t padded_k,
+void head_scores(const DirectRows& keys, std::int32_t count, const float* q, std::int64_t padded_k,
                  std::int32_t head_size, std::int32_t rows, float* s) {
   for_row_blocks(rows, [&](std::int32_t r, auto number) {
     direct_scores<kDType, number()>(keys, count, q + r * padded_k, padded_k, head_size,
@@ -144,8 +144,8 @@ void head_scores(const DirectRows& keys, std::int32_t count, const float* q, std
 
 template <DType kDType, int kRows>
 HWY_INLINE void block_values(const DirectRows& values, std::int32_t count, std::int32_t head_size_v,
-                             const float* s, const float* alpha, float* o, std::int32_t padded_v) {
-  constexpr auto kVec = static_cast<std::int32_t>(kLanes);
+                             const float* s, const float* alpha, float* o, std::int64_t padded_v) {
+  constexpr auto kVec = static_cast<std::int64_t>(kLanes);
   // 16 accumulators of 32 registers, or 8 of 16.
   constexpr int kVectors = HWY_TARGET == HWY_AVX2 ? 2 : 4;
   std::int32_t column = 0;
@@ -160,7 +160,7 @@ HWY_INLINE void block_values(const DirectRows& values, std::int32_t count, std::
 template <DType kDType>
 void head_values(const DirectRows& values, std::int32_t count, std::int32_t head_size_v,
                  std::int32_t rows, const float* s, const float* alpha, float* o,
-                 std::int32_t padded_v) {
+                 std::int64_t padded_v) {
   for_row_blocks(rows, [&](std::int32_t r, auto number) {
     block_values<kDType, number()>(values, count, head_size_v, s + r * kMaxKvTile, alpha + r,
                                    o + std::int64_t{r} * padded_v, padded_v);

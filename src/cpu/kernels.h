@@ -15,7 +15,7 @@ namespace quire::cpu {
 // Row and column counts of scratch tiles are padded to these, whatever the ISA.
 inline constexpr std::int32_t kPadK = 16;  // head_size: the widest vector
 inline constexpr std::int32_t kPadV = 64;  // head_size_v: the widest panel
-inline constexpr std::int32_t kMaxKvTile = 64;
+inline constexpr std::int64_t kMaxKvTile = 64;
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -91,8 +91,8 @@ struct Item {
   std::int64_t first_kv_row = 0;
   bool cold = false;         // the first chunk of a run: nobody asked for its keys yet
   float query_scale = 1.0F;  // softmax, query and key scales
-  std::int32_t padded_k = 0;
-  std::int32_t padded_v = 0;
+  std::int64_t padded_k = 0;
+  std::int64_t padded_v = 0;
 };
 
 // The kernels of one ISA.
@@ -105,7 +105,7 @@ struct Kernels {
                     const PartialRows& out);
   // into = into + part, rows [0, rows).
   void (*fold)(const PartialRows& into, const PartialRows& part, std::int32_t rows,
-               std::int32_t padded_v);
+               std::int64_t padded_v);
   // to[0, size) = from[0, size) * scale in `dtype`.
   void (*store_row)(const float* from, std::int64_t size, float scale, void* to, DType dtype);
 };

@@ -14,7 +14,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace quire::cpu::HWY_NAMESPACE {
 
-constexpr std::int32_t kVec = static_cast<std::int32_t>(kLanes);
+constexpr auto kVec = static_cast<std::int64_t>(kLanes);
 
 // Micro-kernel: 6 rows by a panel of vectors; accumulators, one row of B and a broadcast fit the
 // register file (32 registers on AVX-512 and NEON, 16 on AVX2).
@@ -24,7 +24,7 @@ constexpr std::int32_t kPanelVectors = 2;
 #else
 constexpr std::int32_t kPanelVectors = 4;
 #endif
-constexpr std::int32_t kPanel = kPanelVectors * kVec;
+constexpr std::int64_t kPanel = kPanelVectors * kVec;
 static_assert(kMaxKvTile % kPanel == 0 && kPadV % kPanel == 0);
 
 // How a product meets what is in c already.

@@ -156,7 +156,7 @@ HWY_INLINE void load_v_panels(const Item& item, const UnitRows& rows, std::int32
     for (std::int32_t h = 0; h < item.heads; ++h) {
       float* to = item.scratch->v + h * head_stride + std::int64_t{t} * kPanel;
       for (std::int32_t i = 0; i < size; i += kPanel, to += panel_stride) {
-        widen(rows, t, h, i, std::min(kPanel, size - i), to, kPanel);
+        widen(rows, t, h, i, std::min(static_cast<std::int32_t>(kPanel), size - i), to, kPanel);
       }
     }
   }

@@ -29,7 +29,7 @@ float* Workspace::reserve_block_output(std::int64_t count) {
 void Workspace::size_scratch(Scratch* scratch) const {
   const std::int64_t rows = round_up(std::max(work_.max_rows, 1), kPadK);
   const std::int64_t item_rows = std::max<std::int64_t>(work_.max_item_rows, kPadK);
-  const std::int64_t keys = std::max(work_.max_item_keys, kMaxKvTile);
+  const std::int64_t keys = std::max<std::int64_t>(work_.max_item_keys, kMaxKvTile);
   const std::int64_t k = padded_k();
   const std::int64_t v = padded_v();
   const std::int64_t counts[] = {
