@@ -14,10 +14,9 @@ namespace {
 
 std::vector<char> file_of(const std::string& header, std::size_t data_bytes,
                           std::uint64_t stated_bytes) {
-  std::vector<char> file(sizeof stated_bytes);
+  std::vector<char> file(sizeof stated_bytes + header.size() + data_bytes, '\x01');
   std::memcpy(file.data(), &stated_bytes, sizeof stated_bytes);
-  file.insert(file.end(), header.begin(), header.end());
-  file.insert(file.end(), data_bytes, '\x01');
+  std::memcpy(file.data() + sizeof stated_bytes, header.data(), header.size());
   return file;
 }
 
