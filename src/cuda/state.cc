@@ -32,13 +32,15 @@ CudaPlan::CudaPlan(const LayerParams& layer)
   choose_kernels(layer);
 }
 
-CudaPlan::Stage CudaPlan::make_stage(const LayerParams& layer,
-                                     const sm80::MmaKernel* kernel) const {
+CudaPlan::Stage CudaPlan::make_stage(const LayerParams& layer, const sm80::MmaKernel* kernel,
+                                     const sm80::MmaKernel* general) const {
   Stage stage;
   int ctas_per_sm = 0;
   if (kernel != nullptr) {
     stage.mma = kernel;
+    stage.general = general;
     stage.mma_launch = sm80::mma_launch(*kernel, info_.shared_bytes_per_block);
+    sm80::allow_shared_bytes(*general, stage.mma_launch.shared_bytes);
     if (stage.mma_launch.stages == 0) return {};
     stage.tile_rows = kernel->rows;
     stage.columns = kernel->columns;
@@ -57,15 +59,18 @@ CudaPlan::Stage CudaPlan::make_stage(const LayerParams& layer,
 }
 
 void CudaPlan::choose_kernels(const LayerParams& layer) {
-  const auto find = [&](bool few) {
+  const auto find = [&](bool few, bool general) {
     return sm80::find_mma_kernel(layer.dtype, layer.kv_dtype, layer.head_size, layer.head_size_v,
-                                 few);
+                                 few, general);
   };
-  if (const sm80::MmaKernel* few = find(true)) few_ = make_stage(layer, few);
-  if (const sm80::MmaKernel* many = find(false)) many_ = make_stage(layer, many);
+  if (find(true, false) != nullptr && find(true, true) != nullptr)
+    few_ = make_stage(layer, find(true, false), find(true, true));
+  if (find(false, false) != nullptr && find(false, true) != nullptr) {
+    many_ = make_stage(layer, find(false, false), find(false, true));
+  }
   if (many_.tile_rows == 0) {  // no such instance, or too little shared memory for it
     few_ = {};
-    many_ = make_stage(layer, nullptr);
+    many_ = make_stage(layer, nullptr, nullptr);
   }
 }
 
@@ -250,7 +255,11 @@ void CudaPlan::launch(const Stage& stage, const TileRule& rule, KernelParams par
   params.passes = stage.passes;
   if (stage.mma != nullptr) {
     params.stages = stage.mma_launch.stages;
-    sm80::launch_attention_mma(*stage.mma, stage.mma_launch, params, stage.grid, stream);
+    const LayerParams& layer = params.layer;
+    const bool general =
+        layer.soft_cap > 0 || layer.alibi_slopes != nullptr || params.batch.qq_bias != nullptr;
+    sm80::launch_attention_mma(general ? *stage.general : *stage.mma, stage.mma_launch, params,
+                               stage.grid, stream);
   } else {
     sm80::launch_attention_fp32(params, stage.fp32_launch, stage.grid, stream);
   }

@@ -47,7 +47,8 @@ class CudaPlan final : public PlanState {
  private:
   // A kernel of this layer and its grid. Requests of few rows go to one, all others to the other.
   struct Stage {
-    const sm80::MmaKernel* mma = nullptr;  // null: the fp32 kernel
+    const sm80::MmaKernel* mma = nullptr;      // null: the fp32 kernel
+    const sm80::MmaKernel* general = nullptr;  // the same tiles, for modified scores
     sm80::MmaLaunch mma_launch;
     sm80::Fp32Launch fp32_launch;
     int tile_rows = 0;  // 0: not used
@@ -74,7 +75,8 @@ class CudaPlan final : public PlanState {
   };
 
   void choose_kernels(const LayerParams& layer);
-  Stage make_stage(const LayerParams& layer, const sm80::MmaKernel* kernel) const;
+  Stage make_stage(const LayerParams& layer, const sm80::MmaKernel* kernel,
+                   const sm80::MmaKernel* general) const;
   void allocate_slots(cudaStream_t stream);
   Workspace& workspace_for(const LayerParams& layer, const BatchParams& batch, cudaStream_t stream);
   void launch(const Stage& stage, const TileRule& rule, KernelParams params,

@@ -69,14 +69,25 @@ __device__ void scores(const KernelParams& p, Shared& shared, const Segment& seg
                        int keys, float scale) {
   const int r = static_cast<int>(threadIdx.x) / kThreadsPerRow;
   const int lane = static_cast<int>(threadIdx.x) % kThreadsPerRow;
-  float s[kMaxKeys / kThreadsPerRow] = {};
-  for (int d = 0; d < p.layer.head_size; ++d) {
-    const float x = q[r * q_pitch + d];
+  // Four partial sums a dot product: the rounding of one long sum shows where logits are large.
+  constexpr int kSums = 4;
+  float sums[kMaxKeys / kThreadsPerRow][kSums] = {};
+  for (int d = 0; d < p.layer.head_size; d += kSums) {
 #pragma unroll
-    for (int n = 0; n < kMaxKeys / kThreadsPerRow; ++n) {
-      const int t = lane + n * kThreadsPerRow;
-      if (t < keys) s[n] += x * k[t * k_pitch + d];
+    for (int u = 0; u < kSums; ++u) {
+      if (d + u >= p.layer.head_size) continue;
+      const float x = q[r * q_pitch + d + u];
+#pragma unroll
+      for (int n = 0; n < kMaxKeys / kThreadsPerRow; ++n) {
+        const int t = lane + n * kThreadsPerRow;
+        if (t < keys) sums[n][u] += x * k[t * k_pitch + d + u];
+      }
     }
+  }
+  float s[kMaxKeys / kThreadsPerRow];
+#pragma unroll
+  for (int n = 0; n < kMaxKeys / kThreadsPerRow; ++n) {
+    s[n] = (sums[n][0] + sums[n][1]) + (sums[n][2] + sums[n][3]);
   }
   float max = -INFINITY;
 #pragma unroll

@@ -9,7 +9,7 @@ namespace quire::cuda::sm80 {
 template <class C>
 MmaKernel describe_instance(DType compute, const char* name) {
   MmaKernel kernel;
-  kernel.key = {compute, C::kBytes, C::kHeadK, C::kFew};
+  kernel.key = {compute, C::kBytes, C::kHeadK, C::kFew, C::kGeneral};
   kernel.name = name;
   kernel.function = reinterpret_cast<const void*>(&attention_mma<C>);
   kernel.rows = C::kRows;
@@ -22,10 +22,10 @@ MmaKernel describe_instance(DType compute, const char* name) {
 }  // namespace quire::cuda::sm80
 
 // Defines the function that table.cc lists, and with it the kernel.
-#define QUIRE_MMA_INSTANCE(function, dtype, type, bytes, head, few)    \
-  namespace quire::cuda::sm80 {                                        \
-  MmaKernel function() {                                               \
-    return describe_instance<MmaConfig<tile::type, bytes, head, few>>( \
-        dtype, "sm80::attention_mma<" #function ">");                  \
-  }                                                                    \
+#define QUIRE_MMA_INSTANCE(function, dtype, type, bytes, head, few, general)    \
+  namespace quire::cuda::sm80 {                                                 \
+  MmaKernel function() {                                                        \
+    return describe_instance<MmaConfig<tile::type, bytes, head, few, general>>( \
+        dtype, "sm80::attention_mma<" #function ">");                           \
+  }                                                                             \
   }

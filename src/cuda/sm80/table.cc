@@ -4,47 +4,19 @@
 
 #include "cuda/check.h"
 
-// Every instance of this build; each has its file in instances/.
-#define QUIRE_MMA_INSTANCES(X) \
-  X(fp16_64_few)               \
-  X(fp16_64_many)              \
-  X(fp16_128_few)              \
-  X(fp16_128_many)             \
-  X(fp16_256_few)              \
-  X(fp16_256_many)             \
-  X(fp16_576_many)             \
-  X(fp16_bytes_64_few)         \
-  X(fp16_bytes_64_many)        \
-  X(fp16_bytes_128_few)        \
-  X(fp16_bytes_128_many)       \
-  X(fp16_bytes_256_few)        \
-  X(fp16_bytes_256_many)       \
-  X(fp16_bytes_576_many)       \
-  X(bf16_64_few)               \
-  X(bf16_64_many)              \
-  X(bf16_128_few)              \
-  X(bf16_128_many)             \
-  X(bf16_256_few)              \
-  X(bf16_256_many)             \
-  X(bf16_576_many)             \
-  X(bf16_bytes_64_few)         \
-  X(bf16_bytes_64_many)        \
-  X(bf16_bytes_128_few)        \
-  X(bf16_bytes_128_many)       \
-  X(bf16_bytes_256_few)        \
-  X(bf16_bytes_256_many)       \
-  X(bf16_bytes_576_many)
-
 namespace quire::cuda::sm80 {
 
-#define QUIRE_DECLARE(name) MmaKernel name();
-QUIRE_MMA_INSTANCES(QUIRE_DECLARE)
-#undef QUIRE_DECLARE
+// X(name) for each file of instances/ that this build compiles, written by CMake.
+#define X(name) MmaKernel name();
+#include "cuda_instances.inc"
+#undef X
 
 const std::vector<MmaKernel>& mma_kernels() {
-#define QUIRE_CALL(name) name(),
-  static const std::vector<MmaKernel> list = {QUIRE_MMA_INSTANCES(QUIRE_CALL)};
-#undef QUIRE_CALL
+#define X(name) name(),
+  static const std::vector<MmaKernel> list = {
+#include "cuda_instances.inc"
+  };
+#undef X
   return list;
 }
 
@@ -63,11 +35,13 @@ int bucket_of(int head_size, int head_size_v) {
 
 }  // namespace
 
-const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_size_v, bool few) {
+const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_size_v, bool few,
+                                 bool general) {
   MmaKey key;
   key.bytes = size_of(kv) == 1;
   key.head = bucket_of(head_size, head_size_v);
   key.few = few;
+  key.general = general;
   if (is_16_bit(query) && (kv == query || key.bytes)) {
     key.compute = query;
   } else if (query == DType::kFloat8E4M3 && is_fp8(kv)) {
@@ -77,7 +51,8 @@ const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_
   }
   for (const MmaKernel& kernel : mma_kernels()) {
     if (kernel.key.compute == key.compute && kernel.key.bytes == key.bytes &&
-        kernel.key.head == key.head && kernel.key.few == key.few) {
+        kernel.key.head == key.head && kernel.key.few == key.few &&
+        kernel.key.general == key.general) {
       return &kernel;
     }
   }
@@ -109,6 +84,12 @@ MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block) {
           kernel.name);
   }
   return best;
+}
+
+void allow_shared_bytes(const MmaKernel& kernel, int shared_bytes) {
+  check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             shared_bytes),
+        kernel.name);
 }
 
 void launch_attention_mma(const MmaKernel& kernel, const MmaLaunch& launch,

@@ -16,6 +16,9 @@ struct MmaKey {
   bool bytes = false;            // K and V in 8 bits, else in `compute`
   int head = 0;                  // bucket: 64, 128, 256, 576
   bool few = false;              // up to `rows` query rows a request
+  // Soft cap, ALiBi, query-query bias: kernels of their own, since their code would take registers
+  // from the plain loop.
+  bool general = false;
 };
 
 struct MmaKernel {
@@ -36,10 +39,13 @@ struct MmaLaunch {
 
 const std::vector<MmaKernel>& mma_kernels();
 // Null if there is none: the fp32 kernel serves then.
-const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_size_v, bool few);
+const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_size_v, bool few,
+                                 bool general);
 
 // The pipeline depth that suits the current device.
 MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block);
+// Lets a kernel take as much as its plain counterpart.
+void allow_shared_bytes(const MmaKernel& kernel, int shared_bytes);
 void launch_attention_mma(const MmaKernel& kernel, const MmaLaunch& launch,
                           const KernelParams& params, int grid, cudaStream_t stream);
 
