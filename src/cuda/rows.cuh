@@ -41,6 +41,13 @@ struct RowTable {
   float scale[kRows];      // epilogue: what unnormalised outputs are multiplied with
   std::int32_t common[4];  // spans that all rows see
   std::int32_t kv_len;
+  // Keys [hidden_begin, hidden_end) lie in front of every row's window: their blocks may have been
+  // freed and hold anything, so they count as absent.
+  std::int32_t hidden_begin;
+  std::int32_t hidden_end;
+  __device__ __forceinline__ bool may_read(std::int32_t key) const {
+    return key < kv_len && (key < hidden_begin || key >= hidden_end);
+  }
 };
 
 __device__ __forceinline__ float value_of(const Scale& scale) {
@@ -85,6 +92,11 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
     table.common[2] = static_cast<std::int32_t>(spans.main.begin);
     table.common[3] = static_cast<std::int32_t>(spans.main.end);
     table.kv_len = kv_len;
+    const semantics::Spans seen =
+        semantics::union_spans(mask, tile.first_pos, tile.first_pos + last);
+    table.hidden_begin = static_cast<std::int32_t>(seen.prefix.end);
+    table.hidden_end = static_cast<std::int32_t>(
+        semantics::min_of(semantics::max_of(seen.main.begin, seen.prefix.end), kv_len));
   }
 }
 

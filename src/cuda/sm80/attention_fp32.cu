@@ -49,11 +49,12 @@ __device__ void load_queries(const KernelParams& p, const RowTable<kRows>& rows,
 }
 
 // Keys [first, first + count) of one side, widened and scaled; absent rows are zeros.
-__device__ void load_rows(const KernelParams& p, const KvParams& kv, const Tile& tile, int kv_len,
-                          int kv_head, int first, int count, int size, float* to, int pitch) {
+__device__ void load_rows(const KernelParams& p, const KvParams& kv, const Tile& tile,
+                          const RowTable<kRows>& rows, int kv_head, int first, int count, int size,
+                          float* to, int pitch) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   for (int t = warp; t < count; t += kThreads / 32) {
-    const KvRow row = kv_row(p, tile, kv_len, first + t);
+    const KvRow row = rows.may_read(first + t) ? kv_row(p, tile, first + t) : KvRow{};
     const float scale = row_scale(kv, row, kv_head);
     const char* from = static_cast<const char*>(kv.data) +
                        (row.block < 0 ? 0 : row_offset(kv, row, kv_head) * size_of(kv.dtype));
@@ -171,19 +172,18 @@ __global__ void __launch_bounds__(kThreads)
       shared.sum[threadIdx.x] = 0.0F;
     }
     __syncthreads();
-    const int kv_len = shared.rows.kv_len;
     load_queries(p, shared.rows, segment.tile.rows, q, q_pitch);
     float acc[kRows][kColumns] = {};
     const int steps = kUnitKeys / keys;
     for (int i = segment.unit_begin * steps; i < segment.unit_end * steps; ++i) {
       const int first = segment.tile.unit(i / steps) * kUnitKeys + i % steps * keys;
-      load_rows(p, p.call.k, segment.tile, kv_len, kv_head, first, keys, p.layer.head_size, kv,
+      load_rows(p, p.call.k, segment.tile, shared.rows, kv_head, first, keys, p.layer.head_size, kv,
                 k_pitch);
       __syncthreads();
       scores(p, shared, segment, q, q_pitch, kv, k_pitch, first, keys, scale);
       __syncthreads();
-      load_rows(p, p.call.v, segment.tile, kv_len, kv_head, first, keys, p.layer.head_size_v, kv,
-                v_pitch);
+      load_rows(p, p.call.v, segment.tile, shared.rows, kv_head, first, keys, p.layer.head_size_v,
+                kv, v_pitch);
       __syncthreads();
       add_values<kColumns>(shared, kv, v_pitch, keys, p.layer.head_size_v, acc);
       __syncthreads();

@@ -104,7 +104,7 @@ class MmaLoader {
   __device__ __forceinline__ RowPlace look_up(const Segment& segment, int first) const {
     const std::int32_t key = first + static_cast<int>(threadIdx.x) % C::kKeys;
     RowPlace place{-1, 0};
-    if (key >= shared_.rows.kv_len) return place;
+    if (!shared_.rows.may_read(key)) return place;
     if (!p_.layer.paged) return {0, static_cast<std::int32_t>(segment.tile.first_kv_row) + key};
     const auto block_size = static_cast<std::uint32_t>(p_.layer.block_size);
     const std::uint32_t logical = static_cast<std::uint32_t>(key) / block_size;
