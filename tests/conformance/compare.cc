@@ -30,16 +30,6 @@ double element_bound(double tolerance, double row_scale, double wanted) {
   return tolerance * (2 * row_scale + std::fabs(wanted));
 }
 
-// The scale of a row's values. A handful of values may all be small by chance, which the errors know
-// nothing of: then all heads of the token are asked.
-double scale_of_row(const Expected& expected, std::int64_t row, std::int64_t head) {
-  constexpr std::int64_t kEnough = 32;
-  const std::int64_t size = expected.head_size_v;
-  const double own = root_mean_square(expected.out(row, head), size);
-  if (size >= kEnough) return own;
-  return std::max(own, root_mean_square(expected.out(row, 0), size * expected.num_heads));
-}
-
 // Reads the written elements of an output, checks them, and remembers which bytes they are.
 class OutputCheck {
  public:
@@ -84,12 +74,8 @@ class OutputCheck {
   std::string check_float(std::int64_t row, std::int64_t head) {
     const double* wanted = expected_.out(row, head);
     const std::int64_t size = expected_.head_size_v;
-    const double row_scale = scale_of_row(expected_, row, head);
-    // Tensor cores take P in the query's 16 bits (fp16 for an fp8 query): weights of keys far below
-    // the row's maximum are multiples of 2^-24 there. It shows where all heavier keys have v = 0.
-    const bool half_weights =
-        c_.spec.query_dtype() == DType::kFloat16 || is_float8(c_.spec.query_dtype());
-    const double step = std::max(smallest_step(c_.output.dtype), half_weights ? 0x1p-22 : 0.0);
+    const double row_scale = root_mean_square(wanted, size);
+    const double step = smallest_step(c_.output.dtype);
     for (std::int64_t d = 0; d < size; ++d) {
       const double got = decode(c_.output.dtype, &actual_.output[offset_of(row, head, d)]);
       const double error = std::fabs(got - wanted[d]);
@@ -108,7 +94,7 @@ class OutputCheck {
   std::string check_fp8(std::int64_t row, std::int64_t head) {
     const double* wanted = expected_.out(row, head);
     const std::int64_t size = expected_.head_size_v;
-    const double row_scale = scale_of_row(expected_, row, head);
+    const double row_scale = root_mean_square(wanted, size);
     for (std::int64_t d = 0; d < size; ++d) {
       const double scale = scale_of(row, head * size + d);
       const auto code = static_cast<std::uint8_t>(actual_.output[offset_of(row, head, d)]);
