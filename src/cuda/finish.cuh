@@ -15,6 +15,8 @@
 
 namespace quire::cuda {
 
+inline constexpr float kLog2E = 1.4426950408889634F;
+
 // The result of a segment or chunk: rows of `pitch` floats.
 struct Result {
   float* o = nullptr;
@@ -164,6 +166,77 @@ class Finisher {
     fold_slots(segment, first, last, beginner);
   }
 
+  __device__ float closing_scale(int r, float max, float sum, bool writes_lse) const {
+    const bool has_sink = p_.layer.sinks != nullptr;
+    const int head = table_.head[r];
+    const auto finished = semantics::finish(semantics::SoftmaxState<float>{max, sum}, has_sink,
+                                            has_sink ? p_.layer.sinks[head] : 0.0F);
+    if (writes_lse && p_.call.lse != nullptr && first_column_ == 0) {
+      p_.call.lse[head * p_.call.lse_head_stride + table_.token[r] * p_.call.lse_token_stride] =
+          finished.lse;
+    }
+    float scale = finished.output_scale * value_of(p_.call.v.scale);
+    if (p_.call.has_output_scale) scale *= 1.0F / value_of(p_.call.output_scale);
+    return scale;
+  }
+
+  __device__ void store_scaled(int r, int c, const float (&values)[8], float scale) const {
+    const std::int64_t token = table_.token[r];
+    const std::int64_t head = table_.head[r];
+    const int column = first_column_ + c;
+    const int count = min(8, columns_ - c);
+    DType dtype = p_.call.output_dtype;
+    char* to;
+    bool aligned = p_.output_aligned;
+    if (p_.block_output != nullptr) {
+      dtype = DType::kFloat32;
+      to = reinterpret_cast<char*>(
+          p_.block_output + (token * p_.layer.num_heads + head) * p_.layer.head_size_v + column);
+      aligned = p_.layer.head_size_v % 8 == 0;
+    } else {
+      to = static_cast<char*>(p_.call.output) +
+           (token * p_.call.output_token_stride + head * p_.call.output_head_stride + column) *
+               size_of(dtype);
+    }
+    if (!aligned || count < 8) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (i < count) semantics::store_element(to, dtype, i, values[i] * scale);
+      }
+      return;
+    }
+    if (dtype == DType::kFloat32) {
+      auto* out = reinterpret_cast<float4*>(to);
+      out[0] =
+          make_float4(values[0] * scale, values[1] * scale, values[2] * scale, values[3] * scale);
+      out[1] =
+          make_float4(values[4] * scale, values[5] * scale, values[6] * scale, values[7] * scale);
+      return;
+    }
+    union {
+      std::uint16_t halves[8];
+      std::uint8_t bytes[16];
+      uint4 whole;
+      uint2 half;
+    } packed;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float x = values[i] * scale;
+      if (dtype == DType::kFloat16) {
+        packed.halves[i] = semantics::float_to_fp16(x);
+      } else if (dtype == DType::kBFloat16) {
+        packed.halves[i] = semantics::float_to_bf16(x);
+      } else {
+        packed.bytes[i] = semantics::float_to_e4m3(x);
+      }
+    }
+    if (size_of(dtype) == 2) {
+      *reinterpret_cast<uint4*>(to) = packed.whole;
+    } else {
+      *reinterpret_cast<uint2*>(to) = packed.half;
+    }
+  }
+
  private:
   static __device__ float4 fold_values(const Fold& fold, const float4& a, const float4& b) {
     return make_float4(fold.value(a.x, b.x), fold.value(a.y, b.y), fold.value(a.z, b.z),
@@ -230,83 +303,12 @@ class Finisher {
     }
   }
 
-  __device__ float closing_scale(int r, float max, float sum, bool writes_lse) const {
-    const bool has_sink = p_.layer.sinks != nullptr;
-    const int head = table_.head[r];
-    const auto finished = semantics::finish(semantics::SoftmaxState<float>{max, sum}, has_sink,
-                                            has_sink ? p_.layer.sinks[head] : 0.0F);
-    if (writes_lse && p_.call.lse != nullptr && first_column_ == 0) {
-      p_.call.lse[head * p_.call.lse_head_stride + table_.token[r] * p_.call.lse_token_stride] =
-          finished.lse;
-    }
-    float scale = finished.output_scale * value_of(p_.call.v.scale);
-    if (p_.call.has_output_scale) scale *= 1.0F / value_of(p_.call.output_scale);
-    return scale;
-  }
-
   __device__ void close_row(int r, float max, float sum) {
     table_.scale[r] = closing_scale(r, max, sum, true);
   }
 
   __device__ void store(int r, int c, const float (&values)[8]) const {
     store_scaled(r, c, values, table_.scale[r]);
-  }
-
-  __device__ void store_scaled(int r, int c, const float (&values)[8], float scale) const {
-    const std::int64_t token = table_.token[r];
-    const std::int64_t head = table_.head[r];
-    const int column = first_column_ + c;
-    const int count = min(8, columns_ - c);
-    DType dtype = p_.call.output_dtype;
-    char* to;
-    bool aligned = p_.output_aligned;
-    if (p_.block_output != nullptr) {
-      dtype = DType::kFloat32;
-      to = reinterpret_cast<char*>(
-          p_.block_output + (token * p_.layer.num_heads + head) * p_.layer.head_size_v + column);
-      aligned = p_.layer.head_size_v % 8 == 0;
-    } else {
-      to = static_cast<char*>(p_.call.output) +
-           (token * p_.call.output_token_stride + head * p_.call.output_head_stride + column) *
-               size_of(dtype);
-    }
-    if (!aligned || count < 8) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (i < count) semantics::store_element(to, dtype, i, values[i] * scale);
-      }
-      return;
-    }
-    if (dtype == DType::kFloat32) {
-      auto* out = reinterpret_cast<float4*>(to);
-      out[0] =
-          make_float4(values[0] * scale, values[1] * scale, values[2] * scale, values[3] * scale);
-      out[1] =
-          make_float4(values[4] * scale, values[5] * scale, values[6] * scale, values[7] * scale);
-      return;
-    }
-    union {
-      std::uint16_t halves[8];
-      std::uint8_t bytes[16];
-      uint4 whole;
-      uint2 half;
-    } packed;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float x = values[i] * scale;
-      if (dtype == DType::kFloat16) {
-        packed.halves[i] = semantics::float_to_fp16(x);
-      } else if (dtype == DType::kBFloat16) {
-        packed.halves[i] = semantics::float_to_bf16(x);
-      } else {
-        packed.bytes[i] = semantics::float_to_e4m3(x);
-      }
-    }
-    if (size_of(dtype) == 2) {
-      *reinterpret_cast<uint4*>(to) = packed.whole;
-    } else {
-      *reinterpret_cast<uint2*>(to) = packed.half;
-    }
   }
 
   const KernelParams& p_;

@@ -29,6 +29,15 @@ namespace score {
 #include "semantics/score.inc"
 }
 
+// The keys of a tile that may be read: those below kv_len, but for [hidden_begin, hidden_end). These
+// lie in front of every row's window: their blocks may have been freed and hold anything, so they
+// count as absent.
+struct LoadableKeys {
+  std::int32_t kv_len;
+  std::int32_t hidden_begin;
+  std::int32_t hidden_end;
+};
+
 // In shared memory.
 template <int kRows>
 struct RowTable {
@@ -38,15 +47,11 @@ struct RowTable {
   std::int32_t head[kRows];
   std::int32_t query_index[kRows];
   float slope[kRows];
-  float scale[kRows];      // epilogue: what unnormalised outputs are multiplied with
-  std::int32_t common[4];  // spans that all rows see
-  std::int32_t kv_len;
-  // Keys [hidden_begin, hidden_end) lie in front of every row's window: their blocks may have been
-  // freed and hold anything, so they count as absent.
-  std::int32_t hidden_begin;
-  std::int32_t hidden_end;
+  float scale[kRows];                  // epilogue: what unnormalised outputs are multiplied with
+  alignas(16) std::int32_t common[4];  // spans that all rows see
+  LoadableKeys keys;
   __device__ __forceinline__ bool may_read(std::int32_t key) const {
-    return key < kv_len && (key < hidden_begin || key >= hidden_end);
+    return key < keys.kv_len && (key < keys.hidden_begin || key >= keys.hidden_end);
   }
 };
 
@@ -60,6 +65,31 @@ __device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const Til
       semantics::min_of(tile.kv_len, p.call.num_kv_tokens - tile.first_kv_row), 0));
 }
 
+__device__ __forceinline__ LoadableKeys loadable_keys(const KernelParams& p, const Tile& tile) {
+  const std::int32_t kv_len = keys_of(p, tile);
+  const semantics::SequenceMask mask = sequence_mask(p.layer, p.batch, tile.seq, kv_len);
+  const int last = (tile.first_sub + tile.rows - 1) / p.layer.group;
+  const semantics::Spans seen = semantics::union_spans(mask, tile.first_pos, tile.first_pos + last);
+  return {kv_len, static_cast<std::int32_t>(seen.prefix.end),
+          static_cast<std::int32_t>(
+              semantics::min_of(semantics::max_of(seen.main.begin, seen.prefix.end), kv_len))};
+}
+
+// Which token (of the tile, from 0) and query head row `r` is.
+struct RowPlace {
+  std::int64_t token;
+  std::int64_t head;
+  std::int32_t index;
+};
+
+__device__ __forceinline__ RowPlace row_place(const KernelParams& p, const Tile& tile,
+                                              std::int32_t kv_head, int r) {
+  const int packed = tile.first_sub + min(r, tile.rows - 1);
+  const int index = packed / p.layer.group;
+  return {tile.first_token + index, kv_head * p.layer.group + (packed - index * p.layer.group),
+          index};
+}
+
 // Fills the table for a segment; callers synchronise after it.
 template <int kRows, int kThreads>
 __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& segment,
@@ -68,9 +98,8 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
   const std::int32_t kv_len = keys_of(p, tile);
   const semantics::SequenceMask mask = sequence_mask(p.layer, p.batch, tile.seq, kv_len);
   for (int r = static_cast<int>(threadIdx.x); r < kRows; r += kThreads) {
-    const int packed = tile.first_sub + min(r, tile.rows - 1);
-    const int token = packed / p.layer.group;
-    const std::int64_t position = tile.first_pos + token;
+    const RowPlace place = row_place(p, tile, kv_head, r);
+    const std::int64_t position = tile.first_pos + place.index;
     const semantics::Spans spans = clip(semantics::row_spans(mask, position), 0, kv_len);
     table.visible[r] =
         r < tile.rows
@@ -78,9 +107,9 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
                         static_cast<int>(spans.main.begin), static_cast<int>(spans.main.end))
             : make_int4(0, 0, 0, 0);
     table.position[r] = static_cast<std::int32_t>(position);
-    table.token[r] = static_cast<std::int32_t>(tile.first_token + token);
-    table.head[r] = kv_head * p.layer.group + packed % p.layer.group;
-    table.query_index[r] = tile.first_index + token;
+    table.token[r] = static_cast<std::int32_t>(place.token);
+    table.head[r] = static_cast<std::int32_t>(place.head);
+    table.query_index[r] = tile.first_index + place.index;
     table.slope[r] = p.layer.alibi_slopes != nullptr ? p.layer.alibi_slopes[table.head[r]] : 0.0F;
   }
   if (threadIdx.x == kThreads - 1) {
@@ -91,12 +120,7 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
     table.common[1] = static_cast<std::int32_t>(spans.prefix.end);
     table.common[2] = static_cast<std::int32_t>(spans.main.begin);
     table.common[3] = static_cast<std::int32_t>(spans.main.end);
-    table.kv_len = kv_len;
-    const semantics::Spans seen =
-        semantics::union_spans(mask, tile.first_pos, tile.first_pos + last);
-    table.hidden_begin = static_cast<std::int32_t>(seen.prefix.end);
-    table.hidden_end = static_cast<std::int32_t>(
-        semantics::min_of(semantics::max_of(seen.main.begin, seen.prefix.end), kv_len));
+    table.keys = loadable_keys(p, tile);
   }
 }
 

@@ -210,6 +210,8 @@ void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
   p.layer = *params.layer;
   p.batch = *params.batch;
   p.call = params;
+  const auto block_size = static_cast<std::uint32_t>(p.layer.block_size);
+  p.block_shift = std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1;
   p.k_copy_bytes = row_alignment(params.k);
   p.v_copy_bytes = row_alignment(params.v);
   p.query_aligned =

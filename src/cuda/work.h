@@ -102,7 +102,8 @@ struct KernelParams {
   bool query_aligned = false;   // 16-byte aligned rows
   bool output_aligned = false;  // rows of 8 elements can be stored whole
   std::int32_t stages = 2;
-  std::int32_t columns = 0;  // output columns of a pass; passes = heads / num_kv_heads
+  std::int32_t block_shift = -1;  // log2 of the block size, -1: not a power of two
+  std::int32_t columns = 0;       // output columns of a pass; passes = heads / num_kv_heads
   std::int32_t passes = 1;
 };
 

@@ -1,15 +1,29 @@
 // What an instance's translation unit consists of.
 #pragma once
 
+#include "cuda/sm80/attention_decode.cuh"
 #include "cuda/sm80/attention_mma.cuh"
 #include "cuda/sm80/table.h"
 
 namespace quire::cuda::sm80 {
 
 template <class C>
-MmaKernel describe_instance(DType compute, const char* name) {
+MmaKernel describe_decode(DType compute, const char* name) {
   MmaKernel kernel;
-  kernel.key = {compute, C::kBytes, C::kHeadK, C::kFew, C::kGeneral};
+  kernel.key = {compute, C::kBytes, C::kHead, true, C::kGeneral};
+  kernel.name = name;
+  kernel.function = reinterpret_cast<const void*>(&attention_decode<C>);
+  kernel.rows = C::kRows;
+  kernel.columns = C::kHead;
+  kernel.max_stages = C::kMaxStages;
+  kernel.shared_bytes = [](int stages) { return decode_shared_bytes<C>(stages); };
+  return kernel;
+}
+
+template <class C>
+MmaKernel describe_prefill(DType compute, const char* name) {
+  MmaKernel kernel;
+  kernel.key = {compute, C::kBytes, C::kHeadK, false, C::kGeneral};
   kernel.name = name;
   kernel.function = reinterpret_cast<const void*>(&attention_mma<C>);
   kernel.rows = C::kRows;
@@ -21,11 +35,18 @@ MmaKernel describe_instance(DType compute, const char* name) {
 
 }  // namespace quire::cuda::sm80
 
-// Defines the function that table.cc lists, and with it the kernel.
-#define QUIRE_MMA_INSTANCE(function, dtype, type, bytes, head, few, general)    \
-  namespace quire::cuda::sm80 {                                                 \
-  MmaKernel function() {                                                        \
-    return describe_instance<MmaConfig<tile::type, bytes, head, few, general>>( \
-        dtype, "sm80::attention_mma<" #function ">");                           \
-  }                                                                             \
+// Each defines the function that table.cc lists, and with it the kernel.
+#define QUIRE_DECODE_INSTANCE(function, dtype, type, bytes, head, general)  \
+  namespace quire::cuda::sm80 {                                             \
+  MmaKernel function() {                                                    \
+    return describe_decode<DecodeConfig<tile::type, bytes, head, general>>( \
+        dtype, "sm80::attention_decode<" #function ">");                    \
+  }                                                                         \
+  }
+#define QUIRE_MMA_INSTANCE(function, dtype, type, bytes, head, few, general)   \
+  namespace quire::cuda::sm80 {                                                \
+  MmaKernel function() {                                                       \
+    return describe_prefill<MmaConfig<tile::type, bytes, head, few, general>>( \
+        dtype, "sm80::attention_mma<" #function ">");                          \
+  }                                                                            \
   }

@@ -11,7 +11,6 @@ namespace quire::cuda::sm80 {
 
 inline constexpr int kMmaThreads = 128;
 inline constexpr int kWide = 576;  // head sizes above 256: V in passes of 256 columns
-inline constexpr float kLog2E = 1.4426950408889634F;
 
 template <class Type_, bool kBytes_, int kHead_, bool kFew_, bool kGeneral_>
 struct MmaConfig {

@@ -63,7 +63,8 @@ MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block) {
   // More stages keep more copies under way; fewer are better where that doubles the CTAs of a
   // multiprocessor, which cover for each other.
   MmaLaunch best;
-  for (int stages = 1; stages <= kernel.max_stages; ++stages) {
+  // Decode kernels wait for powers of two only.
+  for (int stages = 1; stages <= kernel.max_stages; stages += kernel.key.few ? stages : 1) {
     MmaLaunch launch;
     launch.stages = stages;
     launch.shared_bytes = kernel.shared_bytes(stages);

@@ -1,0 +1,483 @@
+// Attention for requests of few query rows (decode, speculative decoding): as fast as K and V come.
+//
+//   each warp: its 16 keys of every unit of 64, by cp.async into a ring of its own (decode_stream)
+//   -> S = Q K^T -> mask, softmax in registers -> O += P V, with its own (m, l, O)
+//   at an item's end: the four warps' (m, l, O) -> shared memory -> merged -> output or a slot
+//
+// Warps wait for each other only at the end of an item. Copies for the next items go on meanwhile:
+// their queries and row tables are prepared an item ahead, in the other of two buffers.
+// 8-bit caches: the lane that copied bytes widens them. A token's own K scale multiplies its column
+// of S in fp32 (rounded into K it would cost a bit of every logit). Its V scale multiplies P in
+// bf16, which holds every product; in fp16 tiny ones would be lost, so there it goes into V.
+// Bytes of a unit at d128: 32 KiB; flops 4 * 64 * 128 * 16 for every 16 rows.
+#pragma once
+
+#include "cuda/sm80/decode_stream.cuh"
+
+namespace quire::cuda::sm80 {
+
+template <class C>
+class DecodeAttention : DecodeStream<C> {
+  using Base = DecodeStream<C>;
+  using Base::consumed_;
+  using Base::lane_;
+  using Base::p_;
+  using Base::segment_;
+  using Base::shared;
+  using Base::stage_;
+  using Base::warp_;
+  using Finish = Finisher<C::kRows, kDecodeThreads>;
+
+ public:
+  __device__ __forceinline__ explicit DecodeAttention(const KernelParams& p) : Base(p) {
+    const float scale = p.layer.softmax_scale * value_of(p.call.q_scale) * value_of(p.call.k.scale);
+    negate_ = scale < 0;
+    // At 0 a masked -inf would turn into NaN.
+    score_scale_ = fmaxf(fabsf(scale), 1e-37F);
+  }
+
+  __device__ __forceinline__ void run() {
+    this->start_walk();
+    if (!this->walk_to(0)) return;
+    prepare(0);
+    this->refill();
+    tile::wait_copies<0>();
+    __syncthreads();
+    for (; this->walk_to(segment_); ++segment_) {
+      if (this->walk_to(segment_ + 1)) prepare(segment_ + 1);
+      this->refill();
+      work(this->ahead(segment_).segment);
+    }
+    tile::wait_copies<0>();
+  }
+
+ private:
+  static constexpr int kColumnTiles = C::kHead / 8;
+  static constexpr bool kScaleWeights = std::is_same_v<typename C::Type, tile::BFloat16>;
+
+  // ---- a segment ------------------------------------------------------------------------------
+
+  // Row table and queries of segment `n`, for when its turn comes: at least one barrier later.
+  __device__ __forceinline__ void prepare(int n) {
+    const Segment& segment = this->ahead(n).segment;
+    if (warp_ == 0) fill_rows<C::kRows, 32>(p_, segment, segment.head, shared().rows[n & 1]);
+    this->load_queries(segment, this->query_at(n), negate_);
+  }
+
+  __device__ __forceinline__ void work(const Segment& segment) {
+    Finish finisher(p_, shared().rows[segment_ & 1], shared().finish);
+    finisher.set_pass(0, p_.layer.head_size_v);
+    const auto cta = static_cast<std::int32_t>(blockIdx.x);
+    // One run in the free mode; one for each chunk where chunks must not depend on who does them.
+    const int chunk =
+        p_.layer.batch_invariant ? segment.tile.chunk_units : segment.unit_end - segment.unit_begin;
+    const bool one_run = segment.unit_end - segment.unit_begin <= chunk;
+    int part = 0;
+    int unit = segment.unit_begin;
+    do {
+      const int end = min(unit + chunk, segment.unit_end);
+      if (segment.tile.rows <= 16) {
+        attend<1>(segment, unit, end);
+      } else {
+        attend<C::kMTiles>(segment, unit, end);
+      }
+      // What was prepared for the next segment has come with the ring's copies, unless this one was
+      // too short for that.
+      if (end - unit <= p_.stages) {
+        tile::commit_copies();
+        tile::wait_copies<0>();
+      }
+      Emit emit{Emit::kKeep, {}};
+      if (one_run && segment.whole()) {
+        emit.how = Emit::kWrite;
+      } else if (segment.unit_begin > 0) {
+        emit.slot = finisher.slot(cta, ++part);
+      } else {
+        emit.slot = finisher.slot(cta, 0);
+        if (unit > 0) emit.how = Emit::kFold;
+      }
+      merge(finisher, segment, emit);
+      unit = end;
+    } while (unit < segment.unit_end);
+    if (!segment.whole()) {
+      finisher.arrive(shared().walker[warp_], segment);
+    } else if (!one_run) {
+      finisher.write(segment, finisher.slot(cta, 0));
+    }
+  }
+
+  // ---- the loop -------------------------------------------------------------------------------
+
+  template <int kTiles>
+  using Scores = float[kTiles][2][4];
+
+  // Units [unit_begin, unit_end) into (o_, max_, sum_); kTiles * 16 rows.
+  template <int kTiles>
+  __device__ __forceinline__ void attend(const Segment& segment, int unit_begin, int unit_end) {
+#pragma unroll
+    for (int mt = 0; mt < C::kMTiles; ++mt) {
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o_[mt][n][e] = 0.0F;
+      }
+      max_[mt][0] = max_[mt][1] = -INFINITY;
+      sum_[mt][0] = sum_[mt][1] = 0.0F;
+    }
+#pragma unroll 1
+    for (int unit = unit_begin; unit < unit_end; ++unit) {
+      const int first = segment.tile.unit(unit) * kUnitKeys + warp_ * C::kKeys;
+      Scores<kTiles> s;
+      this->wait_oldest();
+      multiply_keys<kTiles>(ready<0>(), s);
+      __syncwarp();
+      const float* scales = C::kBytes ? shared().scale[C::kBytes ? warp_ : 0][stage_][0] : nullptr;
+      if (C::kBytes && p_.call.k.token_scales != nullptr) scale_columns<kTiles>(scales, s);
+      __syncwarp();
+      this->template fetch<0>();
+      softmax<kTiles>(segment, first, s);
+      this->wait_oldest();
+      if (C::kBytes && kScaleWeights && p_.call.v.token_scales != nullptr) {
+        scale_columns<kTiles>(scales + C::kKeys, s);
+      }
+      multiply_values<kTiles>(ready<1>(), s);
+      __syncwarp();
+      this->template fetch<1>();
+      ++consumed_;
+      if (++stage_ == p_.stages) stage_ = 0;
+    }
+  }
+
+  // Where the unit's K or V is to be multiplied from.
+  template <int kSide>
+  __device__ __forceinline__ std::uint32_t ready() {
+    const std::uint32_t slot = this->slot_at(stage_, kSide);
+    if constexpr (!C::kBytes) return slot;
+    __syncwarp();  // nobody reads the last one any more
+    const KvParams& kv = kSide == 0 ? p_.call.k : p_.call.v;
+    if (kv.dtype == DType::kFloat8E4M3) {
+      widen<kSide, tile::E4M3>(kv, slot);
+    } else if (kv.dtype == DType::kInt8) {
+      widen<kSide, tile::Int8>(kv, slot);
+    } else {
+      widen<kSide, tile::E5M2>(kv, slot);
+    }
+    __syncwarp();
+    return this->wide();
+  }
+
+  template <int kSide, class Stored>
+  __device__ __forceinline__ void widen(const KvParams& kv, std::uint32_t slot) {
+    constexpr int kRowStep = 32 / C::kPieces;
+    const bool scaled = kSide == 1 && !kScaleWeights && kv.token_scales != nullptr;
+    const int c = lane_ % C::kPieces;
+#pragma unroll
+    for (int step = 0; step < C::kKeys / kRowStep; ++step) {
+      const int r = lane_ / C::kPieces + step * kRowStep;
+      const float scale = scaled ? shared().scale[C::kBytes ? warp_ : 0][stage_][kSide][r] : 1.0F;
+      std::uint32_t wide[8];
+      tile::widen_piece<typename C::Type, Stored>(
+          tile::load_piece(slot + static_cast<std::uint32_t>(step * 512 + lane_ * 16)), scaled,
+          scale, wide);
+      const std::uint32_t to = this->wide();
+      tile::store_piece(to + tile::piece_offset(r, 2 * c, C::kPitch), wide[0], wide[1], wide[2],
+                        wide[3]);
+      tile::store_piece(to + tile::piece_offset(r, 2 * c + 1, C::kPitch), wide[4], wide[5], wide[6],
+                        wide[7]);
+    }
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void multiply_keys(std::uint32_t keys, Scores<kTiles>& s) {
+#pragma unroll
+    for (int mt = 0; mt < kTiles; ++mt) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[mt][n][e] = 0.0F;
+      }
+    }
+    const std::uint32_t query = tile::a_base(this->query_at(segment_), 0, C::kPitch);
+    const std::uint32_t key = tile::b_base(keys, 0, C::kPitch);
+#pragma unroll
+    for (int k = 0; k < C::kHead / 16; ++k) {
+      std::uint32_t b[4];
+      tile::load_matrices(b, tile::at_column(key, 2 * k));
+#pragma unroll
+      for (int mt = 0; mt < kTiles; ++mt) {
+        std::uint32_t a[4];
+        tile::load_matrices(a, tile::at_column(query, 2 * k) + mt * 16 * C::kPitch);
+        C::Type::multiply(s[mt][0], a, b[0], b[1]);
+        C::Type::multiply(s[mt][1], a, b[2], b[3]);
+      }
+    }
+  }
+
+  // Multiplies each key's column of S or P.
+  template <int kTiles>
+  __device__ __forceinline__ void scale_columns(const float* scales, Scores<kTiles>& s) const {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float2 scale = *reinterpret_cast<const float2*>(scales + lane_ % 4 * 2 + n * 8);
+#pragma unroll
+      for (int mt = 0; mt < kTiles; ++mt) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[mt][n][e] *= e % 2 == 0 ? scale.x : scale.y;
+      }
+    }
+  }
+
+  // S -> P in place; updates (max_, sum_) and rescales o_. Maxima are in units of S: raw dot
+  // products, or natural logits where scores are modified.
+  template <int kTiles>
+  __device__ __forceinline__ void softmax(const Segment& segment, int first, Scores<kTiles>& s) {
+    const RowTable<C::kRows>& rows = shared().rows[segment_ & 1];
+    const int4 common = *reinterpret_cast<const int4*>(rows.common);
+    const bool all_visible = (first >= common.z && first + C::kKeys <= common.w) ||
+                             (first >= common.x && first + C::kKeys <= common.y);
+    if constexpr (C::kGeneral) modify<kTiles>(segment, rows, first, s);
+    if (!all_visible) mask<kTiles>(rows, first, s);
+    const float to_log2 = C::kGeneral ? kLog2E : score_scale_ * kLog2E;
+    float shift[kTiles][2];
+    float alpha[kTiles][2];
+    bool rescale = false;
+    bool huge = false;
+#pragma unroll
+    for (int mt = 0; mt < kTiles; ++mt) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float max = fmaxf(fmaxf(s[mt][0][2 * h], s[mt][0][2 * h + 1]),
+                          fmaxf(s[mt][1][2 * h], s[mt][1][2 * h + 1]));
+        max = fmaxf(max, __shfl_xor_sync(~0U, max, 1));
+        max = fmaxf(max, __shfl_xor_sync(~0U, max, 2));
+        max = fmaxf(max, max_[mt][h]);
+        const float natural = semantics::softmax_shift(max);
+        alpha[mt][h] = tile::exp2_approx((max_[mt][h] - natural) * to_log2);
+        max_[mt][h] = max;
+        shift[mt][h] = natural * to_log2;
+        rescale |= alpha[mt][h] != 1.0F;
+        huge |= fabsf(shift[mt][h]) > 1e30F;
+      }
+    }
+    if (__any_sync(~0U, huge)) {
+      // Logits near the end of fp32's range: subtract before anything can overflow.
+#pragma unroll
+      for (int mt = 0; mt < kTiles; ++mt) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (fabsf(shift[mt][i % 4 / 2]) > 1e30F) {
+            s[mt][i / 4][i % 4] -= semantics::softmax_shift(max_[mt][i % 4 / 2]);
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (fabsf(shift[mt][h]) > 1e30F) shift[mt][h] = 0.0F;
+        }
+      }
+    }
+#pragma unroll
+    for (int mt = 0; mt < kTiles; ++mt) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float p[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          p[i] = tile::exp2_approx(fmaf(s[mt][i / 2][2 * h + i % 2], to_log2, -shift[mt][h]));
+          s[mt][i / 2][2 * h + i % 2] = p[i];
+        }
+        sum_[mt][h] = fmaf(sum_[mt][h], alpha[mt][h], (p[0] + p[1]) + (p[2] + p[3]));
+      }
+    }
+    if (__any_sync(~0U, rescale)) {  // rarely, after a row's first few units
+#pragma unroll
+      for (int mt = 0; mt < kTiles; ++mt) {
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o_[mt][n][e] *= alpha[mt][e / 2];
+        }
+      }
+    }
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void modify(const Segment& segment, const RowTable<C::kRows>& rows,
+                                         int first, Scores<kTiles>& s) {
+#pragma unroll
+    for (int mt = 0; mt < kTiles; ++mt) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int row = mt * 16 + lane_ / 4 + i % 4 / 2 * 8;
+        const int key = first + lane_ % 4 * 2 + i / 4 * 8 + i % 2;
+        s[mt][i / 4][i % 4] = modify_score<FloatOps>(p_, rows, segment.tile.seq, row, key,
+                                                     s[mt][i / 4][i % 4] * score_scale_);
+      }
+    }
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void mask(const RowTable<C::kRows>& rows, int first,
+                                       Scores<kTiles>& s) {
+#pragma unroll
+    for (int mt = 0; mt < kTiles; ++mt) {
+      const int4 low = rows.visible[mt * 16 + lane_ / 4];
+      const int4 high = rows.visible[mt * 16 + lane_ / 4 + 8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int key = first + lane_ % 4 * 2 + i / 4 * 8 + i % 2;
+        if (!sees(i % 4 < 2 ? low : high, key)) s[mt][i / 4][i % 4] = -INFINITY;
+      }
+    }
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void multiply_values(std::uint32_t values, const Scores<kTiles>& s) {
+    const std::uint32_t value = tile::a_base(values, 0, C::kPitch);
+    std::uint32_t a[kTiles][4];
+#pragma unroll
+    for (int mt = 0; mt < kTiles; ++mt) {
+      a[mt][0] = C::Type::pack(s[mt][0][0], s[mt][0][1]);
+      a[mt][1] = C::Type::pack(s[mt][0][2], s[mt][0][3]);
+      a[mt][2] = C::Type::pack(s[mt][1][0], s[mt][1][1]);
+      a[mt][3] = C::Type::pack(s[mt][1][2], s[mt][1][3]);
+    }
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; n += 2) {
+      std::uint32_t b[4];
+      tile::load_matrices_transposed(b, tile::at_column(value, n));
+#pragma unroll
+      for (int mt = 0; mt < kTiles; ++mt) {
+        C::Type::multiply(o_[mt][n], a[mt], b[0], b[1]);
+        C::Type::multiply(o_[mt][n + 1], a[mt], b[2], b[3]);
+      }
+    }
+  }
+
+  // ---- the end --------------------------------------------------------------------------------
+
+  struct Emit {
+    enum How { kWrite, kKeep, kFold } how;
+    Result slot;
+  };
+
+  // The warps' states into one, in warp order, kMergeRows rows at a time, and on to where they
+  // belong. Its barriers also hand over what prepare() got ready.
+  __device__ __forceinline__ void merge(const Finish& finisher, const Segment& segment,
+                                        const Emit& emit) {
+    const float to_natural = C::kGeneral ? 1.0F : score_scale_;
+#pragma unroll
+    for (int mt = 0; mt < C::kMTiles; ++mt) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float total = sum_[mt][h];
+        total += __shfl_xor_sync(~0U, total, 1);
+        total += __shfl_xor_sync(~0U, total, 2);
+        if (lane_ % 4 == 0) {
+          shared().max[warp_][mt * 16 + h * 8 + lane_ / 4] = max_[mt][h] * to_natural;
+          shared().sum[warp_][mt * 16 + h * 8 + lane_ / 4] = total;
+        }
+      }
+    }
+#pragma unroll 1
+    for (int row = 0; row < segment.tile.rows; row += C::kMergeRows) {
+#pragma unroll
+      for (int mt = 0; mt < C::kMTiles; ++mt) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (row / 8 == mt * 2 + h) spill_rows(mt, h, row);
+        }
+      }
+      __syncthreads();
+      merge_rows(finisher, segment.tile.rows, row, emit);
+      __syncthreads();
+    }
+  }
+
+  static __device__ __forceinline__ float* merge_area() {
+    return reinterpret_cast<float*>(Base::memory() + decode_fixed_bytes<C>() + 2 * C::kQueryBytes);
+  }
+
+  __device__ __forceinline__ void spill_rows(int mt, int h, int first_row) {
+    const int r = mt * 16 + h * 8 + lane_ / 4 - first_row;
+    if (r < 0 || r >= C::kMergeRows) return;
+    float* row = merge_area() + (warp_ * C::kMergeRows + r) * C::kMergePitch + lane_ % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+      *reinterpret_cast<float2*>(row + n * 8) = make_float2(o_[mt][n][2 * h], o_[mt][n][2 * h + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void merge_rows(const Finish& finisher, int rows, int first_row,
+                                             const Emit& emit) {
+    constexpr int kGroups = C::kHead / 8;
+    const int r = static_cast<int>(threadIdx.x) / kGroups;
+    const int c = static_cast<int>(threadIdx.x) % kGroups * 8;
+    const int row = first_row + r;
+    const bool mine = r < C::kMergeRows && row < rows && c < p_.layer.head_size_v;
+    float o[8] = {};
+    float max = -INFINITY;
+    float sum = 0.0F;
+    if (mine) merge_warps(r, row, c, &max, &sum, o);
+    if (emit.how == Emit::kWrite) {
+      if (mine) finisher.store_scaled(row, c, o, finisher.closing_scale(row, max, sum, c == 0));
+      return;
+    }
+    float* to = emit.slot.o + std::int64_t{row} * emit.slot.pitch + c;
+    if (emit.how == Emit::kFold) {
+      if (mine) {
+        Fold fold{emit.slot.max[row], emit.slot.sum[row]};
+        fold.add(max, sum);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) o[i] = fold.value(to[i], o[i]);
+        max = fold.max;
+        sum = fold.sum;
+      }
+      __syncthreads();  // all threads of a row have read its state
+    }
+    if (!mine) return;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      *reinterpret_cast<float4*>(to + i) = make_float4(o[i], o[i + 1], o[i + 2], o[i + 3]);
+    }
+    if (c == 0) {
+      emit.slot.max[row] = max;
+      emit.slot.sum[row] = sum;
+    }
+  }
+
+  // Eight columns of one row over the four warps.
+  __device__ __forceinline__ void merge_warps(int r, int row, int c, float* max, float* sum,
+                                              float (&o)[8]) const {
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w) *max = fmaxf(*max, shared().max[w][row]);
+    const float shift = semantics::softmax_shift(*max);
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w) {
+      const float weight = tile::exp2_approx((shared().max[w][row] - shift) * kLog2E);
+      const float* part = merge_area() + (w * C::kMergeRows + r) * C::kMergePitch + c;
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        const float4 x = *reinterpret_cast<const float4*>(part + i);
+        o[i] = fmaf(x.x, weight, o[i]);
+        o[i + 1] = fmaf(x.y, weight, o[i + 1]);
+        o[i + 2] = fmaf(x.z, weight, o[i + 2]);
+        o[i + 3] = fmaf(x.w, weight, o[i + 3]);
+      }
+      *sum = fmaf(shared().sum[w][row], weight, *sum);
+    }
+  }
+
+  bool negate_ = false;  // the softmax scale is negative: queries change their sign
+  float score_scale_;
+  float o_[C::kMTiles][kColumnTiles][4];
+  float max_[C::kMTiles][2];
+  float sum_[C::kMTiles][2];
+};
+
+template <class C>
+__global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
+    attention_decode(const __grid_constant__ KernelParams p) {
+  DecodeAttention<C>(p).run();
+}
+
+}  // namespace quire::cuda::sm80

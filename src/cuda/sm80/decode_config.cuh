@@ -1,0 +1,72 @@
+// What an instance of the decode kernel is made of, and its shared memory.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/finish.cuh"
+#include "cuda/tile/ptx.cuh"
+
+namespace quire::cuda::sm80 {
+
+inline constexpr int kDecodeThreads = 128;
+inline constexpr int kDecodeWarps = kDecodeThreads / 32;
+
+template <class Type_, bool kBytes_, int kHead_, bool kGeneral_>
+struct DecodeConfig {
+  using Type = Type_;
+  static constexpr bool kBytes = kBytes_;                // K and V are stored in 8 bits
+  static constexpr bool kGeneral = kGeneral_;            // soft cap, ALiBi, query-query bias
+  static constexpr int kHead = kHead_;                   // smaller heads are filled up with zeros
+  static constexpr int kMTiles = kHead <= 128 ? 2 : 1;   // of 16 rows
+  static constexpr int kMinCtas = kHead <= 128 ? 2 : 1;  // of a multiprocessor
+  static constexpr int kRows = 16 * kMTiles;
+  static constexpr int kKeys = kUnitKeys / kDecodeWarps;  // of a warp in a unit
+  static constexpr int kPitch = kHead * 2;                // bytes of a row that is multiplied
+  static constexpr int kStoredPitch = kBytes ? kHead : kHead * 2;
+  static constexpr int kPieces = kStoredPitch / 16;  // 16-byte pieces of a stored row
+  static constexpr int kTileBytes = kKeys * kPitch;  // K or V of a warp's keys
+  static constexpr int kSlotBytes = kKeys * kStoredPitch;
+  // Units under way: 64 KiB of K and V at head size 128 (two CTAs a multiprocessor).
+  static constexpr int kMaxStages = (kHead == 64 ? 4 : 2) * (kBytes ? 2 : 1);
+  static constexpr int kQueryBytes = kRows * kPitch;
+  // Rows that are merged in one go: a thread has eight columns.
+  static constexpr int kMergeRows = kHead == 256 ? 4 : 8;
+  static constexpr int kMergePitch = kHead + 4;  // floats
+  static constexpr int kMergeBytes = kDecodeWarps * kMergeRows * kMergePitch * 4;
+};
+
+inline constexpr int kSegmentsAhead = 4;
+
+// A segment as the loading side knows it.
+struct AheadSegment {
+  Segment segment;
+  const char* k_base;  // block 0, slot 0 of the segment's kv head
+  const char* v_base;
+  const std::int32_t* table;  // the sequence's block table
+  LoadableKeys keys;
+};
+
+template <class C>
+struct DecodeShared {
+  RowTable<C::kRows> rows[2];  // of the segment at work and the next
+  typename Finisher<C::kRows, kDecodeThreads>::Shared finish;
+  float max[kDecodeWarps][C::kRows];
+  float sum[kDecodeWarps][C::kRows];
+  // Of each warp: every warp walks by itself, so that none waits for another.
+  Walker walker[kDecodeWarps];
+  AheadSegment ahead[kDecodeWarps][kSegmentsAhead];
+  float scale[C::kBytes ? kDecodeWarps : 1][C::kMaxStages][2][C::kKeys];  // of tokens
+};
+
+template <class C>
+constexpr int decode_fixed_bytes() {
+  return (static_cast<int>(sizeof(DecodeShared<C>)) + 127) / 128 * 128;
+}
+
+template <class C>
+constexpr int decode_shared_bytes(int stages) {
+  return decode_fixed_bytes<C>() + 2 * C::kQueryBytes + C::kMergeBytes +
+         kDecodeWarps * (stages * 2 * C::kSlotBytes + (C::kBytes ? C::kTileBytes : 0));
+}
+
+}  // namespace quire::cuda::sm80
