@@ -4,6 +4,9 @@
 //   part of an item          -> a slot in global memory; the CTA that comes last (one counter an
 //                               item, put back to 0) folds all slots in key order and writes
 //
+// A shared prefix is written as seeds, as it is; an item that has a seed folds it in first: the
+// keys of the prefix come before its own.
+//
 // m is the maximum logit in natural units, l the sum of exp(S - m).
 #pragma once
 
@@ -71,6 +74,11 @@ class Finisher {
 
   // The result of an item that is done, to its output rows.
   __device__ __noinline__ void write(const Segment& segment, const Result& result) {
+    if (p_.schedule.shared_rows != nullptr) {
+      write_seeds(segment, result);
+      return;
+    }
+    if (segment.tile.seed >= 0) fold_seeds(segment, result);
     for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
       close_row(r, result.max[r], result.sum[r]);
     }
@@ -170,6 +178,63 @@ class Finisher {
                        fold.value(a.w, b.w));
   }
 
+  // ---- shared prefixes ----------------------------------------------------------------------
+
+  // Row r of the tile among the seeds' rows.
+  __device__ std::int64_t seed_row(const Tile& tile, int r) const {
+    const std::int64_t token = tile.seed + (tile.first_sub + r) / p_.layer.group;
+    return token * p_.layer.num_heads + table_.head[r];
+  }
+  __device__ float4* seed_columns(std::int64_t row, int c) const {
+    const Seeds& seeds = p_.schedule.seeds;
+    return reinterpret_cast<float4*>(seeds.o + row * seeds.pitch + first_column_ + c);
+  }
+  __device__ Fold seed_state(std::int64_t row) const {
+    return {p_.schedule.seeds.max[row], p_.schedule.seeds.sum[row]};
+  }
+  // All passes over a row's columns find the same maximum; their sums differ in rounding only.
+  __device__ void set_seed_state(std::int64_t row, float max, float sum) const {
+    if (first_column_ != 0) return;
+    p_.schedule.seeds.max[row] = max;
+    p_.schedule.seeds.sum[row] = sum;
+  }
+
+  __device__ void write_seeds(const Segment& segment, const Result& result) {
+    const int groups = (columns_ + 3) / 4;
+    for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
+      const int r = i / groups;
+      const int c = i % groups * 4;
+      const std::int64_t row = seed_row(segment.tile, r);
+      *seed_columns(row, c) =
+          *reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c);
+      if (c == 0) set_seed_state(row, result.max[r], result.sum[r]);
+    }
+  }
+
+  // result = fold(seeds, result).
+  __device__ void fold_seeds(const Segment& segment, const Result& result) {
+    const int groups = (columns_ + 3) / 4;
+    for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
+      const int r = i / groups;
+      const int c = i % groups * 4;
+      const std::int64_t row = seed_row(segment.tile, r);
+      Fold fold = seed_state(row);
+      fold.add(result.max[r], result.sum[r]);
+      auto* own = reinterpret_cast<float4*>(result.o + std::int64_t{r} * result.pitch + c);
+      *own = fold_values(fold, *seed_columns(row, c), *own);
+    }
+    __syncthreads();
+    for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
+      Fold fold = seed_state(seed_row(segment.tile, r));
+      fold.add(result.max[r], result.sum[r]);
+      result.max[r] = fold.max;
+      result.sum[r] = fold.sum;
+    }
+    // The thread of a row closes it, too: no barrier.
+  }
+
+  // ---- slots --------------------------------------------------------------------------------
+
   // Eight columns of a row of a slot.
   struct Part {
     float max;
@@ -188,13 +253,21 @@ class Finisher {
                              std::int32_t beginner) {
     const int groups = (columns_ + 7) / 8;
     const int work = segment.tile.rows * groups;
+    const bool shared = p_.schedule.shared_rows != nullptr;
+    const bool seeded = !shared && segment.tile.seed >= 0;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < work; i += kThreads) {
       const int r = i / groups;
       const int c = i % groups * 8;
+      const std::int64_t seed = shared || seeded ? seed_row(segment.tile, r) : 0;
       Fold fold;
       float4 low = make_float4(0, 0, 0, 0);
       float4 high = low;
+      if (seeded) {
+        fold = seed_state(seed);
+        low = seed_columns(seed, c)[0];
+        high = seed_columns(seed, c)[1];
+      }
       // Four CTAs' first parts are loaded together: one after the other, latency would add up.
       for (std::int32_t base = beginner; base <= last; base += kAhead) {
         Part part[kAhead];
@@ -208,7 +281,7 @@ class Finisher {
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           if (parts[u] == 0) continue;
-          if (base + u == beginner) {
+          if (base + u == beginner && !seeded) {
             fold = {part[u].max, part[u].sum};
             low = part[u].low;
             high = part[u].high;
@@ -222,6 +295,12 @@ class Finisher {
             part[u] = load_part(slot(base + u, k + 1), r, c);
           }
         }
+      }
+      if (shared) {
+        seed_columns(seed, c)[0] = low;
+        seed_columns(seed, c)[1] = high;
+        if (c == 0) set_seed_state(seed, fold.max, fold.sum);
+        continue;
       }
       // Every thread of a row closes it alike: no exchange needed.
       const float scale = closing_scale(r, fold.max, fold.sum, c == 0);

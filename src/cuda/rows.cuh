@@ -60,10 +60,37 @@ __device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const Til
       semantics::min_of(tile.kv_len, p.call.num_kv_tokens - tile.first_kv_row), 0));
 }
 
+// Rows of several sequences over the keys that they share. Those lie in everybody's past and there
+// is no window (CudaPlan::shares): every row sees them all, and query-query bias is about later keys.
+template <int kRows, int kThreads>
+__device__ __forceinline__ void fill_shared_rows(const KernelParams& p, const Segment& segment,
+                                                 std::int32_t kv_head, RowTable<kRows>& table) {
+  const Tile& tile = segment.tile;
+  for (int r = static_cast<int>(threadIdx.x); r < kRows; r += kThreads) {
+    const int packed = tile.first_sub + min(r, tile.rows - 1);
+    const SharedRow row = p.schedule.shared_rows[tile.seed + packed / p.layer.group];
+    table.visible[r] = make_int4(0, 0, 0, r < tile.rows ? tile.kv_len : 0);
+    table.position[r] = row.position;
+    table.token[r] = row.token;
+    table.head[r] = kv_head * p.layer.group + packed % p.layer.group;
+    table.query_index[r] = 0;
+    table.slope[r] = p.layer.alibi_slopes != nullptr ? p.layer.alibi_slopes[table.head[r]] : 0.0F;
+  }
+  if (threadIdx.x == kThreads - 1) {
+    table.common[0] = table.common[1] = table.common[2] = 0;
+    table.common[3] = table.kv_len = tile.kv_len;
+    table.hidden_begin = table.hidden_end = 0;
+  }
+}
+
 // Fills the table for a segment; callers synchronise after it.
 template <int kRows, int kThreads>
 __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& segment,
                                        std::int32_t kv_head, RowTable<kRows>& table) {
+  if (p.schedule.shared_rows != nullptr) {
+    fill_shared_rows<kRows, kThreads>(p, segment, kv_head, table);
+    return;
+  }
   const Tile& tile = segment.tile;
   const std::int32_t kv_len = keys_of(p, tile);
   const semantics::SequenceMask mask = sequence_mask(p.layer, p.batch, tile.seq, kv_len);
@@ -71,7 +98,8 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
     const int packed = tile.first_sub + min(r, tile.rows - 1);
     const int token = packed / p.layer.group;
     const std::int64_t position = tile.first_pos + token;
-    const semantics::Spans spans = clip(semantics::row_spans(mask, position), 0, kv_len);
+    const semantics::Spans spans =
+        clip(semantics::row_spans(mask, position), tile.kv_begin, kv_len);
     table.visible[r] =
         r < tile.rows
             ? make_int4(static_cast<int>(spans.prefix.begin), static_cast<int>(spans.prefix.end),
@@ -86,7 +114,8 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
   if (threadIdx.x == kThreads - 1) {
     const int last = (tile.first_sub + tile.rows - 1) / p.layer.group;
     const semantics::Spans spans =
-        clip(semantics::common_spans(mask, tile.first_pos, tile.first_pos + last), 0, kv_len);
+        clip(semantics::common_spans(mask, tile.first_pos, tile.first_pos + last), tile.kv_begin,
+             kv_len);
     table.common[0] = static_cast<std::int32_t>(spans.prefix.begin);
     table.common[1] = static_cast<std::int32_t>(spans.prefix.end);
     table.common[2] = static_cast<std::int32_t>(spans.main.begin);
