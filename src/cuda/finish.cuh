@@ -4,8 +4,8 @@
 //   part of an item          -> a slot in global memory; the CTA that comes last (one counter an
 //                               item, put back to 0) folds all slots in key order and writes
 //
-// A shared prefix is written as seeds, as it is; an item that has a seed folds it in first: the
-// keys of the prefix come before its own.
+// What is written goes to the seeds, as it is, if the item is a shared prefix; and if its rows have
+// seen a shared prefix before, their seeds are folded in.
 //
 // m is the maximum logit in natural units, l the sum of exp(S - m).
 #pragma once
@@ -74,15 +74,13 @@ class Finisher {
 
   // The result of an item that is done, to its output rows.
   __device__ __noinline__ void write(const Segment& segment, const Result& result) {
-    if (p_.schedule.shared_rows != nullptr) {
-      write_seeds(segment, result);
-      return;
+    const bool plain = segment.tile.seed < 0;
+    if (plain) {
+      for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
+        close_row(r, result.max[r], result.sum[r]);
+      }
+      __syncthreads();
     }
-    if (segment.tile.seed >= 0) fold_seeds(segment, result);
-    for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
-      close_row(r, result.max[r], result.sum[r]);
-    }
-    __syncthreads();
     const int groups = (columns_ + 7) / 8;
     for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
       const int r = i / groups;
@@ -94,8 +92,44 @@ class Finisher {
       const float4 high = from[1];
       values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
       values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-      store(r, c, values);
+      if (plain) {
+        store(r, c, values);
+      } else {
+        finish(segment.tile, r, c, result.max[r], result.sum[r], values);
+      }
     }
+  }
+
+  // Eight columns of row `r` of an item that is done, unnormalised, to where they belong.
+  __device__ void finish(const Tile& tile, int r, int c, float max, float sum,
+                         float (&values)[8]) const {
+    if (tile.seed >= 0) {
+      const Seeds& seeds = p_.schedule.seeds;
+      const std::int64_t token = tile.seed + (tile.first_sub + r) / p_.layer.group;
+      const std::int64_t row = token * p_.layer.num_heads + table_.head[r];
+      auto* seed = reinterpret_cast<float4*>(seeds.o + row * seeds.pitch + first_column_ + c);
+      if (p_.schedule.shared_rows != nullptr) {
+        seed[0] = make_float4(values[0], values[1], values[2], values[3]);
+        seed[1] = make_float4(values[4], values[5], values[6], values[7]);
+        // All passes over a row's columns find the same maximum, and sums that differ in rounding.
+        if (first_column_ + c == 0) {
+          seeds.max[row] = max;
+          seeds.sum[row] = sum;
+        }
+        return;
+      }
+      Fold fold{seeds.max[row], seeds.sum[row]};
+      fold.add(max, sum);
+      max = fold.max;
+      sum = fold.sum;
+      const float4 low = seed[0];
+      const float4 high = seed[1];
+      const float before[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] = fold.value(before[i], values[i]);
+    }
+    // Every thread of a row closes it alike: no exchange needed.
+    store_scaled(r, c, values, closing_scale(r, max, sum, c == 0));
   }
 
   __device__ __noinline__ void keep(const Segment& segment, const Result& result,
@@ -178,63 +212,6 @@ class Finisher {
                        fold.value(a.w, b.w));
   }
 
-  // ---- shared prefixes ----------------------------------------------------------------------
-
-  // Row r of the tile among the seeds' rows.
-  __device__ std::int64_t seed_row(const Tile& tile, int r) const {
-    const std::int64_t token = tile.seed + (tile.first_sub + r) / p_.layer.group;
-    return token * p_.layer.num_heads + table_.head[r];
-  }
-  __device__ float4* seed_columns(std::int64_t row, int c) const {
-    const Seeds& seeds = p_.schedule.seeds;
-    return reinterpret_cast<float4*>(seeds.o + row * seeds.pitch + first_column_ + c);
-  }
-  __device__ Fold seed_state(std::int64_t row) const {
-    return {p_.schedule.seeds.max[row], p_.schedule.seeds.sum[row]};
-  }
-  // All passes over a row's columns find the same maximum; their sums differ in rounding only.
-  __device__ void set_seed_state(std::int64_t row, float max, float sum) const {
-    if (first_column_ != 0) return;
-    p_.schedule.seeds.max[row] = max;
-    p_.schedule.seeds.sum[row] = sum;
-  }
-
-  __device__ void write_seeds(const Segment& segment, const Result& result) {
-    const int groups = (columns_ + 3) / 4;
-    for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
-      const int r = i / groups;
-      const int c = i % groups * 4;
-      const std::int64_t row = seed_row(segment.tile, r);
-      *seed_columns(row, c) =
-          *reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c);
-      if (c == 0) set_seed_state(row, result.max[r], result.sum[r]);
-    }
-  }
-
-  // result = fold(seeds, result).
-  __device__ void fold_seeds(const Segment& segment, const Result& result) {
-    const int groups = (columns_ + 3) / 4;
-    for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
-      const int r = i / groups;
-      const int c = i % groups * 4;
-      const std::int64_t row = seed_row(segment.tile, r);
-      Fold fold = seed_state(row);
-      fold.add(result.max[r], result.sum[r]);
-      auto* own = reinterpret_cast<float4*>(result.o + std::int64_t{r} * result.pitch + c);
-      *own = fold_values(fold, *seed_columns(row, c), *own);
-    }
-    __syncthreads();
-    for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
-      Fold fold = seed_state(seed_row(segment.tile, r));
-      fold.add(result.max[r], result.sum[r]);
-      result.max[r] = fold.max;
-      result.sum[r] = fold.sum;
-    }
-    // The thread of a row closes it, too: no barrier.
-  }
-
-  // ---- slots --------------------------------------------------------------------------------
-
   // Eight columns of a row of a slot.
   struct Part {
     float max;
@@ -253,21 +230,13 @@ class Finisher {
                              std::int32_t beginner) {
     const int groups = (columns_ + 7) / 8;
     const int work = segment.tile.rows * groups;
-    const bool shared = p_.schedule.shared_rows != nullptr;
-    const bool seeded = !shared && segment.tile.seed >= 0;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < work; i += kThreads) {
       const int r = i / groups;
       const int c = i % groups * 8;
-      const std::int64_t seed = shared || seeded ? seed_row(segment.tile, r) : 0;
       Fold fold;
       float4 low = make_float4(0, 0, 0, 0);
       float4 high = low;
-      if (seeded) {
-        fold = seed_state(seed);
-        low = seed_columns(seed, c)[0];
-        high = seed_columns(seed, c)[1];
-      }
       // Four CTAs' first parts are loaded together: one after the other, latency would add up.
       for (std::int32_t base = beginner; base <= last; base += kAhead) {
         Part part[kAhead];
@@ -281,7 +250,7 @@ class Finisher {
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           if (parts[u] == 0) continue;
-          if (base + u == beginner && !seeded) {
+          if (base + u == beginner) {
             fold = {part[u].max, part[u].sum};
             low = part[u].low;
             high = part[u].high;
@@ -296,16 +265,8 @@ class Finisher {
           }
         }
       }
-      if (shared) {
-        seed_columns(seed, c)[0] = low;
-        seed_columns(seed, c)[1] = high;
-        if (c == 0) set_seed_state(seed, fold.max, fold.sum);
-        continue;
-      }
-      // Every thread of a row closes it alike: no exchange needed.
-      const float scale = closing_scale(r, fold.max, fold.sum, c == 0);
       float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      store_scaled(r, c, values, scale);
+      finish(segment.tile, r, c, fold.max, fold.sum, values);
     }
   }
 
