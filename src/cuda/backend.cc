@@ -1,4 +1,4 @@
-// The CUDA backend: everything in semantics.md but cascade, on any GPU from sm_80 on.
+// The CUDA backend: everything in semantics.md, on any GPU from sm_80 on.
 #include "backend.h"
 
 #include <vector>
@@ -34,7 +34,6 @@ class CudaBackend final : public Backend {
   const BackendCapabilities& capabilities() const override {
     static const BackendCapabilities caps = [] {
       BackendCapabilities all = full_capabilities();
-      all.cascade = false;  // a promised prefix is read like any other keys
       all.graph_capture = true;
       return all;
     }();

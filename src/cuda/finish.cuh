@@ -4,6 +4,9 @@
 //   part of an item          -> a slot in global memory; the CTA that comes last (one counter an
 //                               item, put back to 0) folds all slots in key order and writes
 //
+// What is written goes to the seeds, as it is, if the item is a shared prefix; and if its rows have
+// seen a shared prefix before, their seeds are folded in.
+//
 // m is the maximum logit in natural units, l the sum of exp(S - m).
 #pragma once
 
@@ -73,10 +76,13 @@ class Finisher {
 
   // The result of an item that is done, to its output rows.
   __device__ __noinline__ void write(const Segment& segment, const Result& result) {
-    for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
-      close_row(r, result.max[r], result.sum[r]);
+    const bool plain = segment.tile.seed < 0;
+    if (plain) {
+      for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
+        close_row(r, result.max[r], result.sum[r]);
+      }
+      __syncthreads();
     }
-    __syncthreads();
     const int groups = (columns_ + 7) / 8;
     for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
       const int r = i / groups;
@@ -88,8 +94,44 @@ class Finisher {
       const float4 high = from[1];
       values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
       values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-      store(r, c, values);
+      if (plain) {
+        store(r, c, values);
+      } else {
+        finish(segment.tile, r, c, result.max[r], result.sum[r], values);
+      }
     }
+  }
+
+  // Eight columns of row `r` of an item that is done, unnormalised, to where they belong.
+  __device__ void finish(const Tile& tile, int r, int c, float max, float sum,
+                         float (&values)[8]) const {
+    if (tile.seed >= 0) {
+      const Seeds& seeds = p_.schedule.seeds;
+      const std::int64_t token = tile.seed + (tile.first_sub + r) / p_.layer.group;
+      const std::int64_t row = token * p_.layer.num_heads + table_.head[r];
+      auto* seed = reinterpret_cast<float4*>(seeds.o + row * seeds.pitch + first_column_ + c);
+      if (p_.schedule.shared_rows != nullptr) {
+        seed[0] = make_float4(values[0], values[1], values[2], values[3]);
+        seed[1] = make_float4(values[4], values[5], values[6], values[7]);
+        // All passes over a row's columns find the same maximum, and sums that differ in rounding.
+        if (first_column_ + c == 0) {
+          seeds.max[row] = max;
+          seeds.sum[row] = sum;
+        }
+        return;
+      }
+      Fold fold{seeds.max[row], seeds.sum[row]};
+      fold.add(max, sum);
+      max = fold.max;
+      sum = fold.sum;
+      const float4 low = seed[0];
+      const float4 high = seed[1];
+      const float before[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] = fold.value(before[i], values[i]);
+    }
+    // Every thread of a row closes it alike: no exchange needed.
+    store_scaled(r, c, values, closing_scale(r, max, sum, c == 0));
   }
 
   __device__ __noinline__ void keep(const Segment& segment, const Result& result,
@@ -134,36 +176,25 @@ class Finisher {
   }
 
   // After this CTA's slots of an item are written: if all others' are too, folds and writes.
-  __device__ __noinline__ void arrive(const Walker& walker, const Segment& segment) {
-    const std::int32_t first = walker.first_cta(segment);
-    const std::int32_t last = walker.last_cta(segment);
-    int expected = 0;
-    int beginner = 0;
-    const bool one_part = !p_.layer.batch_invariant;
-    for (std::int32_t base = first; base <= last; base += kThreads) {
-      const std::int32_t cta = base + static_cast<std::int32_t>(threadIdx.x);
-      bool begins = false;
-      std::int32_t parts = 0;
-      if (cta <= last) {
-        parts = walker.parts_of(segment, cta, one_part, &begins);
-        shared_.parts[cta - first] = static_cast<std::uint8_t>(parts);
-      }
-      if (begins) shared_.last = cta;
-      expected += __syncthreads_count(parts > 0);
-    }
-    beginner = shared_.last;
+  __device__ __noinline__ void arrive(const Sharers& sharers, const Segment& segment) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      std::int32_t* counter = p_.schedule.arrivals + beginner;
-      const bool is_last = atomicAdd(counter, 1) == expected - 1;
+      std::int32_t* counter = p_.schedule.arrivals + sharers.first;
+      const bool is_last = atomicAdd(counter, 1) == sharers.count - 1;
       if (is_last) *counter = 0;
       shared_.last = is_last ? 1 : 0;
     }
     __syncthreads();
     if (shared_.last == 0) return;
     __threadfence();
-    fold_slots(segment, first, last, beginner);
+    for (std::int32_t c = sharers.first + static_cast<std::int32_t>(threadIdx.x);
+         c <= sharers.last; c += kThreads) {
+      shared_.parts[c - sharers.first] =
+          c == sharers.first ? 1 : static_cast<std::uint8_t>(p_.schedule.starts[c].parts);
+    }
+    __syncthreads();
+    fold_slots(segment, sharers.first, sharers.last);
   }
 
   __device__ float closing_scale(int r, float max, float sum, bool writes_lse) const {
@@ -250,15 +281,14 @@ class Finisher {
     float4 low;
     float4 high;
   };
-  static constexpr int kAhead = 4;
+  static constexpr int kAhead = 8;
 
   static __device__ __forceinline__ Part load_part(const Result& from, int r, int c) {
     const auto* o = reinterpret_cast<const float4*>(from.o + std::int64_t{r} * from.pitch + c);
     return {__ldcg(from.max + r), __ldcg(from.sum + r), __ldcg(o), __ldcg(o + 1)};
   }
 
-  __device__ void fold_slots(const Segment& segment, std::int32_t first, std::int32_t last,
-                             std::int32_t beginner) {
+  __device__ void fold_slots(const Segment& segment, std::int32_t first, std::int32_t last) {
     const int groups = (columns_ + 7) / 8;
     const int work = segment.tile.rows * groups;
 #pragma unroll 1
@@ -268,20 +298,20 @@ class Finisher {
       Fold fold;
       float4 low = make_float4(0, 0, 0, 0);
       float4 high = low;
-      // Four CTAs' first parts are loaded together: one after the other, latency would add up.
-      for (std::int32_t base = beginner; base <= last; base += kAhead) {
+      // Eight CTAs' first parts are loaded together: one after the other, latency would add up.
+      for (std::int32_t base = first; base <= last; base += kAhead) {
         Part part[kAhead];
         int parts[kAhead];
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           const std::int32_t cta = base + u;
           parts[u] = cta <= last ? shared_.parts[cta - first] : 0;
-          if (parts[u] > 0) part[u] = load_part(slot(cta, cta == beginner ? 0 : 1), r, c);
+          if (parts[u] > 0) part[u] = load_part(slot(cta, cta == first ? 0 : 1), r, c);
         }
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           if (parts[u] == 0) continue;
-          if (base + u == beginner) {
+          if (base + u == first) {
             fold = {part[u].max, part[u].sum};
             low = part[u].low;
             high = part[u].high;
@@ -296,10 +326,8 @@ class Finisher {
           }
         }
       }
-      // Every thread of a row closes it alike: no exchange needed.
-      const float scale = closing_scale(r, fold.max, fold.sum, c == 0);
       float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      store_scaled(r, c, values, scale);
+      finish(segment.tile, r, c, fold.max, fold.sum, values);
     }
   }
 

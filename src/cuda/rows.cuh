@@ -67,15 +67,10 @@ __device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const Til
 
 __device__ __forceinline__ LoadableKeys loadable_keys(const KernelParams& p, const Tile& tile) {
   const std::int32_t kv_len = keys_of(p, tile);
-  const semantics::SequenceMask mask = sequence_mask(p.layer, p.batch, tile.seq, kv_len);
-  const int last = (tile.first_sub + tile.rows - 1) / p.layer.group;
-  const semantics::Spans seen = semantics::union_spans(mask, tile.first_pos, tile.first_pos + last);
-  return {kv_len, static_cast<std::int32_t>(seen.prefix.end),
-          static_cast<std::int32_t>(
-              semantics::min_of(semantics::max_of(seen.main.begin, seen.prefix.end), kv_len))};
+  return {kv_len, tile.hidden_begin, min(tile.hidden_end, kv_len)};
 }
 
-// Which token (of the tile, from 0) and query head row `r` is.
+// Which token (row of the query; of the tile, from 0) and query head row `r` is.
 struct RowPlace {
   std::int64_t token;
   std::int64_t head;
@@ -90,36 +85,44 @@ __device__ __forceinline__ RowPlace row_place(const KernelParams& p, const Tile&
           index};
 }
 
-// Fills the table for a segment; callers synchronise after it.
+__device__ __forceinline__ int4 visible_keys(const semantics::Spans& spans) {
+  return make_int4(static_cast<int>(spans.prefix.begin), static_cast<int>(spans.prefix.end),
+                   static_cast<int>(spans.main.begin), static_cast<int>(spans.main.end));
+}
+
+// Fills the table for a segment; callers synchronise after it. Rows of a shared prefix are of
+// several sequences: those keys lie in everybody's past and there is no window
+// (CudaPlan::cascade_rule), so every row sees them all.
 template <int kRows, int kThreads>
 __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& segment,
                                        std::int32_t kv_head, RowTable<kRows>& table) {
   const Tile& tile = segment.tile;
+  const SharedRow* shared_rows = p.schedule.shared_rows;
   const std::int32_t kv_len = keys_of(p, tile);
-  const semantics::SequenceMask mask = sequence_mask(p.layer, p.batch, tile.seq, kv_len);
+  const int4 common = make_int4(tile.common[0], min(tile.common[1], kv_len), tile.common[2],
+                                min(tile.common[3], kv_len));
+  const bool all_alike = shared_rows != nullptr || tile.first_sub + tile.rows <= p.layer.group;
   for (int r = static_cast<int>(threadIdx.x); r < kRows; r += kThreads) {
-    const RowPlace place = row_place(p, tile, kv_head, r);
-    const std::int64_t position = tile.first_pos + place.index;
-    const semantics::Spans spans = clip(semantics::row_spans(mask, position), 0, kv_len);
-    table.visible[r] =
-        r < tile.rows
-            ? make_int4(static_cast<int>(spans.prefix.begin), static_cast<int>(spans.prefix.end),
-                        static_cast<int>(spans.main.begin), static_cast<int>(spans.main.end))
-            : make_int4(0, 0, 0, 0);
+    RowPlace place = row_place(p, tile, kv_head, r);
+    std::int64_t position = tile.first_pos + place.index;
+    if (shared_rows != nullptr) {
+      place.token = shared_rows[tile.seed + place.index].token;
+      position = shared_rows[tile.seed + place.index].position;
+    }
+    int4 visible = common;
+    if (!all_alike) {
+      const semantics::SequenceMask mask = sequence_mask(p.layer, p.batch, tile.seq, kv_len);
+      visible = visible_keys(clip(semantics::row_spans(mask, position), tile.kv_begin, kv_len));
+    }
+    table.visible[r] = r < tile.rows ? visible : make_int4(0, 0, 0, 0);
     table.position[r] = static_cast<std::int32_t>(position);
     table.token[r] = static_cast<std::int32_t>(place.token);
     table.head[r] = static_cast<std::int32_t>(place.head);
     table.query_index[r] = tile.first_index + place.index;
-    table.slope[r] = p.layer.alibi_slopes != nullptr ? p.layer.alibi_slopes[table.head[r]] : 0.0F;
+    table.slope[r] = p.layer.alibi_slopes != nullptr ? p.layer.alibi_slopes[place.head] : 0.0F;
   }
   if (threadIdx.x == kThreads - 1) {
-    const int last = (tile.first_sub + tile.rows - 1) / p.layer.group;
-    const semantics::Spans spans =
-        clip(semantics::common_spans(mask, tile.first_pos, tile.first_pos + last), 0, kv_len);
-    table.common[0] = static_cast<std::int32_t>(spans.prefix.begin);
-    table.common[1] = static_cast<std::int32_t>(spans.prefix.end);
-    table.common[2] = static_cast<std::int32_t>(spans.main.begin);
-    table.common[3] = static_cast<std::int32_t>(spans.main.end);
+    *reinterpret_cast<int4*>(table.common) = common;
     table.keys = loadable_keys(p, tile);
   }
 }

@@ -7,6 +7,7 @@
 #include "cuda/check.h"
 #include "cuda/kernels.h"
 #include "cuda/limits.h"
+#include "cuda/shared_prefix.h"
 
 namespace quire::cuda {
 
@@ -110,7 +111,7 @@ RuleOffsets carve(Carver* carver, const TileRule& rule, std::int32_t max_seqs) {
   RuleOffsets at{};
   at.header = carver->take<ScheduleHeader>(1);
   at.tiles = carver->take<Tile>(rule.max_tiles);
-  at.starts = carver->take<CtaStart>(kMaxGrid);
+  at.starts = carver->take<CtaStart>(kMaxGrid + 1);
   at.seq_tiles = carver->take<std::int32_t>(max_seqs);
   return at;
 }
@@ -165,12 +166,79 @@ CudaPlan::Workspace& CudaPlan::workspace_for(const LayerParams& layer, const Bat
   return *workspaces_.back();
 }
 
+namespace {
+
+// Query tokens of a batch that may share a prefix; more stay plain. Two thousand decode: beyond
+// them seeds would take much memory (34 MB here for 32 heads of 128) to little avail.
+constexpr std::int64_t kMaxSharedTokens = 2048;
+
+}  // namespace
+
+// What batches may share, as far as the host knows: the launch that reads shared prefixes costs
+// time on every call, also where the device then finds none.
+planning::PrefixRule CudaPlan::cascade_rule(const LayerParams& layer, const BatchParams& batch,
+                                            bool capturing) const {
+  // Inside a window there is little to share. A graph serves batches of any composition: plain.
+  if (layer.mask.window != WindowKind::kNone || capturing || current_->captured_plain) return {};
+  // A tile that a request's own rows fill reads its keys once as it is.
+  const std::int64_t most_rows = many_.tile_rows / 2;
+  const planning::PrefixRule rule = planning::prefix_rule(layer, batch, most_rows, most_rows);
+  if (layer.group > most_rows || rule.min_blocks == 0) return {};
+  std::int64_t longest = batch.table_width * layer.block_size;
+  if (batch.max_seq_len > 0) longest = std::min(longest, batch.max_seq_len);
+  if (longest < rule.min_blocks * layer.block_size) return {};
+  return prefix_pays(rule, batch.num_seqs, longest) ? rule : planning::PrefixRule{};
+}
+
+void CudaPlan::allocate_cascade(const LayerParams& layer, Workspace* workspace,
+                                cudaStream_t stream) const {
+  if (workspace->cascade.data() != nullptr) return;
+  const std::int64_t most_tokens = std::max(many_.tile_rows / 2 / layer.group, 1);
+  SharedPrefixes& prefixes = workspace->prefixes;
+  prefixes.max_rows = static_cast<std::int32_t>(
+      std::min({workspace->max_tokens, workspace->max_seqs * most_tokens, kMaxSharedTokens}));
+  TileRule& rule = workspace->shared;
+  rule = workspace->many;
+  rule.max_tiles = static_cast<std::int32_t>(
+      (std::int64_t{prefixes.max_rows} * layer.group + rule.tile_rows - 1) / rule.tile_rows +
+      kMaxPrefixGroups);
+  const std::int64_t seed_rows = std::int64_t{prefixes.max_rows} * layer.num_heads;
+  Seeds& seeds = workspace->seeds;
+  seeds.pitch = (layer.head_size_v + 7) / 8 * 8;
+
+  Carver carver;
+  std::size_t lists[6];
+  for (std::size_t& list : lists) list = carver.take<std::int32_t>(workspace->max_seqs);
+  const std::size_t groups = carver.take<PrefixGroup>(kMaxPrefixGroups);
+  const std::size_t rows = carver.take<SharedRow>(prefixes.max_rows);
+  const std::size_t o = carver.take<float>(seed_rows * seeds.pitch);
+  const std::size_t max = carver.take<float>(seed_rows);
+  const std::size_t sum = carver.take<float>(seed_rows);
+  const RuleOffsets tiles = carve(&carver, rule, 0);
+  workspace->cascade.allocate(carver.size(), stream);
+
+  char* base = workspace->cascade.data();
+  std::int32_t** const pointers[] = {&prefixes.leader, &prefixes.blocks, &prefixes.members,
+                                     &prefixes.least,  &prefixes.keys,   &prefixes.first_row};
+  for (int i = 0; i < 6; ++i) *pointers[i] = reinterpret_cast<std::int32_t*>(base + lists[i]);
+  prefixes.groups = reinterpret_cast<PrefixGroup*>(base + groups);
+  prefixes.rows = reinterpret_cast<SharedRow*>(base + rows);
+  seeds.o = reinterpret_cast<float*>(base + o);
+  seeds.max = reinterpret_cast<float*>(base + max);
+  seeds.sum = reinterpret_cast<float*>(base + sum);
+  set_pointers(base, tiles, &rule);
+}
+
 void CudaPlan::update(const LayerParams& layer, const BatchParams& batch, cudaStream_t stream) {
   const DeviceScope scope(device_);
   if (batch.num_seqs == 0 || batch.num_tokens == 0) return;
   allocate_slots(stream);
   current_ = &workspace_for(layer, batch, stream);
-  if (is_capturing(stream)) current_->captured = true;
+  const bool capturing = is_capturing(stream);
+  const planning::PrefixRule rule = cascade_rule(layer, batch, capturing);
+  shares_ = rule.min_blocks > 0;
+  if (shares_) allocate_cascade(layer, current_, stream);
+  if (capturing) current_->captured = current_->captured_plain = true;
   few_only_ = few_.tile_rows > 0 &&
               (batch.max_query_len > 0 ? batch.max_query_len * layer.group <= few_.tile_rows
                                        : captured_few_only_);
@@ -179,6 +247,9 @@ void CudaPlan::update(const LayerParams& layer, const BatchParams& batch, cudaSt
   args.batch = batch;
   args.few = current_->few;
   args.many = current_->many;
+  args.shared = current_->shared;
+  args.prefixes = current_->prefixes;
+  args.prefixes.rule = rule;
   if (few_only_) args.many.tile_rows = 0;
   launch_plan(args, stream);
 }
@@ -231,10 +302,16 @@ void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
   }
   if (is_capturing(stream)) {
     workspace.captured = true;
+    workspace.captured_plain = workspace.captured_plain || !shares_;
     captured_few_only_ = captured_few_only_ || few_only_;
   }
-  if (few_.tile_rows > 0) launch(few_, workspace.few, p, stream);
-  if (!few_only_) launch(many_, workspace.many, p, stream);
+  if (shares_) {
+    ScheduleView shared = view_of(many_, workspace.shared);
+    shared.shared_rows = workspace.prefixes.rows;
+    launch(many_, shared, p, stream);
+  }
+  if (few_.tile_rows > 0) launch(few_, view_of(few_, workspace.few), p, stream);
+  if (!few_only_) launch(many_, view_of(many_, workspace.many), p, stream);
   if (p.block_output != nullptr) {
     launch_block_quantize(
         p, static_cast<int>(std::min<std::int64_t>(p.batch.num_tokens, info_.sm_count * 4)),
@@ -242,9 +319,8 @@ void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
   }
 }
 
-void CudaPlan::launch(const Stage& stage, const TileRule& rule, KernelParams params,
-                      cudaStream_t stream) const {
-  ScheduleView& view = params.schedule;
+ScheduleView CudaPlan::view_of(const Stage& stage, const TileRule& rule) const {
+  ScheduleView view;
   view.header = rule.header;
   view.tiles = rule.tiles;
   view.starts = rule.starts;
@@ -253,6 +329,13 @@ void CudaPlan::launch(const Stage& stage, const TileRule& rule, KernelParams par
   view.slot_floats = stage.slot_floats();
   view.slots_per_cta = stage.slots_per_cta;
   view.heads = rule.heads;
+  view.seeds = current_->seeds;
+  return view;
+}
+
+void CudaPlan::launch(const Stage& stage, const ScheduleView& schedule, KernelParams params,
+                      cudaStream_t stream) const {
+  params.schedule = schedule;
   params.columns = stage.columns;
   params.passes = stage.passes;
   if (stage.mma != nullptr) {
@@ -270,7 +353,7 @@ void CudaPlan::launch(const Stage& stage, const TileRule& rule, KernelParams par
 std::int64_t CudaPlan::workspace_bytes() const {
   std::size_t bytes = slots_.size() + arrivals_.size();
   for (const auto& workspace : workspaces_) {
-    bytes += workspace->memory.size() + workspace->block_output.size();
+    bytes += workspace->memory.size() + workspace->block_output.size() + workspace->cascade.size();
   }
   return static_cast<std::int64_t>(bytes);
 }

@@ -68,10 +68,17 @@ class CudaPlan final : public PlanState {
     std::int32_t max_seqs = 0;
     std::int64_t max_tokens = 0;
     bool captured = false;
+    // Some graph attends without the launch for shared prefixes, or plans without them: what is
+    // planned here must do without.
+    bool captured_plain = false;
     DeviceBuffer memory;
     DeviceBuffer block_output;
+    DeviceBuffer cascade;  // when a batch that may share prefixes first comes
     TileRule few;
     TileRule many;
+    TileRule shared;
+    SharedPrefixes prefixes;
+    Seeds seeds;
   };
 
   void choose_kernels(const LayerParams& layer);
@@ -79,7 +86,11 @@ class CudaPlan final : public PlanState {
                    const sm80::MmaKernel* general) const;
   void allocate_slots(cudaStream_t stream);
   Workspace& workspace_for(const LayerParams& layer, const BatchParams& batch, cudaStream_t stream);
-  void launch(const Stage& stage, const TileRule& rule, KernelParams params,
+  planning::PrefixRule cascade_rule(const LayerParams& layer, const BatchParams& batch,
+                                    bool capturing) const;
+  void allocate_cascade(const LayerParams& layer, Workspace* workspace, cudaStream_t stream) const;
+  ScheduleView view_of(const Stage& stage, const TileRule& rule) const;
+  void launch(const Stage& stage, const ScheduleView& schedule, KernelParams params,
               cudaStream_t stream) const;
 
   Device device_;
@@ -88,6 +99,7 @@ class CudaPlan final : public PlanState {
   Stage many_;
   bool few_only_ = false;           // of the planned batch: its bound on query lengths says so
   bool captured_few_only_ = false;  // some graph launches only the kernel for few rows
+  bool shares_ = false;             // the planned batch may have shared prefixes
   DeviceBuffer slots_;
   DeviceBuffer arrivals_;
   std::vector<std::unique_ptr<Workspace>> workspaces_;  // from small to large

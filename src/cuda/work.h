@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "params.h"
+#include "plan/shared_prefix.h"
 #include "semantics/work_split.h"
 
 namespace quire::cuda {
@@ -34,9 +35,18 @@ struct alignas(16) Tile {
   std::int32_t prefix_count;
   std::int32_t main_first;
   std::int32_t main_count;
+  std::int32_t kv_begin;  // keys outside [kv_begin, kv_len) are not this tile's
   std::int32_t kv_len;
+  // Of a shared prefix: the first row's token in SharedPrefixes::rows and in Seeds; -1: none. In a
+  // tile of the prefix itself the other fields of the first row are not used, but first_sub.
+  std::int32_t seed;
   std::int32_t chunk_units;
   std::int32_t cost;  // of one head
+  // Keys that every row sees, as two spans; exact where all rows are of one token.
+  std::int32_t common[4];
+  // Keys in front of every row's window.
+  std::int32_t hidden_begin;
+  std::int32_t hidden_end;
 
   QUIRE_HOST_DEVICE std::int32_t num_units() const { return prefix_count + main_count; }
   QUIRE_HOST_DEVICE std::int32_t unit(std::int32_t i) const {
@@ -44,28 +54,85 @@ struct alignas(16) Tile {
   }
 };
 
-struct CtaStart {
+// Where a CTA's range starts: at unit `unit` of an item (tile, head). The next CTA's start ends it.
+struct alignas(16) CtaStart {
   std::int32_t tile = 0;
   std::int32_t head = 0;
+  std::int32_t unit = 0;
+  // Of an item that began in another CTA (unit > 0): the parts that this CTA leaves of it, the first
+  // and last CTA that work on it, and how many of them leave anything.
+  std::int32_t parts = 0;
+  std::int32_t first_cta = 0;
+  std::int32_t last_cta = 0;
+  std::int32_t num_sharers = 0;
+  std::int32_t rank = 0;  // CTAs before this one that have work
+
+  QUIRE_HOST_DEVICE bool is_in(std::int32_t t, std::int32_t h) const {
+    return tile == t && head == h;
+  }
+  QUIRE_HOST_DEVICE bool comes_before(std::int32_t t, std::int32_t h, std::int32_t u) const {
+    return tile != t ? tile < t : (head != h ? head < h : unit < u);
+  }
+};
+
+// A query token whose sequence shares a prefix.
+struct SharedRow {
+  std::int32_t token;  // row of query and output
+  std::int32_t position;
+};
+
+// Sequences whose first `keys` keys lie in the same blocks.
+struct PrefixGroup {
+  std::int32_t seq;  // whose block table is read
+  std::int32_t keys;
+  std::int32_t first_row;  // of SharedPrefixes::rows
+  std::int32_t end_row;
+};
+
+inline constexpr std::int32_t kMaxPrefixGroups = 16;  // of a batch; what is more stays plain
+
+// Cascade: found by the plan kernel, see shared_prefix.h. Arrays of a value a sequence:
+struct SharedPrefixes {
+  planning::PrefixRule rule;          // min_blocks 0: nothing is shared in this batch
+  std::int32_t* leader = nullptr;     // of its group; -1: it shares nothing
+  std::int32_t* blocks = nullptr;     // that it has in common with its leader
+  std::int32_t* members = nullptr;    // leaders: sequences of the group
+  std::int32_t* least = nullptr;      // leaders: blocks that they all have in common
+  std::int32_t* keys = nullptr;       // of its shared prefix; 0: none
+  std::int32_t* first_row = nullptr;  // of its query, in `rows`
+  PrefixGroup* groups = nullptr;      // [kMaxPrefixGroups]
+  SharedRow* rows = nullptr;          // [max_rows], group by group
+  std::int32_t max_rows = 0;
+};
+
+// What the queries of SharedPrefixes::rows saw in their prefixes, unnormalised: [rows, num_heads]
+// times `pitch` floats, a maximum and a sum. Items of the same queries start from it.
+struct Seeds {
+  float* o = nullptr;
+  float* max = nullptr;
+  float* sum = nullptr;
+  std::int32_t pitch = 0;
 };
 
 struct ScheduleHeader {
   std::int32_t num_tiles = 0;
-  std::int32_t num_ctas = 0;  // that have work
-  std::int64_t total_cost = 0;
+  std::int32_t num_ctas = 0;  // that may have work
 };
 
 // What one attention kernel sees of the plan.
 struct ScheduleView {
   const ScheduleHeader* header = nullptr;
   const Tile* tiles = nullptr;
-  const CtaStart* starts = nullptr;
+  const CtaStart* starts = nullptr;  // [num_ctas + 1]
   std::int32_t* arrivals = nullptr;  // [ctas], all 0 between launches
   float* slots = nullptr;
   std::int64_t slot_floats = 0;
   // Slot 0 of a CTA holds an item's beginning, the others what follows someone else's beginning.
   std::int32_t slots_per_cta = 2;
   std::int32_t heads = 0;  // kv heads times column passes
+  Seeds seeds;
+  // Not null: these are tiles of shared prefixes, of these rows. Results become seeds.
+  const SharedRow* shared_rows = nullptr;
 };
 
 // How the plan kernel cuts requests for one attention kernel.
@@ -85,8 +152,10 @@ struct TileRule {
 struct PlanArgs {
   LayerParams layer;
   BatchParams batch;
-  TileRule few;   // requests of up to few.tile_rows rows
-  TileRule many;  // all others; if few is unused, all
+  TileRule few;     // requests of up to few.tile_rows rows
+  TileRule many;    // all others; if few is unused, all
+  TileRule shared;  // shared prefixes, for the kernel of `many`; no tile_rows: no room for them
+  SharedPrefixes prefixes;
 };
 
 // What an attention kernel gets. The pointers `call.layer` and `call.batch` are host pointers and

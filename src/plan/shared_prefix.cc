@@ -1,7 +1,9 @@
 // Cascade: sequences whose block tables start with the same blocks read them once, together.
 #include <algorithm>
+#include <limits>
 
 #include "plan/plan.h"
+#include "plan/shared_prefix.h"
 #include "plan/tuning.h"
 
 namespace quire::planning {
@@ -9,13 +11,6 @@ namespace {
 
 const std::int32_t* table_row(const BatchParams& batch, std::int32_t s) {
   return batch.block_table + s * batch.table_stride;
-}
-
-// Whole blocks of context (never this step's own tokens, so every row sees the prefix causally).
-std::int64_t context_blocks(const LayerParams& layer, const BatchParams& batch, std::int32_t s) {
-  const Sequence seq = sequence_at(layer, batch, 0, s);
-  if (seq.query_len == 0) return 0;
-  return std::max<std::int64_t>(std::min(seq.context_len, seq.mask.kv_len), 0) / layer.block_size;
 }
 
 std::int64_t equal_blocks(const BatchParams& batch, std::int32_t a, std::int32_t b,
@@ -50,13 +45,12 @@ void add_group(const LayerParams& layer, const BatchParams& batch, std::int64_t 
 }
 
 // The announced prefix. Sequences that do not keep the promise are left to plain attention.
-void add_announced(const LayerParams& layer, const BatchParams& batch, WorkPlan* plan) {
-  const std::int64_t blocks =
-      std::min(batch.common_prefix_len / layer.block_size, batch.table_width);
-  if (blocks == 0) return;
+void add_announced(const LayerParams& layer, const BatchParams& batch, const PrefixRule& rule,
+                   WorkPlan* plan) {
+  const std::int64_t blocks = rule.min_blocks;
   std::vector<std::int32_t>& order = plan->order;
   for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
-    if (context_blocks(layer, batch, s) < blocks) continue;
+    if (shareable_blocks(layer, batch, rule, s) == 0) continue;
     if (!order.empty() && equal_blocks(batch, order.front(), s, blocks) < blocks) continue;
     order.push_back(s);
   }
@@ -65,15 +59,11 @@ void add_announced(const LayerParams& layer, const BatchParams& batch, WorkPlan*
 }
 
 // Sequences with the same first block are compared with the first of them.
-void add_detected(const LayerParams& layer, const BatchParams& batch, WorkPlan* plan) {
-  const std::int64_t min_blocks = (kMinSharedPrefix + layer.block_size - 1) / layer.block_size;
+void add_detected(const LayerParams& layer, const BatchParams& batch, const PrefixRule& rule,
+                  WorkPlan* plan) {
   std::vector<std::int32_t>& order = plan->order;
   for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
-    const std::int64_t query_len =
-        std::int64_t{batch.query_start_loc[s + 1]} - batch.query_start_loc[s];
-    // Long queries reuse what they read by themselves.
-    if (query_len * layer.group > kCpuSplitRows) continue;
-    if (context_blocks(layer, batch, s) >= min_blocks) order.push_back(s);
+    if (shareable_blocks(layer, batch, rule, s) > 0) order.push_back(s);
   }
   std::sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
     const std::int32_t block_a = *table_row(batch, a);
@@ -83,13 +73,13 @@ void add_detected(const LayerParams& layer, const BatchParams& batch, WorkPlan* 
   auto* const all_end = order.data() + order.size();
   for (std::int32_t* begin = order.data(); begin != all_end;) {
     std::int32_t* end = begin + 1;
-    std::int64_t shared = context_blocks(layer, batch, *begin);
+    std::int64_t shared = shareable_blocks(layer, batch, rule, *begin);
     // Members that share too little move behind the group and stay plain.
     std::int32_t* kept = end;
     while (end != all_end && *table_row(batch, *end) == *table_row(batch, *begin)) {
-      const std::int64_t most = std::min(shared, context_blocks(layer, batch, *end));
+      const std::int64_t most = std::min(shared, shareable_blocks(layer, batch, rule, *end));
       const std::int64_t equal = equal_blocks(batch, *begin, *end, most);
-      if (equal >= min_blocks) {
+      if (equal >= rule.min_blocks) {
         shared = equal;
         std::swap(*kept++, *end);
       }
@@ -106,11 +96,13 @@ void find_shared_prefixes(const LayerParams& layer, const BatchParams& batch, Wo
   plan->order.clear();
   plan->prefix_len.assign(static_cast<std::size_t>(batch.num_seqs), 0);
   plan->first_shared_row.assign(static_cast<std::size_t>(batch.num_seqs), -1);
-  if (!layer.paged || batch.table_width == 0 || batch.num_seqs < 2) return;
-  if (batch.common_prefix_len > 0) {
-    add_announced(layer, batch, plan);
-  } else if (layer.auto_cascade) {
-    add_detected(layer, batch, plan);
+  const PrefixRule rule =
+      prefix_rule(layer, batch, std::numeric_limits<std::int64_t>::max(), kCpuSplitRows);
+  if (rule.min_blocks == 0) return;
+  if (rule.announced) {
+    add_announced(layer, batch, rule, plan);
+  } else {
+    add_detected(layer, batch, rule, plan);
   }
 }
 

@@ -112,10 +112,23 @@ class Step {
     return config;
   }
 
-  void run(bool on_device, Plan* plan, const Context& ctx) {
+  // All sequences' tables start with the same blocks, or none do.
+  void share_blocks(std::int64_t count) {
+    for (std::int64_t i = 0; i < kBlocks; ++i) {
+      const std::int64_t source = i % kWidth < count ? i % kWidth : i;
+      table.as<std::int32_t>()[i] = static_cast<std::int32_t>((source * 7 + 3) % kBlocks);
+    }
+  }
+
+  void run(bool on_device, Plan* plan, const Context& ctx, std::int64_t prefix = 0) {
+    plan->update(batch(on_device), prefix, ctx);
+    work(on_device, *plan, ctx);
+  }
+
+  // A layer of the planned step.
+  void work(bool on_device, const Plan& plan, const Context& ctx) {
     const PagedKvCache kv = PagedKvCache::from_combined(
         cache.view(on_device, DType::kBFloat16, {kBlocks, 2, kBlockSize, kKvHeads, kSize}));
-    plan->update(batch(on_device), 0, ctx);
     write_kv_cache(key.view(on_device, DType::kBFloat16, {kTokens, kKvHeads, kSize}),
                    value.view(on_device, DType::kBFloat16, {kTokens, kKvHeads, kSize}), kv,
                    slots.view(on_device, DType::kInt64, {kTokens}), ctx);
@@ -123,7 +136,7 @@ class Step {
     args.query = query.view(on_device, DType::kBFloat16, {kTokens, kHeads, kSize});
     args.kv_cache = kv;
     args.output = output.view(on_device, DType::kFloat32, {kTokens, kHeads, kSize});
-    attention(*plan, args, ctx);
+    attention(plan, args, ctx);
   }
 
   // Compares the device's output with the CPU's on the same step.
@@ -205,6 +218,54 @@ TEST_F(CudaGraphTest, OneCaptureServesEveryComposition) {
   }
   cudaGraphExecDestroy(executable);
   cudaGraphDestroy(graph);
+}
+
+// Announced prefixes come and go; before a capture, in one, and between the launches of its graph.
+TEST_F(CudaGraphTest, CascadeBesideGraphs) {
+  const std::vector<std::pair<int, int>> sharing = {{1, 1100}, {2, 1200}, {1, 2000}, {1, 1030}};
+  const std::vector<std::pair<int, int>> short_ones = {{1, 30}, {3, 70}};
+  for (const bool captures_plan : {true, false}) {
+    Step step;
+    Context ctx;
+    ctx.stream = stream_;
+    AttentionConfig config = step.config(true);
+    config.auto_cascade = false;
+    Plan plan(config);
+    const auto eager = [&](std::int64_t prefix, const auto& lengths, const char* what) {
+      step.share_blocks(prefix / kBlockSize);
+      step.set(lengths);
+      step.upload();
+      step.run(true, &plan, ctx, prefix);
+      check(cudaStreamSynchronize(stream_));
+      step.expect_same(what);
+    };
+    eager(0, sharing, "plain");
+    const std::int64_t plain_bytes = plan.workspace_bytes();
+    eager(1024, sharing, "shared");
+    EXPECT_GT(plan.workspace_bytes(), plain_bytes);
+    eager(0, short_ones, "plain again");
+    eager(1024, sharing, "shared again");
+
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    if (captures_plan) plan.update(step.batch(true), 1024, ctx);
+    step.work(true, plan, ctx);
+    check(cudaStreamEndCapture(stream_, &graph));
+    check(cudaGraphInstantiate(&executable, graph, 0));
+    for (const std::int64_t prefix : {1024, 0, 512, 0}) {
+      for (const auto& lengths : {sharing, short_ones}) {
+        eager(prefix, lengths, "between");
+        step.upload();
+        if (!captures_plan) plan.update(step.batch(true), prefix, ctx);
+        check(cudaGraphLaunch(executable, stream_));
+        check(cudaStreamSynchronize(stream_));
+        step.expect_same("graph");
+      }
+    }
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+  }
 }
 
 TEST_F(CudaGraphTest, CaptureWithoutWarmUpIsRefused) {

@@ -38,15 +38,17 @@ class DecodeAttention : DecodeStream<C> {
 
   __device__ __forceinline__ void run() {
     this->start_walk();
-    if (!this->walk_to(0)) return;
-    prepare(0);
-    this->refill();
-    tile::wait_copies<0>();
-    __syncthreads();
-    for (; this->walk_to(segment_); ++segment_) {
-      if (this->walk_to(segment_ + 1)) prepare(segment_ + 1);
+    // From -1 on: the step before the first segment only prepares.
+    for (segment_ = -1; segment_ < 0 || this->walk_to(segment_); ++segment_) {
       this->refill();
-      work(this->ahead(segment_).segment);
+      if (this->walk_to(segment_ + 1)) prepare(segment_ + 1);
+      if (segment_ >= 0) {
+        work(this->ahead(segment_).segment);
+      } else {
+        tile::commit_copies();
+        tile::wait_copies<0>();
+        __syncthreads();
+      }
     }
     tile::wait_copies<0>();
   }
@@ -100,7 +102,7 @@ class DecodeAttention : DecodeStream<C> {
       unit = end;
     } while (unit < segment.unit_end);
     if (!segment.whole()) {
-      finisher.arrive(shared().walker[warp_], segment);
+      finisher.arrive(shared().walker[warp_].sharers(segment), segment);
     } else if (!one_run) {
       finisher.write(segment, finisher.slot(cta, 0));
     }
@@ -388,7 +390,7 @@ class DecodeAttention : DecodeStream<C> {
         }
       }
       __syncthreads();
-      merge_rows(finisher, segment.tile.rows, row, emit);
+      merge_rows(finisher, segment, row, emit);
       __syncthreads();
     }
   }
@@ -407,19 +409,19 @@ class DecodeAttention : DecodeStream<C> {
     }
   }
 
-  __device__ __forceinline__ void merge_rows(const Finish& finisher, int rows, int first_row,
-                                             const Emit& emit) {
+  __device__ __forceinline__ void merge_rows(const Finish& finisher, const Segment& segment,
+                                             int first_row, const Emit& emit) {
     constexpr int kGroups = C::kHead / 8;
     const int r = static_cast<int>(threadIdx.x) / kGroups;
     const int c = static_cast<int>(threadIdx.x) % kGroups * 8;
     const int row = first_row + r;
-    const bool mine = r < C::kMergeRows && row < rows && c < p_.layer.head_size_v;
+    const bool mine = r < C::kMergeRows && row < segment.tile.rows && c < p_.layer.head_size_v;
     float o[8] = {};
     float max = -INFINITY;
     float sum = 0.0F;
     if (mine) merge_warps(r, row, c, &max, &sum, o);
     if (emit.how == Emit::kWrite) {
-      if (mine) finisher.store_scaled(row, c, o, finisher.closing_scale(row, max, sum, c == 0));
+      if (mine) finisher.finish(segment.tile, row, c, max, sum, o);
       return;
     }
     float* to = emit.slot.o + std::int64_t{row} * emit.slot.pitch + c;

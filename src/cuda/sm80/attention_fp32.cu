@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
   const float scale = p.layer.softmax_scale * value_of(p.call.q_scale) * value_of(p.call.k.scale);
   Finisher<kRows, kThreads> finisher(p, shared.rows, shared.finish);
   finisher.set_pass(0, p.layer.head_size_v);
-  Walker walker(p.schedule);
+  Walker walker(p.schedule, static_cast<std::int32_t>(blockIdx.x));
   Segment segment;
   while (walker.next(p.schedule, &segment)) {
     const int kv_head = segment.head;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
       finisher.keep(
           segment, result,
           finisher.slot(static_cast<std::int32_t>(blockIdx.x), segment.unit_begin == 0 ? 0 : 1));
-      finisher.arrive(walker, segment);
+      finisher.arrive(walker.sharers(segment), segment);
     }
   }
 }

@@ -54,7 +54,7 @@ class MmaAttention : MmaLoader<C> {
     Finisher<C::kRows, kMmaThreads> finisher(p_, shared_.rows, shared_.finish);
     const Segment& segment = shared_.segment;
     const auto cta = static_cast<std::int32_t>(blockIdx.x);
-    if (threadIdx.x == 0) shared_.walker = Walker(p_.schedule);
+    if (threadIdx.x == 0) shared_.walker = Walker(p_.schedule, cta);
     while (advance()) {
       begin(segment);
       finisher.set_pass(shared_.first_column, shared_.columns);
@@ -81,7 +81,7 @@ class MmaAttention : MmaLoader<C> {
         unit = end;
       } while (unit < segment.unit_end);
       if (!segment.whole()) {
-        finisher.arrive(shared_.walker, segment);
+        finisher.arrive(shared_.walker.sharers(segment), segment);
       } else if (!one_run) {
         finisher.write(segment, finisher.slot(cta, 0));
       }

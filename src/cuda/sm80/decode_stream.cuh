@@ -84,7 +84,7 @@ class DecodeStream {
   // ---- segments -------------------------------------------------------------------------------
 
   __device__ __forceinline__ void start_walk() {
-    if (lane_ == 0) shared().walker[warp_] = Walker(p_.schedule);
+    if (lane_ == 0) shared().walker[warp_] = Walker(p_.schedule, static_cast<int>(blockIdx.x));
     __syncwarp();
   }
 
@@ -292,7 +292,7 @@ class DecodeStream {
   const int warp_;
   const std::uint32_t tiles_;  // two query buffers, the merge area, each warp's ring
   const bool regular_;         // a warp's keys of a unit lie in one block
-  int segment_ = 0;            // at work
+  int segment_ = -1;           // at work
   int consumed_ = 0;           // units
   int stage_ = 0;              // consumed_ % stages
 

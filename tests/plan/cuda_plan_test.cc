@@ -1,0 +1,492 @@
+// The CUDA plan's steps, run on the host: every (row, key) pair is visited exactly once, whatever
+// the batch; and wild index tensors lead nowhere outside the buffers.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <barrier>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cuda/plan_steps.h"
+#include "cuda/walk.cuh"
+#include "tests/conformance/random.h"
+
+namespace quire::cuda {
+namespace {
+
+using conformance::Rng;
+
+// What the threads of a team exchange.
+struct Meeting {
+  explicit Meeting(std::int32_t count) : size(count), values(count), barrier(count) {}
+  std::int32_t size;
+  std::vector<std::int64_t> values;
+  std::barrier<> barrier;
+};
+
+// A CTA or a warp of host threads.
+class HostTeam {
+ public:
+  HostTeam(Meeting* meeting, std::int32_t thread) : meeting_(meeting), thread_(thread) {}
+  std::int32_t thread() const { return thread_; }
+  std::int32_t lane() const { return thread_; }
+  std::int32_t size() const { return meeting_->size; }
+  void sync() const { meeting_->barrier.arrive_and_wait(); }
+  void add(std::int32_t* at, std::int32_t value) const { std::atomic_ref(*at) += value; }
+  void lower(std::int32_t* at, std::int32_t value) const {
+    std::atomic_ref<std::int32_t> here(*at);
+    for (std::int32_t old = here; value < old && !here.compare_exchange_weak(old, value);) {
+    }
+  }
+  void raise(std::int32_t* at, std::int32_t value) const {
+    std::atomic_ref<std::int32_t> here(*at);
+    for (std::int32_t old = here; value > old && !here.compare_exchange_weak(old, value);) {
+    }
+  }
+  std::int64_t scan(std::int64_t value, std::int64_t* total) const {
+    exchange(value);
+    std::int64_t before = *total = 0;
+    for (std::int32_t i = 0; i < size(); ++i) {
+      if (i < thread_) before += meeting_->values[i];
+      *total += meeting_->values[i];
+    }
+    sync();
+    return before;
+  }
+  std::int32_t least(std::int32_t value) const {
+    exchange(value);
+    const auto smallest = static_cast<std::int32_t>(
+        *std::min_element(meeting_->values.begin(), meeting_->values.end()));
+    sync();
+    return smallest;
+  }
+
+ private:
+  void exchange(std::int64_t value) const {
+    meeting_->values[thread_] = value;
+    sync();
+  }
+  Meeting* meeting_;
+  std::int32_t thread_;
+};
+
+// The index tensors of a batch.
+struct Batch {
+  LayerParams layer;
+  BatchParams params;
+  std::vector<std::int32_t> starts{0};
+  std::vector<std::int32_t> lens;
+  std::vector<std::int32_t> table;
+  std::int64_t width = 0;
+
+  const std::int32_t* row(std::int32_t s) const { return table.data() + s * width; }
+  void finish(std::int64_t num_tokens) {
+    params.num_seqs = static_cast<std::int32_t>(lens.size());
+    params.num_tokens = num_tokens;
+    params.query_start_loc = starts.data();
+    params.seq_lens = lens.data();
+    params.block_table = table.data();
+    params.table_stride = params.table_width = width;
+  }
+};
+
+// Sequences in a few families; those of a family start with the same blocks.
+Batch random_batch(Rng* rng, bool wild) {
+  Batch b;
+  b.layer.group = static_cast<std::int32_t>(rng->pick<std::int64_t>({1, 4, 4, 7, 71}));
+  b.layer.num_kv_heads = 2;
+  b.layer.num_heads = b.layer.group * 2;
+  b.layer.head_size = b.layer.head_size_v = 64;
+  b.layer.block_size = static_cast<std::int32_t>(rng->pick<std::int64_t>({1, 16, 16, 48, 64}));
+  b.layer.auto_cascade = true;
+  b.layer.mask.causal = !rng->chance(0.1);
+  const std::int64_t num_seqs = rng->uniform(1, rng->chance(0.2) ? 90 : 12);
+  const std::int64_t families = rng->pick<std::int64_t>({1, 2, 3, 20});
+  const std::int64_t most_blocks = rng->uniform(1, 16'000 / b.layer.block_size + 4);
+  b.width = most_blocks + rng->uniform(0, 3);
+  std::int32_t next_block = 1000;
+  for (std::int64_t s = 0; s < num_seqs; ++s) {
+    const std::int64_t family = rng->uniform(0, families - 1);
+    const std::int64_t same = rng->chance(0.1) ? 0 : rng->uniform(most_blocks / 2, most_blocks);
+    for (std::int64_t i = 0; i < b.width; ++i) {
+      b.table.push_back(static_cast<std::int32_t>(i < same ? family : next_block++));
+    }
+    const std::int64_t longest = b.width * b.layer.block_size + (wild ? 99 : 0);
+    const std::int64_t seq_len = rng->uniform(rng->chance(0.05) ? 0 : longest * 2 / 3, longest);
+    std::int64_t query_len = rng->pick<std::int64_t>({0, 1, 1, 1, 1, 2, 5, 40});
+    query_len = std::min(query_len, seq_len);
+    b.lens.push_back(static_cast<std::int32_t>(seq_len));
+    b.starts.push_back(b.starts.back() + static_cast<std::int32_t>(query_len));
+  }
+  std::int64_t num_tokens = b.starts.back();
+  if (wild) {
+    for (std::int32_t& value : b.starts) {
+      if (rng->chance(0.2)) value = static_cast<std::int32_t>(rng->uniform(-9, num_tokens + 9));
+    }
+    for (std::int32_t& value : b.lens) {
+      if (rng->chance(0.1)) value = rng->pick({-1, INT32_MIN, INT32_MAX, 1 << 20});
+    }
+    num_tokens = rng->uniform(0, num_tokens);
+  } else if (rng->chance(0.5)) {
+    b.params.common_prefix_len = rng->uniform(1, most_blocks * b.layer.block_size);
+  }
+  b.finish(num_tokens);
+  return b;
+}
+
+// A plan with buffers of just the size that it may use.
+class HostPlan {
+ public:
+  HostPlan(const Batch& b, std::int32_t max_rows, int num_threads) : batch_(b) {
+    const auto seqs = static_cast<std::size_t>(b.params.num_seqs);
+    args_.layer = b.layer;
+    args_.batch = b.params;
+    set_rule(32, b.params.num_tokens, b.params.num_seqs, 0, &args_.few);
+    set_rule(128, b.params.num_tokens, b.params.num_seqs, 1, &args_.many);
+    set_rule(128, max_rows, kMaxPrefixGroups, 2, &args_.shared);
+    SharedPrefixes& prefixes = args_.prefixes;
+    prefixes.rule = planning::prefix_rule(b.layer, b.params, 64, 64);
+    std::int32_t** const lists[] = {&prefixes.leader, &prefixes.blocks, &prefixes.members,
+                                    &prefixes.least,  &prefixes.keys,   &prefixes.first_row};
+    for (int i = 0; i < 6; ++i) {
+      lists_[i].assign(seqs, -7);
+      *lists[i] = lists_[i].data();
+    }
+    groups_.resize(kMaxPrefixGroups);
+    rows_.resize(static_cast<std::size_t>(max_rows));
+    prefixes.groups = groups_.data();
+    prefixes.rows = rows_.data();
+    prefixes.max_rows = max_rows;
+    run(num_threads);
+  }
+
+  const PlanArgs& args() const { return args_; }
+
+  // "" or what is wrong with where the plan points to.
+  std::string out_of_bounds() const {
+    for (const TileRule* rule : {&args_.few, &args_.many, &args_.shared}) {
+      const ScheduleHeader& header = *rule->header;
+      if (header.num_tiles > rule->max_tiles || header.num_ctas > rule->grid) return "counts";
+      std::int64_t cost = 0;
+      for (std::int32_t t = 0; t < header.num_tiles; ++t) {
+        const Tile& tile = rule->tiles[t];
+        if (tile.cost_begin != cost) return "cost";
+        cost += std::int64_t{tile.cost} * rule->heads;
+        const std::string problem = out_of_bounds(tile, rule == &args_.shared);
+        if (!problem.empty()) return problem + " of tile " + std::to_string(t);
+      }
+      const std::string problem = badly_walked(*rule);
+      if (!problem.empty()) return problem;
+    }
+    return {};
+  }
+
+  // "" or what is wrong with how CTAs find their work: each unit once, in order, and every CTA that
+  // works on part of an item knows the others.
+  std::string badly_walked(const TileRule& rule) const {
+    ScheduleView view;
+    view.header = rule.header;
+    view.tiles = rule.tiles;
+    view.starts = rule.starts;
+    view.heads = rule.heads;
+    std::int32_t tile = 0;
+    std::int32_t head = 0;
+    std::int32_t unit = 0;
+    std::vector<std::int32_t> at_work;  // CTAs that share the item
+    std::vector<Sharers> claims;
+    for (std::int32_t cta = 0; cta < rule.grid; ++cta) {
+      Walker walker(view, cta);
+      Segment segment;
+      while (walker.next(view, &segment)) {
+        if (tile == rule.header->num_tiles) return "more items than there are";
+        const Tile& expected = rule.tiles[tile];
+        if (segment.tile.cost_begin != expected.cost_begin || segment.head != head ||
+            segment.unit_begin != unit || segment.unit_end > expected.num_units()) {
+          return "CTA " + std::to_string(cta) + " is out of line";
+        }
+        if (!segment.whole()) {
+          if (segment.unit_begin == segment.unit_end) return "an empty part";
+          if (segment.unit_begin % expected.chunk_units != 0) return "a cut inside a chunk";
+          at_work.push_back(cta);
+          claims.push_back(walker.sharers(segment));
+        }
+        unit = segment.unit_end;
+        if (unit < expected.num_units()) continue;
+        for (const Sharers& claim : claims) {
+          if (claim.first != at_work.front() || claim.last < at_work.back() ||
+              claim.count != static_cast<std::int32_t>(at_work.size())) {
+            return "CTA " + std::to_string(cta) + " miscounts its item's parts";
+          }
+        }
+        std::int32_t parts = 0;
+        for (std::size_t i = 1; i < at_work.size(); ++i) parts += rule.starts[at_work[i]].parts;
+        if (parts < static_cast<std::int32_t>(at_work.size()) - 1) return "a part is missing";
+        at_work.clear();
+        claims.clear();
+        unit = 0;
+        head = head + 1 == rule.heads ? 0 : head + 1;
+        if (head == 0) ++tile;
+      }
+    }
+    return tile == rule.header->num_tiles ? "" : "items are left over";
+  }
+
+ private:
+  void set_rule(std::int32_t tile_rows, std::int64_t tokens, std::int64_t more, int index,
+                TileRule* rule) {
+    rule->tile_rows = tile_rows;
+    rule->heads = args_.layer.num_kv_heads;
+    rule->grid = 40;
+    rule->max_tiles =
+        static_cast<std::int32_t>(more + (tokens * args_.layer.group + tile_rows - 1) / tile_rows);
+    tiles_[index].resize(static_cast<std::size_t>(rule->max_tiles));
+    starts_[index].resize(41);
+    seq_tiles_[index].resize(static_cast<std::size_t>(args_.batch.num_seqs));
+    rule->header = &headers_[index];
+    rule->tiles = tiles_[index].data();
+    rule->starts = starts_[index].data();
+    rule->seq_tiles = seq_tiles_[index].data();
+  }
+
+  void run(int num_threads) {
+    Meeting meeting(num_threads);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < num_threads; ++i) {
+      threads.emplace_back([&, i] {
+        const HostTeam team(&meeting, i);
+        const bool looks = args_.prefixes.rule.min_blocks > 0;
+        for (std::int32_t s = 0; looks && s < args_.batch.num_seqs; ++s) {
+          prefix::find_partner(team, args_, s);
+        }
+        team.sync();
+        make_plan(team, args_);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+
+  std::string out_of_bounds(const Tile& tile, bool shared) const {
+    const BatchParams& batch = batch_.params;
+    if (tile.seq < 0 || tile.seq >= batch.num_seqs) return "sequence";
+    if (tile.kv_begin < 0 || tile.kv_len > batch.table_width * batch_.layer.block_size) {
+      return "keys";
+    }
+    if (tile.rows < 1 || tile.first_sub < 0 || tile.first_sub >= batch_.layer.group) return "rows";
+    const std::int64_t tokens = (tile.first_sub + tile.rows - 1) / batch_.layer.group + 1;
+    if (tile.seed >= 0 && tile.seed + tokens > args_.prefixes.max_rows) return "seeds";
+    if (!shared) {
+      return tile.first_token < 0 || tile.first_token + tokens > batch.num_tokens ? "tokens" : "";
+    }
+    if (tile.seed < 0) return "no seeds";
+    for (std::int64_t i = 0; i < tokens; ++i) {
+      const SharedRow& row = args_.prefixes.rows[tile.seed + i];
+      if (row.token < 0 || row.token >= batch.num_tokens) return "shared token";
+      if (row.position < tile.kv_len) return "position";
+    }
+    return {};
+  }
+
+  const Batch& batch_;
+  PlanArgs args_;
+  ScheduleHeader headers_[3];
+  std::vector<Tile> tiles_[3];
+  std::vector<CtaStart> starts_[3];
+  std::vector<std::int32_t> seq_tiles_[3];
+  std::vector<std::int32_t> lists_[6];
+  std::vector<PrefixGroup> groups_;
+  std::vector<SharedRow> rows_;
+};
+
+// What each packed query row visits, as ranges of keys.
+class Visits {
+ public:
+  explicit Visits(const Batch& b) : batch_(b) {
+    const std::int64_t rows = b.params.num_tokens * b.layer.group;
+    keys_.resize(static_cast<std::size_t>(rows));
+    tiles_.resize(static_cast<std::size_t>(rows));
+  }
+
+  void add(const Tile& tile, std::int64_t first_token, bool shared) {
+    const std::int64_t first = first_token * batch_.layer.group + tile.first_sub;
+    for (std::int64_t r = first; r < first + tile.rows; ++r) {
+      if (!shared) ++tiles_[r];
+      add_units(tile, tile.prefix_first, tile.prefix_count, r);
+      add_units(tile, tile.main_first, tile.main_count, r);
+    }
+  }
+
+  // "" or the first row that is not visited as it should be.
+  std::string problem() {
+    for (std::int32_t s = 0; s < batch_.params.num_seqs; ++s) {
+      const Sequence seq = sequence_at(batch_.layer, batch_.params, 0, s);
+      for (std::int64_t i = 0; i < seq.query_len * batch_.layer.group; ++i) {
+        const std::int64_t r = seq.first_row * batch_.layer.group + i;
+        const std::int64_t position = seq.context_len + i / batch_.layer.group;
+        const std::int64_t seen =
+            batch_.layer.mask.causal ? std::min(position + 1, seq.mask.kv_len) : seq.mask.kv_len;
+        const std::string where = "sequence " + std::to_string(s) + ", row " + std::to_string(i);
+        if (tiles_[r] != 1) return where + " is in " + std::to_string(tiles_[r]) + " tiles";
+        std::sort(keys_[r].begin(), keys_[r].end());
+        std::int64_t next = 0;
+        for (const auto& [begin, end] : keys_[r]) {
+          if (begin != next) return where + " visits " + std::to_string(begin) + " next";
+          next = end;
+        }
+        if (next < seen) return where + " visits up to " + std::to_string(next);
+      }
+    }
+    return {};
+  }
+
+ private:
+  void add_units(const Tile& tile, std::int32_t first, std::int32_t count, std::int64_t row) {
+    const std::int64_t begin = std::max<std::int64_t>(first * kUnitKeys, tile.kv_begin);
+    const std::int64_t end = std::min<std::int64_t>((first + count) * kUnitKeys, tile.kv_len);
+    if (count > 0) keys_[row].emplace_back(begin, end);
+  }
+
+  const Batch& batch_;
+  std::vector<std::vector<std::pair<std::int64_t, std::int64_t>>> keys_;
+  std::vector<int> tiles_;
+};
+
+// Tiles of shared prefixes read the blocks of each row's sequence, and every seed is used by the
+// sequence that it belongs to.
+std::string wrong_blocks(const Batch& b, const PlanArgs& args, const Tile& tile) {
+  const std::int64_t tokens = (tile.first_sub + tile.rows - 1) / b.layer.group + 1;
+  for (std::int64_t i = tile.seed; i < tile.seed + tokens; ++i) {
+    const std::int32_t token = args.prefixes.rows[i].token;
+    const auto above = std::upper_bound(b.starts.begin(), b.starts.end(), token);
+    const auto s = static_cast<std::int32_t>(above - b.starts.begin()) - 1;
+    if (args.prefixes.keys[s] != tile.kv_len) return "another prefix";
+    const std::int64_t index = token - b.starts[s];
+    if (args.prefixes.first_row[s] + index != i) return "another seed";
+    const std::int64_t context = b.lens[s] - (b.starts[s + 1] - b.starts[s]);
+    if (args.prefixes.rows[i].position != context + index) return "another position";
+    const std::int64_t blocks = tile.kv_len / b.layer.block_size;
+    if (!std::equal(b.row(s), b.row(s) + blocks, b.row(tile.seq))) return "other blocks";
+  }
+  return {};
+}
+
+std::string problem_of(const Batch& b, const HostPlan& plan) {
+  const PlanArgs& args = plan.args();
+  std::string problem = plan.out_of_bounds();
+  if (!problem.empty()) return problem;
+  Visits visits(b);
+  for (const TileRule* rule : {&args.few, &args.many}) {
+    for (std::int32_t t = 0; t < rule->header->num_tiles; ++t) {
+      visits.add(rule->tiles[t], rule->tiles[t].first_token, false);
+    }
+  }
+  for (std::int32_t t = 0; t < args.shared.header->num_tiles; ++t) {
+    const Tile& tile = args.shared.tiles[t];
+    problem = wrong_blocks(b, args, tile);
+    if (!problem.empty()) return problem;
+    // Rows of a tile may be anywhere: one at a time.
+    for (std::int32_t r = 0; r < tile.rows; ++r) {
+      Tile row = tile;
+      row.rows = 1;
+      row.first_sub = (tile.first_sub + r) % b.layer.group;
+      const std::int64_t token = tile.seed + (tile.first_sub + r) / b.layer.group;
+      visits.add(row, args.prefixes.rows[token].token, true);
+    }
+  }
+  return visits.problem();
+}
+
+bool same_tiles(const TileRule& a, const TileRule& b) {
+  if (a.header->num_tiles != b.header->num_tiles || a.header->num_ctas != b.header->num_ctas) {
+    return false;
+  }
+  for (std::int32_t t = 0; t < a.header->num_tiles; ++t) {
+    const Tile& x = a.tiles[t];
+    const Tile& y = b.tiles[t];
+    if (x.seq != y.seq || x.rows != y.rows || x.seed != y.seed || x.kv_begin != y.kv_begin ||
+        x.cost_begin != y.cost_begin) {
+      return false;
+    }
+  }
+  return true;
+}
+
+TEST(CudaPlan, EveryPairOnce) {
+  std::map<std::int32_t, int> by_groups;
+  int cut = 0;
+  for (std::uint64_t index = 0; index < 1500; ++index) {
+    Rng rng(21, index);
+    const Batch b = random_batch(&rng, false);
+    const auto max_rows = static_cast<std::int32_t>(rng.chance(0.2) ? 7 : 2048);
+    const HostPlan plan(b, max_rows, 1);
+    ASSERT_EQ(problem_of(b, plan), "") << "case " << index;
+    const SharedPrefixes& prefixes = plan.args().prefixes;
+    std::int32_t groups = 0;
+    for (std::int32_t s = 0; prefixes.rule.min_blocks > 0 && s < b.params.num_seqs; ++s) {
+      if (prefixes.leader[s] >= 0 && prefixes.leader[s] != s && prefixes.keys[s] == 0) ++cut;
+    }
+    for (; groups < kMaxPrefixGroups && prefixes.groups[groups].keys > 0; ++groups) {
+    }
+    ++by_groups[groups];
+    if (index % 10 != 0) continue;
+    const HostPlan together(b, max_rows, 3);
+    ASSERT_EQ(problem_of(b, together), "") << "case " << index << ", 3 threads";
+    EXPECT_TRUE(same_tiles(plan.args().shared, together.args().shared)) << "case " << index;
+    EXPECT_TRUE(same_tiles(plan.args().few, together.args().few)) << "case " << index;
+  }
+  EXPECT_GT(by_groups[1], 100) << "the cases do not reach shared prefixes";
+  EXPECT_GT(by_groups[2] + by_groups[3], 50) << "the cases do not reach several groups";
+  EXPECT_GT(cut, 50) << "the cases do not run out of room";
+}
+
+// Two families that take turns, a sequence of neither, a long query.
+TEST(CudaPlan, FindsWhoShares) {
+  Batch b;
+  b.layer.group = b.layer.num_heads = 4;
+  b.layer.num_kv_heads = 1;
+  b.layer.block_size = 16;
+  b.layer.auto_cascade = true;
+  b.width = 700;
+  std::int32_t own_block = 1000;
+  for (const auto& [family, same, query_len] :
+       std::vector<std::array<std::int32_t, 3>>{{1, 640, 1},
+                                                {2, 600, 2},
+                                                {1, 620, 1},
+                                                {3, 700, 1},
+                                                {2, 700, 1},
+                                                {1, 4, 1},
+                                                {1, 700, 17}}) {
+    for (std::int64_t i = 0; i < b.width; ++i) b.table.push_back(i < same ? family : own_block++);
+    b.lens.push_back(10'900);
+    b.starts.push_back(b.starts.back() + query_len);
+  }
+  const auto keys_of = [&](std::int64_t announced) {
+    b.params.common_prefix_len = announced;
+    b.finish(b.starts.back());
+    const HostPlan plan(b, 2048, 1);
+    EXPECT_EQ(problem_of(b, plan), "");
+    const std::int32_t* keys = plan.args().prefixes.keys;
+    return std::vector<std::int32_t>(keys, keys + b.params.num_seqs);
+  };
+  EXPECT_EQ(keys_of(0), (std::vector<std::int32_t>{9920, 9600, 9920, 0, 9600, 0, 0}));
+  // A promise that some do not keep.
+  EXPECT_EQ(keys_of(2000), (std::vector<std::int32_t>{2000, 0, 2000, 0, 0, 0, 0}));
+  EXPECT_EQ(keys_of(63), (std::vector<std::int32_t>{48, 0, 48, 0, 0, 48, 0}));
+}
+
+TEST(CudaPlan, WildIndicesStayInside) {
+  for (std::uint64_t index = 0; index < 1500; ++index) {
+    Rng rng(22, index);
+    const Batch b = random_batch(&rng, true);
+    const HostPlan plan(b, static_cast<std::int32_t>(rng.pick<std::int64_t>({1, 7, 2048})), 1);
+    ASSERT_EQ(plan.out_of_bounds(), "") << "case " << index;
+  }
+}
+
+}  // namespace
+}  // namespace quire::cuda
