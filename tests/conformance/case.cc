@@ -169,11 +169,7 @@ std::int64_t CaseSpec::num_actual_tokens() const {
 }
 
 Amplitude amplitude_of(const CaseSpec& spec) {
-  if (spec.data == Data::kPeaked) {
-    // Scores of some tens carry rounding errors of 1e-5 in float32: too much for its tolerance.
-    const bool single = spec.query_dtype() == DType::kFloat32;
-    return single ? Amplitude{2.0, 1.5, 1.0} : Amplitude{4.0, 2.0, 1.0};
-  }
+  if (spec.data == Data::kPeaked) return {4.0, 2.0, 1.0};
   if (spec.data == Data::kNormal) return {1.0, 1.0, 1.0};
   const bool has_half = spec.query_dtype() == DType::kFloat16 ||
                         spec.model_dtype == DType::kFloat16 ||
