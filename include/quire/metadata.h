@@ -51,7 +51,9 @@ struct CommonAttentionMetadata {
 };
 
 // The metadata an attention layer takes: the batch, and how it is to be worked on. Made by
-// AttentionMetadataBuilder; copies share the plan. Field by field vLLM's TritonAttentionMetadata.
+// AttentionMetadataBuilder; copies share the plan. It stands for vLLM's TritonAttentionMetadata, whose
+// cu_prefix_query_lens, prefix_kv_lens, suffix_kv_lens and prefix_scheduler_metadata have no fields
+// here: the plan covers prefix and suffix.
 struct AttentionMetadata {
   CommonAttentionMetadata common{};
 
@@ -61,7 +63,7 @@ struct AttentionMetadata {
   bool use_cascade = false;
   std::int64_t common_prefix_len = 0;
 
-  // How the batch is cut into work (vLLM's scheduler_metadata and prefix_scheduler_metadata).
+  // How the batch is cut into work, prefix and suffixes.
   std::shared_ptr<Plan> scheduler_metadata{};
 };
 
