@@ -104,19 +104,21 @@ void note_sizes(const LayerParams& layer, const Schedule& schedule, WorkPlan* pl
   }
 }
 
-std::int64_t chunk_cost(const LayerParams& layer, const WorkTile& tile, std::int32_t chunk) {
+// Of `units` units, and of loading queries and storing outputs where a tile begins.
+std::int64_t work_cost(const LayerParams& layer, const WorkTile& tile, std::int32_t units,
+                       bool begins) {
   const std::int64_t rows = std::int64_t{tile.num_tokens} * layer.group;
-  const std::int32_t units =
-      std::min(tile.units_per_chunk, tile.units.count() - chunk * tile.units_per_chunk);
-  // The last term is a tile's own overhead: loading queries, storing outputs.
-  return tile.heads * (cpu_unit_cost(layer, rows, tile.kv_tile) * std::max(units, 0) +
-                       (chunk == 0 ? rows * (layer.head_size + layer.head_size_v) / 16 + 16 : 0));
+  const std::int64_t own = begins ? rows * (layer.head_size + layer.head_size_v) / 16 + 16 : 0;
+  return tile.heads * (cpu_unit_cost(layer, rows, tile.kv_tile) * units + own);
+}
+
+std::int64_t chunk_cost(const LayerParams& layer, const WorkTile& tile, std::int32_t chunk) {
+  const std::int32_t left = tile.units.count() - chunk * tile.units_per_chunk;
+  return work_cost(layer, tile, std::clamp(left, 0, tile.units_per_chunk), chunk == 0);
 }
 
 std::int64_t item_cost(const LayerParams& layer, const WorkTile& tile) {
-  const std::int64_t rows = std::int64_t{tile.num_tokens} * layer.group;
-  return tile.heads * (cpu_unit_cost(layer, rows, tile.kv_tile) * tile.units.count() +
-                       rows * (layer.head_size + layer.head_size_v) / 16 + 16);
+  return work_cost(layer, tile, tile.units.count(), true);
 }
 
 // Cuts the items of a schedule into ranges. Cuts fall between items unless an item is so large
@@ -188,15 +190,6 @@ class RangeCutter {
 };
 
 }  // namespace
-
-Spans tile_spans(const LayerParams& layer, const BatchParams& batch, const WorkPlan& plan,
-                 const WorkTile& tile, bool shared) {
-  if (shared) return shared_tile_spans(layer, batch, plan, tile);
-  const Sequence seq = sequence_at(layer, batch, kAnyKvTokens, tile.seq);
-  const std::int64_t first_pos = seq.position(tile.first);
-  return clip(semantics::union_spans(seq.mask, first_pos, first_pos + tile.num_tokens - 1),
-              tile.kv_begin, tile.kv_end);
-}
 
 void build(const LayerParams& layer, const BatchParams& batch, int num_threads, WorkPlan* plan) {
   plan->shared.clear();

@@ -105,10 +105,6 @@ void build(const LayerParams& layer, const BatchParams& batch, int num_threads, 
 // Fills prefix_len and first_shared_row.
 void find_shared_prefixes(const LayerParams& layer, const BatchParams& batch, WorkPlan* plan);
 
-// The keys a tile's rows see together.
-semantics::Spans tile_spans(const LayerParams& layer, const BatchParams& batch,
-                            const WorkPlan& plan, const WorkTile& tile, bool shared);
-
 std::string to_string(const LayerParams& layer, const WorkPlan& plan);
 
 }  // namespace quire::planning
