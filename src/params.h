@@ -59,6 +59,10 @@ struct BatchParams {
   std::int64_t max_seq_len = 0;
 };
 
+QUIRE_HOST_DEVICE float value_of(const Scale& scale) {
+  return scale.data != nullptr ? *scale.data : scale.value;
+}
+
 // One side of the KV store. Paged: strides.block etc. of [num_blocks, block_size, heads, size].
 // Direct: strides.slot is the token stride and there is one block.
 struct KvParams {
@@ -123,6 +127,14 @@ struct MergePart {
   const float* lse = nullptr;  // [num_heads, num_tokens]
   std::int64_t lse_head_stride = 0;
   std::int64_t lse_token_stride = 0;
+
+  QUIRE_HOST_DEVICE const void* row(DType dtype, std::int64_t token, std::int64_t head) const {
+    return static_cast<const char*>(output) +
+           (token * token_stride + head * head_stride) * size_of(dtype);
+  }
+  QUIRE_HOST_DEVICE const float* lse_at(std::int64_t token, std::int64_t head) const {
+    return lse + head * lse_head_stride + token * lse_token_stride;
+  }
 };
 
 struct MergeParams {

@@ -19,8 +19,6 @@ using planning::WorkPoint;
 using planning::WorkRange;
 using planning::WorkTile;
 
-float value_of(const Scale& scale) { return scale.data != nullptr ? *scale.data : scale.value; }
-
 class Call {
  public:
   Call(Workspace& workspace, const AttentionParams& params)

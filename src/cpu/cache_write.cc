@@ -5,12 +5,10 @@
 
 #include "cpu/workspace.h"
 #include "semantics/kv_row.h"
-#include "semantics/softmax_state.h"
+#include "semantics/merge_row.h"
 
 namespace quire::cpu {
 namespace {
-
-float value_of(const Scale& scale) { return scale.data != nullptr ? *scale.data : scale.value; }
 
 struct NewRows {
   const void* data;
@@ -63,34 +61,17 @@ void run_cache_write(const CacheWriteParams& p, ThreadPool& pool) {
 
 namespace {
 
-const void* row_of(const MergeParams& p, const MergePart& part, std::int64_t token,
-                   std::int32_t head) {
-  return static_cast<const char*>(part.output) +
-         (token * part.token_stride + head * part.head_stride) * size_of(p.dtype);
-}
-
 void merge_row(const MergeParams& p, std::int64_t token, std::int32_t head) {
-  const auto lse_of = [&](const MergePart& part) {
-    return part.lse[head * part.lse_head_stride + token * part.lse_token_stride];
-  };
-  using State = semantics::SoftmaxState<float>;
-  const auto merged = semantics::merge(State{lse_of(p.a), 1.0F}, State{lse_of(p.b), 1.0F});
-  const auto finished = semantics::finish(merged.state, false, 0.0F);
-  const float weight_a = merged.weight_a * finished.output_scale;
-  const float weight_b = merged.weight_b * finished.output_scale;
-  const void* a = row_of(p, p.a, token, head);
-  const void* b = row_of(p, p.b, token, head);
-  void* result = const_cast<void*>(row_of(p, p.result, token, head));
+  const auto merged =
+      semantics::merge_rows<float>(*p.a.lse_at(token, head), *p.b.lse_at(token, head));
+  const void* a = p.a.row(p.dtype, token, head);
+  const void* b = p.b.row(p.dtype, token, head);
+  void* result = const_cast<void*>(p.result.row(p.dtype, token, head));
   for (std::int64_t i = 0; i < p.head_size_v; ++i) {
-    // A part without keys may hold anything, NaN included.
-    const float part_a = weight_a > 0 ? weight_a * semantics::load_element(a, p.dtype, i) : 0.0F;
-    const float part_b = weight_b > 0 ? weight_b * semantics::load_element(b, p.dtype, i) : 0.0F;
-    semantics::store_element(result, p.dtype, i, part_a + part_b);
+    semantics::store_element(result, p.dtype, i, merged.element(a, b, p.dtype, i));
   }
   if (p.result.lse != nullptr) {
-    const_cast<float*>(
-        p.result.lse)[head * p.result.lse_head_stride + token * p.result.lse_token_stride] =
-        finished.lse;
+    *const_cast<float*>(p.result.lse_at(token, head)) = merged.lse;
   }
 }
 

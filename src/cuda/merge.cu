@@ -2,8 +2,7 @@
 // the lanes; each element is read before it is written by the same thread, so outputs may alias.
 #include "cuda/check.h"
 #include "cuda/kernels.h"
-#include "semantics/quant.h"
-#include "semantics/softmax_state.h"
+#include "semantics/merge_row.h"
 
 namespace quire::cuda {
 namespace {
@@ -11,18 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-__device__ std::int64_t lse_offset(const MergePart& part, std::int64_t token, std::int64_t head) {
-  return head * part.lse_head_stride + token * part.lse_token_stride;
-}
-
-__device__ const void* row_of(const MergeParams& p, const MergePart& part, std::int64_t token,
-                              std::int64_t head) {
-  return static_cast<const char*>(part.output) +
-         (token * part.token_stride + head * part.head_stride) * size_of(p.dtype);
-}
-
 __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ MergeParams p) {
-  using State = semantics::SoftmaxState<float>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t num_rows = p.num_tokens * p.num_heads;
   const std::int64_t stride = std::int64_t{gridDim.x} * kWarps;
@@ -30,23 +18,17 @@ __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ MergeP
        row += stride) {
     const std::int64_t token = row / p.num_heads;
     const std::int64_t head = row - token * p.num_heads;
-    const auto merged = semantics::merge(State{p.a.lse[lse_offset(p.a, token, head)], 1.0F},
-                                         State{p.b.lse[lse_offset(p.b, token, head)], 1.0F});
-    const auto finished = semantics::finish(merged.state, false, 0.0F);
-    const float weight_a = merged.weight_a * finished.output_scale;
-    const float weight_b = merged.weight_b * finished.output_scale;
-    const void* a = row_of(p, p.a, token, head);
-    const void* b = row_of(p, p.b, token, head);
-    void* result = const_cast<void*>(row_of(p, p.result, token, head));
+    const auto merged =
+        semantics::merge_rows<float>(*p.a.lse_at(token, head), *p.b.lse_at(token, head));
+    const void* a = p.a.row(p.dtype, token, head);
+    const void* b = p.b.row(p.dtype, token, head);
+    void* result = const_cast<void*>(p.result.row(p.dtype, token, head));
     for (int i = lane; i < p.head_size_v; i += 32) {
-      // A part without keys may hold anything, NaN included.
-      const float part_a = weight_a > 0 ? weight_a * semantics::load_element(a, p.dtype, i) : 0.0F;
-      const float part_b = weight_b > 0 ? weight_b * semantics::load_element(b, p.dtype, i) : 0.0F;
-      semantics::store_element(result, p.dtype, i, part_a + part_b);
+      semantics::store_element(result, p.dtype, i, merged.element(a, b, p.dtype, i));
     }
     __syncwarp();  // all lanes have read both lse
     if (lane == 0 && p.result.lse != nullptr) {
-      const_cast<float*>(p.result.lse)[lse_offset(p.result, token, head)] = finished.lse;
+      *const_cast<float*>(p.result.lse_at(token, head)) = merged.lse;
     }
   }
 }

@@ -11,6 +11,7 @@
 #include "backend.h"
 #include "semantics/kv_address.h"
 #include "semantics/kv_row.h"
+#include "semantics/merge_row.h"
 #include "semantics/quant.h"
 #include "semantics/softmax_state.h"
 
@@ -33,8 +34,6 @@ struct DoubleOps {
 };
 
 #include "semantics/score.inc"
-
-double value_of(const Scale& scale) { return scale.data != nullptr ? *scale.data : scale.value; }
 
 // One side of one key: its elements and their scale; a null row reads as zeros.
 struct KvRow {
@@ -210,7 +209,7 @@ void write_side(const CacheWriteParams& p, const KvParams& kv, const void* x,
         p.dtype, size,
         static_cast<char*>(kv.data) +
             semantics::cache_offset(kv.strides, block, offset, head) * size_of(kv.dtype),
-        kv.dtype, static_cast<float>(value_of(kv.scale)), token_scale);
+        kv.dtype, value_of(kv.scale), token_scale);
   }
 }
 
@@ -257,33 +256,17 @@ class ReferenceBackend final : public Backend {
   }
 
  private:
-  static double lse_of(const MergePart& part, std::int64_t token, std::int32_t head) {
-    return part.lse[head * part.lse_head_stride + token * part.lse_token_stride];
-  }
-  static const void* row_of(const MergeParams& p, const MergePart& part, std::int64_t token,
-                            std::int32_t head) {
-    return static_cast<const char*>(part.output) +
-           (token * part.token_stride + head * part.head_stride) * size_of(p.dtype);
-  }
   static void merge_row(const MergeParams& p, std::int64_t token, std::int32_t head) {
-    const auto merged = semantics::merge(SoftmaxState<double>{lse_of(p.a, token, head), 1.0},
-                                         SoftmaxState<double>{lse_of(p.b, token, head), 1.0});
-    const auto finished = semantics::finish(merged.state, false, 0.0);
-    const double weight_a = merged.weight_a * finished.output_scale;
-    const double weight_b = merged.weight_b * finished.output_scale;
-    const void* a = row_of(p, p.a, token, head);
-    const void* b = row_of(p, p.b, token, head);
-    void* result = const_cast<void*>(row_of(p, p.result, token, head));
+    const auto merged =
+        semantics::merge_rows<double>(*p.a.lse_at(token, head), *p.b.lse_at(token, head));
+    const void* a = p.a.row(p.dtype, token, head);
+    const void* b = p.b.row(p.dtype, token, head);
+    void* result = const_cast<void*>(p.result.row(p.dtype, token, head));
     for (std::int64_t i = 0; i < p.head_size_v; ++i) {
-      // A part without keys may hold anything, NaN included.
-      const double part_a = weight_a > 0 ? weight_a * semantics::load_element(a, p.dtype, i) : 0.0;
-      const double part_b = weight_b > 0 ? weight_b * semantics::load_element(b, p.dtype, i) : 0.0;
-      semantics::store_element(result, p.dtype, i, static_cast<float>(part_a + part_b));
+      semantics::store_element(result, p.dtype, i, merged.element(a, b, p.dtype, i));
     }
     if (p.result.lse != nullptr) {
-      const_cast<float*>(
-          p.result.lse)[head * p.result.lse_head_stride + token * p.result.lse_token_stride] =
-          static_cast<float>(finished.lse);
+      *const_cast<float*>(p.result.lse_at(token, head)) = static_cast<float>(merged.lse);
     }
   }
 };
