@@ -1,0 +1,238 @@
+#include "api/c_structs.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+namespace quire::c_abi {
+
+static_assert(std::is_same_v<std::int32_t, int>, "quire_task and ThreadPool::Task are one type");
+static_assert(QUIRE_MAX_DIMS == kMaxDims);
+static_assert(QUIRE_DTYPE_BOOL == static_cast<int>(DType::kBool));
+static_assert(QUIRE_DTYPE_FLOAT8_E4M3 == static_cast<int>(DType::kFloat8E4M3));
+static_assert(QUIRE_DEVICE_CUDA == static_cast<int>(DeviceType::kCuda));
+static_assert(QUIRE_ATTENTION_ENCODER_DECODER == static_cast<int>(AttentionType::kEncoderDecoder));
+static_assert(QUIRE_WINDOW_CHUNKED == static_cast<int>(WindowKind::kChunked));
+static_assert(QUIRE_KV_CACHE_INT8_PER_TOKEN_HEAD ==
+              static_cast<int>(KvCacheDType::kInt8PerTokenHead));
+static_assert(QUIRE_KV_CACHE_FP8_E4M3_PER_TOKEN_HEAD ==
+              static_cast<int>(KvCacheDType::kFp8E4M3PerTokenHead));
+
+template <>
+quire_context defaults() {
+  quire_context context{};
+  context.struct_size = sizeof context;
+  return context;
+}
+
+template <>
+quire_attention_config defaults() {
+  const AttentionConfig from;
+  quire_attention_config config{};
+  config.struct_size = sizeof config;
+  config.dtype = static_cast<quire_dtype>(from.dtype);
+  config.causal = from.mask.causal ? 1 : 0;
+  config.block_size = from.block_size;
+  config.auto_cascade = from.auto_cascade ? 1 : 0;
+  return config;
+}
+
+template <>
+quire_score defaults() {
+  quire_score score{};
+  score.struct_size = sizeof score;
+  return score;
+}
+
+template <>
+quire_batch defaults() {
+  quire_batch batch{};
+  batch.struct_size = sizeof batch;
+  return batch;
+}
+
+template <>
+quire_kv_cache defaults() {
+  quire_kv_cache cache{};
+  cache.struct_size = sizeof cache;
+  cache.k_scale.value = 1.0F;
+  cache.v_scale.value = 1.0F;
+  return cache;
+}
+
+template <>
+quire_attention_args defaults() {
+  quire_attention_args args{};
+  args.struct_size = sizeof args;
+  args.q_scale.value = 1.0F;
+  args.output_scale.value = 1.0F;
+  return args;
+}
+
+namespace {
+
+// A caller's structure as this library knows it: members that the caller does not have keep their
+// defaults, and members that we do not have must be zero, or we would ignore a wish.
+template <class T>
+T read(const T* in, std::string_view argument) {
+  const std::string size_argument = std::string(argument) + ".struct_size";
+  const std::size_t size = deref(in, argument).struct_size;
+  if (size < kFirstSize<T>) {
+    throw Error(size_argument,
+                "at least " + std::to_string(kFirstSize<T>) + ", as the _init function sets it",
+                std::to_string(size));
+  }
+  const unsigned char* bytes = reinterpret_cast<const unsigned char*>(in);
+  if (size > sizeof(T) &&
+      std::any_of(bytes + sizeof(T), bytes + size, [](unsigned char byte) { return byte != 0; })) {
+    throw Error(size_argument,
+                "a structure that this version knows (" + std::to_string(sizeof(T)) +
+                    " bytes) or zeros behind it",
+                std::to_string(size) + " bytes with members set that it does not know");
+  }
+  T out = defaults<T>();
+  std::memcpy(static_cast<void*>(&out), in, std::min(size, sizeof out));
+  return out;
+}
+
+bool to_bool(std::int32_t value, std::string_view argument) {
+  if (value != 0 && value != 1) throw Error(argument, "0 or 1", std::to_string(value));
+  return value == 1;
+}
+
+Device to_device(const quire_device& device, std::string_view argument) {
+  return {to_enum(device.type, DeviceType::kCuda, argument), device.index};
+}
+
+Scale to_scale(const quire_scale& from) {
+  Scale scale(from.value);
+  scale.data = from.data;
+  return scale;
+}
+
+}  // namespace
+
+TensorView to_view(const quire_tensor& tensor, const std::string& argument) {
+  TensorView view;
+  view.dtype = to_enum(tensor.dtype, DType::kBool, argument + ".dtype");
+  if (tensor.ndim < 0 || tensor.ndim > kMaxDims) {
+    throw Error(argument + ".ndim", "0 to " + std::to_string(kMaxDims),
+                std::to_string(tensor.ndim));
+  }
+  if (view.dtype == DType::kNone) {
+    if (tensor.data != nullptr) throw Error(argument + ".dtype", "a dtype", "none");
+    return view;
+  }
+  view.data = tensor.data;
+  view.device = to_device(tensor.device, argument + ".device");
+  view.ndim = tensor.ndim;
+  std::copy_n(tensor.shape, tensor.ndim, view.shape.begin());
+  std::copy_n(tensor.strides, tensor.ndim, view.strides.begin());
+  return view;
+}
+
+TensorView to_view(const quire_tensor* tensor, const std::string& argument) {
+  return to_view(deref(tensor, argument), argument);
+}
+
+namespace {
+
+Score to_score(const quire_score* from) {
+  const quire_score in = read(from, "score");
+  Score score;
+  score.softmax_scale = in.softmax_scale;
+  score.soft_cap = in.soft_cap;
+  score.alibi_slopes = to_view(in.alibi_slopes, "alibi_slopes");
+  score.alibi_sqrt = to_bool(in.alibi_sqrt, "alibi_sqrt");
+  score.sinks = to_view(in.sinks, "sinks");
+  return score;
+}
+
+}  // namespace
+
+Context to_context(const quire_context* from) {
+  Context context;
+  if (from == nullptr) return context;
+  const quire_context in = read(from, "context");
+  context.stream = in.stream;
+  context.threads = in.threads != nullptr ? in.threads->pool.get() : nullptr;
+  context.check_indices = to_bool(in.check_indices, "check_indices");
+  return context;
+}
+
+AttentionConfig to_config(const quire_attention_config* from) {
+  const quire_attention_config in = read(from, "config");
+  AttentionConfig config;
+  config.device = to_device(in.device, "device");
+  config.dtype = to_enum(in.dtype, DType::kBool, "dtype");
+  config.num_heads = in.num_heads;
+  config.num_kv_heads = in.num_kv_heads;
+  config.head_size = in.head_size;
+  config.head_size_v = in.head_size_v;
+  config.type = to_enum(in.attention_type, AttentionType::kEncoderDecoder, "attention_type");
+  config.mask.causal = to_bool(in.causal, "causal");
+  config.mask.window = to_enum(in.window, WindowKind::kChunked, "window");
+  config.mask.window_size = in.window_size;
+  config.mask.chunk_lookback = in.chunk_lookback;
+  if (in.score != nullptr) config.score = to_score(in.score);
+  config.block_size = in.block_size;
+  config.kv_cache_dtype =
+      to_enum(in.kv_cache_dtype, KvCacheDType::kFp8E4M3PerTokenHead, "kv_cache_dtype");
+  config.batch_invariant = to_bool(in.batch_invariant, "batch_invariant");
+  config.auto_cascade = to_bool(in.auto_cascade, "auto_cascade");
+  if (in.backend != nullptr) config.backend = in.backend;
+  return config;
+}
+
+CommonAttentionMetadata to_batch(const quire_batch* from) {
+  const quire_batch in = read(from, "batch");
+  CommonAttentionMetadata batch;
+  batch.query_start_loc = to_view(in.query_start_loc, "query_start_loc");
+  batch.seq_lens = to_view(in.seq_lens, "seq_lens");
+  batch.block_table = to_view(in.block_table, "block_table");
+  batch.slot_mapping = to_view(in.slot_mapping, "slot_mapping");
+  batch.num_actual_tokens = in.num_actual_tokens;
+  batch.max_query_len = in.max_query_len;
+  batch.max_seq_len = in.max_seq_len;
+  batch.causal = to_view(in.causal, "causal");
+  batch.mm_prefix_range = to_view(in.mm_prefix_range, "mm_prefix_range");
+  batch.visible_prefix_lens = to_view(in.visible_prefix_lens, "visible_prefix_lens");
+  batch.qq_bias = to_view(in.qq_bias, "qq_bias");
+  batch.kv_start_loc = to_view(in.kv_start_loc, "kv_start_loc");
+  return batch;
+}
+
+PagedKvCache to_cache(const quire_kv_cache* from) {
+  const quire_kv_cache in = read(from, "kv_cache");
+  PagedKvCache cache;
+  cache.key = to_view(in.key, "kv_cache.key");
+  cache.value = to_view(in.value, "kv_cache.value");
+  cache.dtype = to_enum(in.dtype, KvCacheDType::kFp8E4M3PerTokenHead, "kv_cache.dtype");
+  cache.k_scale = to_scale(in.k_scale);
+  cache.v_scale = to_scale(in.v_scale);
+  cache.k_scale_cache = to_view(in.k_scale_cache, "kv_cache.k_scale_cache");
+  cache.v_scale_cache = to_view(in.v_scale_cache, "kv_cache.v_scale_cache");
+  return cache;
+}
+
+AttentionArgs to_args(const quire_attention_args* from, Score* score) {
+  const quire_attention_args in = read(from, "args");
+  AttentionArgs args;
+  args.query = to_view(in.query, "query");
+  if (in.kv_cache != nullptr) args.kv_cache = to_cache(in.kv_cache);
+  args.key = to_view(in.key, "key");
+  args.value = to_view(in.value, "value");
+  args.output = to_view(in.output, "output");
+  args.lse = to_view(in.lse, "lse");
+  if (in.score != nullptr) {
+    *score = to_score(in.score);
+    args.score = score;
+  }
+  args.q_scale = to_scale(in.q_scale);
+  args.has_output_scale = to_bool(in.has_output_scale, "has_output_scale");
+  args.output_scale = to_scale(in.output_scale);
+  args.output_block_scale = to_view(in.output_block_scale, "output_block_scale");
+  return args;
+}
+
+}  // namespace quire::c_abi
