@@ -11,6 +11,7 @@
 #if QUIRE_CUDA
 #include "bench/kernel/cuda_bench.h"
 #endif
+#include "bench/kernel/layer.h"
 #include "bench/kernel/paged_batch.h"
 #include "bench/kernel/statistics.h"
 
@@ -43,7 +44,7 @@ MemoryNeed memory_need(const Workload& workload, const Options& options,
                        std::int64_t rotation_bytes, std::int64_t budget) {
   const Model& model = workload.model;
   const ElementBytes element = element_bytes(options);
-  const std::int64_t tokens = std::max(workload.num_tokens(), CpuLayer::kFillTokens);
+  const std::int64_t tokens = std::max(workload.num_tokens(), kFillTokens);
   MemoryNeed need;
   need.cache_bytes = 2 * count_blocks(workload, options.block_size) * options.block_size *
                      model.num_kv_heads * (model.head_size * element.kv + element.kv_scale);
@@ -101,7 +102,7 @@ Result measure(const Workload& workload, const Options& options, const MemoryNee
       time_calls(static_cast<std::size_t>(options.min_repeats), options.min_time_ms,
                  [&](std::size_t call) { layer.attend(call); });
   result.workspace_bytes = layer.workspace_bytes();
-  layer.check_output(workload.name);
+  check_output(layer.output(), workload.name);
   return result;
 }
 

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
-#include <string>
 #include <vector>
 
 #include "bench/kernel/bench.h"
@@ -33,9 +32,6 @@ class Cache {
 
 class CpuLayer {
  public:
-  // The tokens that fill a cache: so many random ones, again and again.
-  static constexpr std::int64_t kFillTokens = 2048;
-
   // Allocates `num_caches` caches and fills them. `options` and `threads` must outlive the layer.
   CpuLayer(const Workload& workload, const Options& options, std::int64_t num_caches,
            ThreadPool& threads);
@@ -45,19 +41,16 @@ class CpuLayer {
   void write(std::size_t call);
   void attend(std::size_t call);
 
-  // Throws std::runtime_error if the output is not finite or all zeros: a benchmark of wrong
-  // results is worth nothing.
-  void check_output(const std::string& name) const;
+  const TensorView& output() const { return output_; }
 
   std::int64_t cache_bytes() const { return caches_.front().num_bytes(); }
   std::int64_t workspace_bytes() const { return plan_.workspace_bytes(); }
 
  private:
-  AttentionConfig config_of(const Model& model);
+  TensorView sinks_of(const Model& model);
   TensorView tensor(Buffer* memory, std::initializer_list<std::int64_t> shape) const;
   const PagedKvCache& cache(std::size_t call) const;
   void fill(const Cache& target);
-  double output_value(std::int64_t i) const;
 
   const Options& options_;
   PagedBatch batch_;

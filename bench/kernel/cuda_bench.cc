@@ -4,20 +4,17 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <numeric>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "bench/kernel/layer.h"
 #include "bench/kernel/paged_batch.h"
 #include "bench/kernel/random_data.h"
 
 namespace quire::bench {
 namespace {
 
-constexpr std::int64_t kFillTokens = 2048;
-constexpr float kFp8Scale = 1.0F / 64.0F;
 constexpr Device kDevice{DeviceType::kCuda, 0};
 
 void check(cudaError_t error) {
@@ -48,7 +45,7 @@ class CudaLayer {
   CudaLayer(const Workload& workload, const Options& options, std::int64_t num_caches)
       : options_(options),
         batch_(make_paged_batch(workload, options.block_size, options.seed)),
-        plan_(config_of(workload.model)) {
+        plan_(layer_config(workload.model, options, sinks_of(workload.model))) {
     const Model& model = workload.model;
     check(cudaStreamCreate(&stream_));
     context_.stream = stream_;
@@ -82,38 +79,20 @@ class CudaLayer {
   std::int64_t cache_bytes() const { return cache_bytes_; }
   std::int64_t workspace_bytes() const { return plan_.workspace_bytes(); }
 
-  void check_output(const std::string& name) const {
-    std::vector<std::uint16_t> host(static_cast<std::size_t>(output_.num_elements()));
-    if (options_.dtype == DType::kFloat32) return;
-    check(cudaMemcpy(host.data(), output_.data, host.size() * 2, cudaMemcpyDeviceToHost));
-    double sum = 0.0;
-    for (const std::uint16_t bits : host) {
-      sum +=
-          std::fabs(options_.dtype == DType::kFloat16 ? from_float16(bits) : from_bfloat16(bits));
-    }
-    if (!(sum > 0.0 && std::isfinite(sum))) {
-      throw std::runtime_error(name + ": the output is not finite, or all zeros");
-    }
+  void check_result(const std::string& name) const {
+    std::vector<char> host(
+        static_cast<std::size_t>(output_.num_elements() * size_of(output_.dtype)));
+    check(cudaMemcpy(host.data(), output_.data, host.size(), cudaMemcpyDeviceToHost));
+    TensorView output = output_;
+    output.data = host.data();
+    check_output(output, name);
   }
 
  private:
-  AttentionConfig config_of(const Model& model) {
-    AttentionConfig config;
-    config.device = kDevice;
-    config.dtype = options_.dtype;
-    config.num_heads = model.num_heads;
-    config.num_kv_heads = model.num_kv_heads;
-    config.head_size = model.head_size;
-    if (model.sliding_window > 0) config.mask = Mask::sliding_window(model.sliding_window);
-    config.score.soft_cap = model.soft_cap;
-    if (model.sinks) {
-      std::vector<float> sinks(static_cast<std::size_t>(model.num_heads), 0.5F);
-      config.score.sinks = uploaded(TensorView(sinks.data(), DType::kFloat32, {model.num_heads}));
-    }
-    config.block_size = options_.block_size;
-    config.kv_cache_dtype = options_.kv_cache_dtype;
-    config.batch_invariant = options_.batch_invariant;
-    return config;
+  TensorView sinks_of(const Model& model) {
+    if (!model.sinks) return {};
+    std::vector<float> sinks(static_cast<std::size_t>(model.num_heads), kSink);
+    return uploaded(TensorView(sinks.data(), DType::kFloat32, {model.num_heads}));
   }
 
   void* allocate(std::int64_t bytes) {
@@ -140,35 +119,19 @@ class CudaLayer {
   }
 
   void add_cache(const Model& model) {
-    const DType storage = storage_dtype(options_.kv_cache_dtype, options_.dtype);
-    const std::int64_t heads = model.num_kv_heads;
-    const std::int64_t row = model.head_size;
-    const std::int64_t size = options_.block_size;
-    const std::int64_t blocks = batch_.num_blocks;
-    const std::int64_t head_stride = options_.heads_first ? size * row : row;
-    const std::int64_t slot_stride = options_.heads_first ? row : heads * row;
-    cache_bytes_ = blocks * 2 * size * heads * row * size_of(storage);
-    PagedKvCache made = PagedKvCache::from_combined(
-        TensorView(allocate(cache_bytes_), storage, {blocks, 2, size, heads, row},
-                   {2 * size * heads * row, size * heads * row, slot_stride, head_stride, 1},
-                   kDevice),
-        options_.kv_cache_dtype);
-    if (is_per_tensor_fp8(options_.kv_cache_dtype)) made.k_scale = made.v_scale = kFp8Scale;
-    if (is_per_token_head(options_.kv_cache_dtype)) {
-      const std::int64_t count = blocks * size * heads;
-      auto* scales = static_cast<float*>(allocate(2 * count * 4));
-      cache_bytes_ += 2 * count * 4;
-      made.k_scale_cache = TensorView(scales, DType::kFloat32, {blocks, size, heads}, kDevice);
-      made.v_scale_cache =
-          TensorView(scales + count, DType::kFloat32, {blocks, size, heads}, kDevice);
-    }
+    const CacheLayout layout(model, options_, batch_.num_blocks);
+    cache_bytes_ = layout.data_bytes + layout.scale_bytes;
+    void* data = allocate(layout.data_bytes);
+    void* scales = layout.scale_bytes > 0 ? allocate(layout.scale_bytes) : nullptr;
+    const PagedKvCache made = layout.view(data, scales);
     caches_.push_back(made);
-    std::vector<std::int64_t> slots(static_cast<std::size_t>(blocks * size));
+    const std::int64_t num_slots = batch_.num_blocks * options_.block_size;
+    std::vector<std::int64_t> slots(static_cast<std::size_t>(num_slots));
     std::iota(slots.begin(), slots.end(), 0);
-    const TensorView all = uploaded(TensorView(slots.data(), DType::kInt64, {blocks * size}));
-    for (std::int64_t begin = 0; begin < blocks * size; begin += kFillTokens) {
+    const TensorView all = uploaded(TensorView(slots.data(), DType::kInt64, {num_slots}));
+    for (std::int64_t begin = 0; begin < num_slots; begin += kFillTokens) {
       write_kv_cache(key_, value_, made,
-                     all.slice(0, begin, std::min(begin + kFillTokens, blocks * size)), context_);
+                     all.slice(0, begin, std::min(begin + kFillTokens, num_slots)), context_);
     }
     check(cudaStreamSynchronize(stream_));
     memory_.pop_back();  // the slots
@@ -260,7 +223,7 @@ Result measure_cuda(const Workload& workload, const Options& options, std::int64
                                    [&](std::size_t i) { layer.attend(i); });
   result.host_us = time_host(&layer);
   result.workspace_bytes = layer.workspace_bytes();
-  layer.check_output(workload.name);
+  layer.check_result(workload.name);
   return result;
 }
 
