@@ -141,8 +141,10 @@ void add_property(Table& table, const char* name, const Cell& cell) {
 void print_text() {
   std::printf("quire %s, %d threads\n", QUIRE_VERSION_STRING, default_thread_pool().num_threads());
   for (const AttentionBackend* backend : attention_backends()) {
-    std::printf("backend %s: %s%s\n", backend->name(),
-                backend->available() ? "" : "not available: ", backend->instruction_set().c_str());
+    const std::string text = backend->instruction_set();
+    std::printf("backend %s: %s\n", backend->name(),
+                backend->available() ? text.c_str()
+                                     : ("not available (" + text + "): the CPU serves").c_str());
   }
   std::printf("\n");
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Puts the supported table that `quire info` prints into README.md.
+"""Puts the supported table that `quire info` prints into README.md: that of a build with all
+backends, so of the preset cuda.
 
 usage: scripts/update_readme.py [path of the quire command]
 """
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-quire = sys.argv[1] if len(sys.argv) > 1 else root / "build/release/bin/quire"
+quire = sys.argv[1] if len(sys.argv) > 1 else root / "build/cuda/bin/quire"
 info = subprocess.run([quire, "info"], check=True, capture_output=True, text=True).stdout
 table = "".join(line + "\n" for line in info.splitlines() if line.startswith("|"))
 readme = root / "README.md"

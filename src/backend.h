@@ -23,6 +23,10 @@ class PlanState {
 
 class Backend : public AttentionBackend {
  public:
+  // Devices of its type that it can run on now: indices from 0.
+  virtual int num_devices() const = 0;
+  bool available() const override { return num_devices() > 0; }
+
   // A configuration is supported unless one of the capabilities is missing.
   std::vector<std::string> supports(const AttentionConfig& config) const override;
 
@@ -47,8 +51,9 @@ class Backend : public AttentionBackend {
 const std::vector<const Backend*>& backends();
 
 // The backend that serves a device: `name`, or QUIRE_BACKEND, or the first available one. Throws
-// Error if there is none.
-const Backend& pick_backend(Device device, const std::string& name);
+// Error if there is none, or no such device; `argument` is what named the device.
+const Backend& pick_backend(Device device, const std::string& name,
+                            const char* argument = "config.device");
 
 // The whole of semantics.md: what the reference and the CPU backend have.
 BackendCapabilities full_capabilities();

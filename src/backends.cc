@@ -62,28 +62,50 @@ void Backend::fill_zero(const TensorView& output, const Context&) const {
   }
 }
 
-const Backend& pick_backend(Device device, const std::string& name) {
-  const char* forced = std::getenv("QUIRE_BACKEND");
-  const bool from_environment = name.empty() && forced != nullptr && *forced != '\0';
-  if (!name.empty() || from_environment) {
-    const Backend& backend = backend_by_name(from_environment ? forced : name,
-                                             from_environment ? "QUIRE_BACKEND" : "config.backend");
-    if (backend.device_type() != device.type) {
-      throw Error("config.device",
-                  std::string("a device that backend ") + backend.name() + " serves",
-                  to_string(device));
-    }
-    if (!backend.available()) {
-      throw Error("config.backend", "a backend that can run on this machine",
-                  std::string(backend.name()) + " (" + backend.instruction_set() + ")");
-    }
-    return backend;
+namespace {
+
+// The backend that was asked for by name.
+const Backend& named_backend(Device device, const std::string& name, const char* name_argument,
+                             const char* device_argument) {
+  const Backend& backend = backend_by_name(name, name_argument);
+  if (backend.device_type() != device.type) {
+    throw Error(device_argument, std::string("a device that backend ") + backend.name() + " serves",
+                to_string(device));
   }
+  if (!backend.available()) {
+    throw Error(name_argument, "a backend that can run on this machine",
+                name + " (" + backend.instruction_set() + ")");
+  }
+  return backend;
+}
+
+const Backend& best_backend(Device device, const char* argument) {
+  std::string reasons;
   for (const Backend* backend : backends()) {
-    if (backend->device_type() == device.type && backend->available()) return *backend;
+    if (backend->device_type() != device.type) continue;
+    if (backend->available()) return *backend;
+    reasons += (reasons.empty() ? "" : "; ") + backend->instruction_set();
   }
-  throw Error("config.device", "a device that a backend of this build can run on",
-              to_string(device));
+  if (reasons.empty()) reasons = "this build has no backend for it; QUIRE_CUDA=ON builds CUDA's";
+  throw Error(argument, "a device that a backend of this build can run on, as the CPU always is",
+              to_string(device) + " (" + reasons + ")");
+}
+
+}  // namespace
+
+const Backend& pick_backend(Device device, const std::string& name, const char* argument) {
+  const char* forced = std::getenv("QUIRE_BACKEND");
+  const bool is_forced = name.empty() && forced != nullptr && *forced != '\0';
+  const Backend& backend = is_forced      ? named_backend(device, forced, "QUIRE_BACKEND", argument)
+                           : name.empty() ? best_backend(device, argument)
+                                          : named_backend(device, name, "config.backend", argument);
+  if (device.index < 0 || device.index >= backend.num_devices()) {
+    throw Error(argument,
+                "one of the " + std::to_string(backend.num_devices()) + " devices of backend " +
+                    backend.name() + " (indices from 0)",
+                to_string(device));
+  }
+  return backend;
 }
 
 }  // namespace quire

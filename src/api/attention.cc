@@ -397,7 +397,7 @@ void merge_states(const TensorView& o_a, const TensorView& lse_a, const TensorVi
   params.num_heads = static_cast<std::int32_t>(o_a.shape[1]);
   params.head_size_v = static_cast<std::int32_t>(o_a.shape[2]);
   if (o_a.num_elements() == 0) return;
-  pick_backend(o_a.device, "").merge(params, ctx);
+  pick_backend(o_a.device, "", "o_a").merge(params, ctx);
 }
 
 }  // namespace quire

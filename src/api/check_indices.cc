@@ -71,8 +71,9 @@ void check_block_table(const Backend& backend, const AttentionParams& params, co
 
 void check_slots(const CacheWriteParams& params, const Context& ctx) {
   const std::int64_t num_slots = params.num_blocks * params.block_size;
-  const std::vector<std::int64_t> slots = read(pick_backend(params.device, ""), params.device,
-                                               params.slot_mapping, params.num_slots, ctx);
+  const std::vector<std::int64_t> slots =
+      read(pick_backend(params.device, "", "kv_cache.key"), params.device, params.slot_mapping,
+           params.num_slots, ctx);
   for (std::int64_t i = 0; i < params.num_slots; ++i) {
     check::that(slots[i] < num_slots, entry("slot_mapping", i),
                 "a slot below " + std::to_string(num_slots) + ", or negative to skip", slots[i]);

@@ -205,7 +205,7 @@ void write_kv_cache(const TensorView& key, const TensorView& value, const PagedK
   const CacheWriteParams params = api::lower_cache_write(key, value, cache, slot_mapping);
   if (ctx.check_indices) api::check_slots(params, ctx);
   if (params.num_slots == 0) return;
-  pick_backend(cache.key.device, "").cache_write(params, ctx);
+  pick_backend(cache.key.device, "", "kv_cache.key").cache_write(params, ctx);
 }
 
 }  // namespace quire

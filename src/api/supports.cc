@@ -99,6 +99,9 @@ std::vector<std::string> Backend::supports(const AttentionConfig& config) const 
                                    " cannot run here: " + (available() ? "" : instruction_set()));
   reasons.require(config.device.type == device_type(),
                   "device " + to_string(config.device) + " is not this backend's");
+  reasons.require(!available() || (config.device.index >= 0 && config.device.index < num_devices()),
+                  "there is no device " + to_string(config.device) + ": " +
+                      std::to_string(num_devices()) + " of its kind, counted from 0");
   check_sizes(config, caps, reasons);
   check_dtypes(config, caps, reasons);
   check_mask(config, caps, reasons);

@@ -22,8 +22,9 @@ const char* to_string(DType dtype) {
 }
 
 std::string to_string(Device device) {
-  if (device.type == DeviceType::kCpu) return "cpu";
-  return "cuda:" + std::to_string(device.index);
+  const bool cpu = device.type == DeviceType::kCpu;
+  if (cpu && device.index == 0) return "cpu";
+  return (cpu ? "cpu:" : "cuda:") + std::to_string(device.index);
 }
 
 namespace {

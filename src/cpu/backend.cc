@@ -14,7 +14,7 @@ class CpuBackend final : public Backend {
  public:
   const char* name() const override { return "cpu"; }
   DeviceType device_type() const override { return DeviceType::kCpu; }
-  bool available() const override { return true; }
+  int num_devices() const override { return 1; }
   std::string instruction_set() const override { return kernels().isa; }
   const BackendCapabilities& capabilities() const override {
     static const BackendCapabilities caps = full_capabilities();

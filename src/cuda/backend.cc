@@ -17,7 +17,7 @@ class CudaBackend final : public Backend {
  public:
   const char* name() const override { return "cuda"; }
   DeviceType device_type() const override { return DeviceType::kCuda; }
-  bool available() const override { return inventory().count > 0; }
+  int num_devices() const override { return inventory().count; }
 
   std::string instruction_set() const override {
     if (!available()) return inventory().reason;
@@ -38,16 +38,6 @@ class CudaBackend final : public Backend {
       return all;
     }();
     return caps;
-  }
-
-  std::vector<std::string> supports(const AttentionConfig& config) const override {
-    std::vector<std::string> reasons = Backend::supports(config);
-    if (!available() || config.device.type != DeviceType::kCuda) return reasons;
-    if (config.device.index < 0 || config.device.index >= inventory().count) {
-      reasons.push_back("there is no device " + quire::to_string(config.device) + ", only " +
-                        std::to_string(inventory().count));
-    }
-    return reasons;
   }
 
   std::unique_ptr<PlanState> make_plan(const LayerParams& layer) const override {

@@ -14,13 +14,25 @@ std::string describe(cudaError_t error) {
   return std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")";
 }
 
+// Why there is no device, for people.
+std::string reason_of(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+      return "no NVIDIA driver, or one that is too old for CUDA " +
+             std::to_string(CUDART_VERSION / 1000) + "." +
+             std::to_string(CUDART_VERSION % 1000 / 10);
+    case cudaErrorNoDevice: return "the NVIDIA driver shows no GPU to this process";
+    default: return describe(error);
+  }
+}
+
 Inventory take_inventory() {
   Inventory result;
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) {
     cudaGetLastError();  // the error must not show up in a later call
-    result.reason = describe(error);
+    result.reason = reason_of(error);
     return result;
   }
   for (int i = 0; i < count; ++i) {
@@ -71,10 +83,6 @@ const Inventory& inventory() {
 const DeviceInfo& device_info(int index) {
   static std::mutex mutex;
   static std::vector<DeviceInfo> infos(static_cast<std::size_t>(inventory().count));
-  if (index < 0 || index >= inventory().count) {
-    throw Error("config.device", "a CUDA device from 0 to " + std::to_string(inventory().count - 1),
-                std::to_string(index));
-  }
   const std::lock_guard<std::mutex> lock(mutex);
   DeviceInfo& info = infos[static_cast<std::size_t>(index)];
   if (info.sm_count == 0) info = read_info(index);

@@ -26,7 +26,7 @@ struct Inventory {
 };
 const Inventory& inventory();
 
-// Throws Error if the device does not exist or is older than sm_80.
+// Of one of the inventory's devices. Throws Error if it is older than sm_80.
 const DeviceInfo& device_info(int index);
 
 // Makes a device current for a scope.

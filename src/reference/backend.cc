@@ -223,7 +223,7 @@ class ReferenceBackend final : public Backend {
  public:
   const char* name() const override { return "reference"; }
   DeviceType device_type() const override { return DeviceType::kCpu; }
-  bool available() const override { return true; }
+  int num_devices() const override { return 1; }
   std::string instruction_set() const override { return "float64"; }
   const BackendCapabilities& capabilities() const override {
     static const BackendCapabilities caps = full_capabilities();

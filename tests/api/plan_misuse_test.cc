@@ -105,6 +105,41 @@ TEST(PlanMisuse, BackendsAndDevices) {
   EXPECT_EQ(argument_named_by([] { make_thread_pool(0); }), "num_threads");
 }
 
+TEST(PlanMisuse, DevicesThatDoNotExist) {
+  for (const AttentionBackend* backend : attention_backends()) {
+    if (!backend->available()) continue;
+    for (const int index : {-1, 99, std::numeric_limits<int>::max()}) {
+      Call call;
+      call.config.backend = backend->name();
+      call.config.device = {backend->device_type(), index};
+      EXPECT_EQ(argument_named_by([&] { Plan plan(call.config); }), "config.device");
+      const std::vector<std::string> reasons = backend->supports(call.config);
+      ASSERT_FALSE(reasons.empty()) << backend->name() << " " << index;
+      EXPECT_NE(reasons.front().find("there is no device"), std::string::npos) << reasons.front();
+    }
+  }
+}
+
+// Without a GPU: the error says why CUDA cannot serve, or how to build it.
+TEST(PlanMisuse, DeviceWithoutABackend) {
+  std::string reason = "QUIRE_CUDA=ON";
+  for (const AttentionBackend* backend : attention_backends()) {
+    if (backend->device_type() != DeviceType::kCuda) continue;
+    if (backend->available()) return;
+    reason = backend->instruction_set();
+  }
+  Call call;
+  call.config.backend.clear();
+  call.config.device = {DeviceType::kCuda, 0};
+  try {
+    Plan plan(call.config);
+    ADD_FAILURE() << "no error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.argument(), "config.device");
+    EXPECT_NE(std::string(error.what()).find(reason), std::string::npos) << error.what();
+  }
+}
+
 TEST(PlanMisuse, LengthsOfTheBatch) {
   const auto starts = [](Call& call) -> TensorView& { return call.batch.query_start_loc; };
   const auto lens = [](Call& call) -> TensorView& { return call.batch.seq_lens; };

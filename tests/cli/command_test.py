@@ -16,8 +16,11 @@ def quire(*args, **env):
                           stdin=subprocess.DEVNULL, env={**os.environ, **env})
 
 
-def table_of(text):
-    return [line for line in text.splitlines() if line.startswith("|")]
+def columns(text):
+    """A Markdown table: the first cell of each column -> all of its cells."""
+    lines = [line for line in text.splitlines() if re.match(r"\| [^-]", line)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {column[0]: column for column in zip(*rows)}
 
 
 class CommandTest(unittest.TestCase):
@@ -53,6 +56,25 @@ class CommandTest(unittest.TestCase):
         self.assertTrue(backends["reference"]["available"])
         self.assertIn("bfloat16", backends["cpu"]["dtypes"])
 
+    def test_cuda_without_a_gpu_says_why_and_the_cpu_serves(self):
+        backends = {b["name"]: b for b in json.loads(quire("info", "--json").stdout)["backends"]}
+        if "cuda" in backends and backends["cuda"]["available"]:
+            return  # this machine has a GPU
+        done = quire("verify", "--device", "cuda", "--cases", "1")
+        self.assertEqual(done.returncode, 1)
+        if "cuda" not in backends:
+            self.assertRegex(done.stderr, r"--device: expected one of cpu, reference, got cuda")
+            return
+        reason = backends["cuda"]["instruction_set"]
+        self.assertRegex(reason, "NVIDIA driver|GPU")
+        self.assertIn(f"backend cuda: not available ({reason}): the CPU serves\n",
+                      quire("info").stdout)
+        self.assertEqual(done.stderr, f"quire: error: --device cuda cannot run here: {reason}\n")
+        done = quire("bench", "--device", "cuda")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(reason, done.stderr)
+        self.assertEqual(quire("verify", "--cases", "5").returncode, 0)
+
     def test_threads_come_from_the_environment(self):
         info = json.loads(quire("info", "--json", QUIRE_NUM_THREADS="3").stdout)
         self.assertEqual(info["threads"], 3)
@@ -61,8 +83,10 @@ class CommandTest(unittest.TestCase):
         shown = re.search(r"<!-- quire info -->\n(.*?)<!-- end -->",
                           open(README, encoding="utf-8").read(), re.S)
         self.assertIsNotNone(shown)
-        self.assertEqual(table_of(shown.group(1)), table_of(quire("info").stdout),
-                         "run scripts/update_readme.py")
+        readme = columns(shown.group(1))
+        self.assertEqual(list(readme), ["backend", "cpu", "cuda", "reference"])
+        for backend, column in columns(quire("info").stdout).items():  # of this build
+            self.assertEqual(readme[backend], column, "run scripts/update_readme.py")
 
 
 if __name__ == "__main__":
