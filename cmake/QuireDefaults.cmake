@@ -29,4 +29,8 @@ if(QUIRE_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
                "${QUIRE_CCACHE}")
   set(CMAKE_C_COMPILER_LAUNCHER ${launcher})
   set(CMAKE_CXX_COMPILER_LAUNCHER ${launcher})
+  # ccache's usual way compares the preprocessed text, which nvcc makes for the first architecture
+  # only: a change of code for another one would go unnoticed. CCACHE_DEPEND compares the files.
+  list(INSERT launcher 4 CCACHE_DEPEND=1)
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${launcher})
 endif()
