@@ -18,8 +18,8 @@ using conformance::Tensor;
 
 class WriteCall {
  public:
-  explicit WriteCall(KvCacheDType dtype = KvCacheDType::kAuto)
-      : buffers_(&memory_of(DeviceType::kCpu)) {
+  explicit WriteCall(KvCacheDType dtype = KvCacheDType::kAuto, DeviceType device = DeviceType::kCpu)
+      : buffers_(&memory_of(device)) {
     const DType storage = storage_dtype(dtype, DType::kFloat32);
     key = buffers_.view(make_tensor(DType::kFloat32, {3, 2, 8}));
     value = buffers_.view(make_tensor(DType::kFloat32, {3, 2, 12}));
@@ -52,10 +52,12 @@ using Spoil = std::function<void(WriteCall&)>;
 
 void expect_write_error(const char* argument, const Spoil& spoil,
                         KvCacheDType dtype = KvCacheDType::kAuto) {
-  WriteCall call(dtype);
-  spoil(call);
-  EXPECT_EQ(call.run(), argument);
-  EXPECT_EQ(call.damage(), "") << argument;
+  for (const AttentionBackend* backend : best_backends()) {
+    WriteCall call(dtype, backend->device_type());
+    spoil(call);
+    EXPECT_EQ(call.run(), argument) << backend->name();
+    EXPECT_EQ(call.damage(), "") << argument << " on " << backend->name();
+  }
 }
 
 // The mistakes that every tensor can have.
@@ -72,22 +74,31 @@ void expect_tensor_errors(const char* argument, const std::function<TensorView&(
       argument, [&](WriteCall& c) { view(c).shape[0] = -2; }, dtype);
   expect_write_error(
       argument, [&](WriteCall& c) { view(c).data = nullptr; }, dtype);
-  expect_write_error(
-      argument,
-      [&](WriteCall& c) {
-        view(c).device = {DeviceType::kCuda, 0};
-      },
-      dtype);
+  for (const std::size_t other : {0U, 1U}) {
+    expect_write_error(
+        argument, [&](WriteCall& c) { view(c).device = other_devices(c.cache.key.device)[other]; },
+        dtype);
+  }
   if (!unit_last_stride) return;
   expect_write_error(
       argument, [&](WriteCall& c) { view(c).strides[view(c).ndim - 1] = 3; }, dtype);
 }
 
 TEST(WriteMisuse, CorrectCallWrites) {
-  for (int kind = 0; kind <= static_cast<int>(KvCacheDType::kFp8E4M3PerTokenHead); ++kind) {
-    WriteCall call(static_cast<KvCacheDType>(kind));
-    EXPECT_EQ(call.run(), "(no error)");
+  for (const AttentionBackend* backend : best_backends()) {
+    for (int kind = 0; kind <= static_cast<int>(KvCacheDType::kFp8E4M3PerTokenHead); ++kind) {
+      WriteCall call(static_cast<KvCacheDType>(kind), backend->device_type());
+      EXPECT_EQ(call.run(), "(no error)") << backend->name();
+    }
   }
+}
+
+TEST(WriteMisuse, DeviceThatDoesNotExist) {
+  expect_write_error("kv_cache.key", [](WriteCall& c) {
+    for (TensorView* view : {&c.key, &c.value, &c.cache.key, &c.cache.value, &c.slot_mapping}) {
+      view->device.index = 99;
+    }
+  });
 }
 
 TEST(WriteMisuse, KeyAndValue) {
@@ -228,32 +239,38 @@ TEST(MergeMisuse, EveryArgument) {
     const char* argument;
     std::function<void(Merge&)> spoil;
   };
-  const std::vector<Wrong> wrongs{{"o_a", [](Merge& m) { m.o_a = {}; }},
-                                  {"o_a", [](Merge& m) { m.o_a.dtype = DType::kInt8; }},
-                                  {"o_a", [](Merge& m) { m.o_a.ndim = 2; }},
-                                  {"o_a", [](Merge& m) { m.o_a.strides[2] = 2; }},
-                                  {"o_a", [](Merge& m) { m.o_a.data = nullptr; }},
-                                  {"lse_a", [](Merge& m) { m.lse_a = {}; }},
-                                  {"lse_a", [](Merge& m) { m.lse_a.dtype = DType::kFloat16; }},
-                                  {"lse_a", [](Merge& m) { m.lse_a.shape[0] = 1; }},
-                                  {"lse_a", [](Merge& m) { m.lse_a.shape[1] = 2; }},
-                                  {"o_b", [](Merge& m) { m.o_b = {}; }},
-                                  {"o_b", [](Merge& m) { m.o_b.dtype = DType::kFloat16; }},
-                                  {"o_b", [](Merge& m) { m.o_b.shape[1] = 1; }},
-                                  {"lse_b", [](Merge& m) { m.lse_b = {}; }},
-                                  {"lse_b", [](Merge& m) { m.lse_b.data = nullptr; }},
-                                  {"output", [](Merge& m) { m.output = {}; }},
-                                  {"output", [](Merge& m) { m.output.shape[0] = 2; }},
-                                  {"output", [](Merge& m) { m.output.dtype = DType::kBFloat16; }},
-                                  {"output",
-                                   [](Merge& m) {
-                                     m.output.device = {DeviceType::kCuda, 0};
-                                   }},
-                                  {"output", [](Merge& m) { m.output.strides[2] = 2; }},
-                                  {"lse", [](Merge& m) { m.lse.shape[1] = 2; }},
-                                  {"lse", [](Merge& m) { m.lse.dtype = DType::kFloat16; }}};
-  for (const Wrong& wrong : wrongs) {
-    DeviceBuffers buffers(&memory_of(DeviceType::kCpu));
+  const std::vector<Wrong> wrongs{
+      {"o_a", [](Merge& m) { m.o_a = {}; }},
+      {"o_a", [](Merge& m) { m.o_a.dtype = DType::kInt8; }},
+      {"o_a", [](Merge& m) { m.o_a.ndim = 2; }},
+      {"o_a", [](Merge& m) { m.o_a.strides[2] = 2; }},
+      {"o_a", [](Merge& m) { m.o_a.data = nullptr; }},
+      {"lse_a", [](Merge& m) { m.lse_a = {}; }},
+      {"lse_a", [](Merge& m) { m.lse_a.dtype = DType::kFloat16; }},
+      {"lse_a", [](Merge& m) { m.lse_a.shape[0] = 1; }},
+      {"lse_a", [](Merge& m) { m.lse_a.shape[1] = 2; }},
+      {"o_b", [](Merge& m) { m.o_b = {}; }},
+      {"o_b", [](Merge& m) { m.o_b.dtype = DType::kFloat16; }},
+      {"o_b", [](Merge& m) { m.o_b.shape[1] = 1; }},
+      {"lse_b", [](Merge& m) { m.lse_b = {}; }},
+      {"lse_b", [](Merge& m) { m.lse_b.data = nullptr; }},
+      {"output", [](Merge& m) { m.output = {}; }},
+      {"output", [](Merge& m) { m.output.shape[0] = 2; }},
+      {"output", [](Merge& m) { m.output.dtype = DType::kBFloat16; }},
+      {"output", [](Merge& m) { m.output.device = other_devices(m.o_a.device)[0]; }},
+      {"o_b", [](Merge& m) { m.o_b.device = other_devices(m.o_a.device)[1]; }},
+      {"lse_b", [](Merge& m) { m.lse_b.device = other_devices(m.o_a.device)[0]; }},
+      {"o_a",
+       [](Merge& m) {
+         for (TensorView* view : {&m.o_a, &m.lse_a, &m.o_b, &m.lse_b, &m.output, &m.lse}) {
+           view->device.index = 99;
+         }
+       }},
+      {"output", [](Merge& m) { m.output.strides[2] = 2; }},
+      {"lse", [](Merge& m) { m.lse.shape[1] = 2; }},
+      {"lse", [](Merge& m) { m.lse.dtype = DType::kFloat16; }}};
+  const auto expect_error = [](const Wrong& wrong, DeviceType device) {
+    DeviceBuffers buffers(&memory_of(device));
     const auto o = [&] { return buffers.view(make_tensor(DType::kFloat32, {3, 2, 8})); };
     const auto lse = [&] { return buffers.view(make_tensor(DType::kFloat32, {2, 3})); };
     Merge merge{o(), lse(), o(), lse(), o(), lse()};
@@ -264,6 +281,9 @@ TEST(MergeMisuse, EveryArgument) {
               }),
               wrong.argument);
     EXPECT_EQ(buffers.damage({}), "") << wrong.argument;
+  };
+  for (const AttentionBackend* backend : best_backends()) {
+    for (const Wrong& wrong : wrongs) expect_error(wrong, backend->device_type());
   }
 }
 

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "tests/conformance/runner.h"
+#include "tests/conformance/fixture.h"
 
 namespace quire {
 
@@ -26,12 +26,23 @@ inline std::string argument_named_by(const std::function<void()>& call) {
   return "(no error)";
 }
 
+using conformance::best_backends;
+
+// Devices that memory on `device` is not on.
+inline std::vector<Device> other_devices(Device device) {
+  const bool cpu = device.type == DeviceType::kCpu;
+  return {{cpu ? DeviceType::kCuda : DeviceType::kCpu, 0}, {device.type, device.index + 1}};
+}
+
 // One layer, one batch and their tensors.
 class Call {
  public:
-  explicit Call(const conformance::CaseSpec& spec = default_spec())
-      : tensors(conformance::build_case(spec)),
-        on_device(tensors, attention_backend("cpu")),
+  explicit Call(const conformance::CaseSpec& spec = default_spec(),
+                const AttentionBackend& backend = attention_backend("cpu"))
+      : Call(conformance::build_case(spec), backend) {}
+  Call(conformance::Case made, const AttentionBackend& backend)
+      : tensors(std::move(made)),
+        on_device(tensors, backend),
         config(on_device.config()),
         batch(on_device.batch()),
         args(on_device.args()) {}
@@ -77,15 +88,16 @@ struct Mistake {
 
 inline void expect_named(const std::vector<Mistake>& mistakes,
                          const conformance::CaseSpec& spec = Call::default_spec()) {
-  {
-    Call correct(spec);
-    EXPECT_EQ(argument_named_by([&] { correct.run(); }), "(no error)");
-  }
-  for (const Mistake& mistake : mistakes) {
-    Call call(spec);
-    mistake.make(call);
-    EXPECT_EQ(argument_named_by([&] { call.run(); }), mistake.argument) << mistake.name;
-    EXPECT_EQ(call.damage(), "") << mistake.name;
+  for (const AttentionBackend* backend : best_backends()) {
+    Call correct(spec, *backend);
+    EXPECT_EQ(argument_named_by([&] { correct.run(); }), "(no error)") << backend->name();
+    for (const Mistake& mistake : mistakes) {
+      Call call(spec, *backend);
+      mistake.make(call);
+      EXPECT_EQ(argument_named_by([&] { call.run(); }), mistake.argument)
+          << mistake.name << " on " << backend->name();
+      EXPECT_EQ(call.damage(), "") << mistake.name << " on " << backend->name();
+    }
   }
 }
 
@@ -98,10 +110,10 @@ inline std::vector<Mistake> mistakes_of_a_tensor(const char* argument,
       {"dtype", argument, [view, dtype](Call& call) { view(call).dtype = dtype; }},
       {"number of dimensions", argument, [view](Call& call) { ++view(call).ndim; }},
       {"negative size", argument, [view](Call& call) { view(call).shape[0] = -1; }},
-      {"device", argument,
-       [view](Call& call) {
-         view(call).device = {DeviceType::kCuda, 0};
-       }},
+      {"another kind of device", argument,
+       [view](Call& call) { view(call).device = other_devices(call.config.device)[0]; }},
+      {"another device of the kind", argument,
+       [view](Call& call) { view(call).device = other_devices(call.config.device)[1]; }},
       {"null data", argument, [view](Call& call) { view(call).data = nullptr; }}};
   if (unit_last_stride) {
     mistakes.push_back({"last stride", argument, [view](Call& call) {

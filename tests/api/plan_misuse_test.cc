@@ -212,25 +212,25 @@ TEST(PlanMisuse, KeysOfTheEncoder) {
 }
 
 TEST(PlanMisuse, IndicesWhenAskedToLook) {
-  const auto spoil = [](const char* argument, const std::function<void(Call&)>& change) {
-    Call call;
-    change(call);
-    call.context.check_indices = true;
-    EXPECT_EQ(argument_named_by([&] { call.run(); }), argument);
-    call.context.check_indices = false;  // harmless
-    EXPECT_EQ(argument_named_by([&] { call.run(); }), "(no error)");
+  using conformance::Case;
+  const auto spoil = [](const char* argument, const std::function<void(const Case&)>& change) {
+    for (const AttentionBackend* backend : best_backends()) {
+      Case spoilt = conformance::build_case(Call::default_spec());
+      change(spoilt);
+      Call call(std::move(spoilt), *backend);
+      call.context.check_indices = true;
+      EXPECT_EQ(argument_named_by([&] { call.run(); }), argument) << backend->name();
+      call.context.check_indices = false;  // harmless
+      EXPECT_EQ(argument_named_by([&] { call.run(); }), "(no error)") << backend->name();
+    }
   };
-  const auto int32_at = [](const TensorView& view, std::int64_t i) -> std::int32_t& {
-    return static_cast<std::int32_t*>(view.data)[i];
-  };
-  spoil("query_start_loc[2]", [&](Call& c) { int32_at(c.batch.query_start_loc, 2) = 1; });
-  spoil("query_start_loc[0]", [&](Call& c) { int32_at(c.batch.query_start_loc, 0) = 1; });
-  spoil("seq_lens[1]", [&](Call& c) { int32_at(c.batch.seq_lens, 1) = -3; });
-  spoil("seq_lens[0]", [&](Call& c) { int32_at(c.batch.seq_lens, 0) = 2; });
-  spoil("seq_lens[1]", [&](Call& c) { int32_at(c.batch.seq_lens, 1) = 1 << 30; });
-  spoil("block_table[1][0]",
-        [&](Call& c) { int32_at(c.batch.block_table, c.batch.block_table.strides[0]) = 1 << 20; });
-  spoil("block_table[0][2]", [&](Call& c) { int32_at(c.batch.block_table, 2) = -1; });
+  spoil("query_start_loc[2]", [](const Case& c) { c.query_start_loc.set({2}, 1); });
+  spoil("query_start_loc[0]", [](const Case& c) { c.query_start_loc.set({0}, 1); });
+  spoil("seq_lens[1]", [](const Case& c) { c.seq_lens.set({1}, -3); });
+  spoil("seq_lens[0]", [](const Case& c) { c.seq_lens.set({0}, 2); });
+  spoil("seq_lens[1]", [](const Case& c) { c.seq_lens.set({1}, 1 << 30); });
+  spoil("block_table[1][0]", [](const Case& c) { c.block_table.set({1, 0}, 1 << 20); });
+  spoil("block_table[0][2]", [](const Case& c) { c.block_table.set({0, 2}, -1); });
 }
 
 TEST(PlanMisuse, PaddingOfTheTableIsNotLookedAt) {

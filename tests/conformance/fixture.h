@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,18 @@ inline std::vector<const AttentionBackend*> available_backends() {
     if (backend->available()) available.push_back(backend);
   }
   return available;
+}
+
+// The backends that serve the devices of this machine, one for each kind of device.
+inline std::vector<const AttentionBackend*> best_backends() {
+  std::vector<const AttentionBackend*> best;
+  for (const AttentionBackend* backend : attention_backends()) {
+    const bool served = std::any_of(best.begin(), best.end(), [&](const AttentionBackend* other) {
+      return other->device_type() == backend->device_type();
+    });
+    if (backend->available() && !served) best.push_back(backend);
+  }
+  return best;
 }
 
 inline std::string backend_name(const testing::TestParamInfo<const AttentionBackend*>& info) {
