@@ -130,8 +130,7 @@ TEST_P(WildIndices, TablesTooNarrowForTheirSequences) {
   EXPECT_EQ(call.on_device.damage(), "");
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, WildIndices, testing::ValuesIn(best_backends()),
-                         conformance::backend_name);
+QUIRE_ON_EVERY_DEVICE(WildIndices);
 
 }  // namespace
 }  // namespace quire

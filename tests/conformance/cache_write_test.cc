@@ -7,8 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "tests/conformance/fixture.h"
 #include "tests/conformance/number_format.h"
-#include "tests/conformance/tensor.h"
 
 namespace quire::conformance {
 namespace {
@@ -20,11 +20,9 @@ constexpr std::int64_t kSlots = 8;  // two blocks of four
 // One head of `row.size()` elements, written to slot 5 of a poisoned cache.
 class Written {
  public:
-  Written(KvCacheDType kind, const std::vector<float>& row, float scale = 1.0F,
-          DType model = DType::kFloat32, const std::vector<std::int64_t>& slots = {5})
-      : kind_(kind),
-        size_(static_cast<std::int64_t>(row.size())),
-        buffers_(&memory_of(DeviceType::kCpu)) {
+  Written(DeviceType device, KvCacheDType kind, const std::vector<float>& row, float scale,
+          DType model, const std::vector<std::int64_t>& slots)
+      : kind_(kind), size_(static_cast<std::int64_t>(row.size())), buffers_(&memory_of(device)) {
     const DType storage = storage_dtype(kind, model);
     const auto rows = static_cast<std::int64_t>(slots.size());
     source_ = make_tensor(model, {rows, 1, size_});
@@ -87,43 +85,54 @@ class Written {
   std::vector<std::vector<std::byte>> after_;
 };
 
-TEST(CacheWrite, NegativeSlotsAreSkipped) {
+class CacheWrite : public testing::TestWithParam<const AttentionBackend*> {
+ protected:
+  static Written written(KvCacheDType kind, const std::vector<float>& row, float scale = 1.0F,
+                         DType model = DType::kFloat32,
+                         const std::vector<std::int64_t>& slots = {5}) {
+    return Written(GetParam()->device_type(), kind, row, scale, model, slots);
+  }
+};
+
+TEST_P(CacheWrite, NegativeSlotsAreSkipped) {
   constexpr std::int64_t kMin = std::numeric_limits<std::int64_t>::min();
   for (const KvCacheDType kind : {KvCacheDType::kAuto, KvCacheDType::kInt8PerTokenHead}) {
-    EXPECT_TRUE(Written(kind, {1, 2, 3, 4}, 1, DType::kFloat32, {-1, 5, kMin}).only_changed({5}));
-    EXPECT_TRUE(Written(kind, {1, 2, 3, 4}, 1, DType::kFloat32, {-1}).only_changed({}));
+    EXPECT_TRUE(written(kind, {1, 2, 3, 4}, 1, DType::kFloat32, {-1, 5, kMin}).only_changed({5}));
+    EXPECT_TRUE(written(kind, {1, 2, 3, 4}, 1, DType::kFloat32, {-1}).only_changed({}));
   }
 }
 
-TEST(CacheWrite, SlotsOutOfRangeAreSkipped) {
+TEST_P(CacheWrite, SlotsOutOfRangeAreSkipped) {
   constexpr std::int64_t kMax = std::numeric_limits<std::int64_t>::max();
   for (const std::int64_t slot : {kSlots, kSlots + 1, std::int64_t{1} << 32, kMax}) {
     EXPECT_TRUE(
-        Written(KvCacheDType::kAuto, {1, 2}, 1, DType::kFloat32, {slot, 0}).only_changed({0}));
+        written(KvCacheDType::kAuto, {1, 2}, 1, DType::kFloat32, {slot, 0}).only_changed({0}));
   }
 }
 
-TEST(CacheWrite, NoSlotsWriteNothing) {
-  EXPECT_TRUE(Written(KvCacheDType::kAuto, {1, 2}, 1, DType::kFloat32, {}).only_changed({}));
+TEST_P(CacheWrite, NoSlotsWriteNothing) {
+  EXPECT_TRUE(written(KvCacheDType::kAuto, {1, 2}, 1, DType::kFloat32, {}).only_changed({}));
 }
 
-TEST(CacheWrite, PlainCachesConvertToNearestEven) {
+TEST_P(CacheWrite, PlainCachesConvertToNearestEven) {
   const float tie_down = 1.0F + 0x1p-8F;  // between 1 and 1 + 2^-7 in bf16
   const float tie_up = 1.0F + 0x1p-7F + 0x1p-8F;
-  const Written brain(KvCacheDType::kBFloat16, {tie_down, tie_up, kNan, kInfinity, -3.0F});
+  const Written brain =
+      written(KvCacheDType::kBFloat16, {tie_down, tie_up, kNan, kInfinity, -3.0F});
   const std::vector<double> row = brain.key(5);
   EXPECT_EQ(row[0], 1.0);
   EXPECT_EQ(row[1], 1.0 + 0x1p-6);
   EXPECT_TRUE(std::isnan(row[2]));
   EXPECT_EQ(row[3], kInfinity);
   EXPECT_EQ(row[4], -3.0);
-  const Written half(KvCacheDType::kFloat16, {1.0F + 0x1p-11F, 0x1p-25F, 0x1.8p-24F, 65504.0F});
+  const Written half =
+      written(KvCacheDType::kFloat16, {1.0F + 0x1p-11F, 0x1p-25F, 0x1.8p-24F, 65504.0F});
   EXPECT_EQ(half.key(5), (std::vector<double>{1.0, 0.0, 0x1p-23, 65504.0}));
 }
 
-TEST(CacheWrite, Fp8SaturatesAndKeepsNan) {
+TEST_P(CacheWrite, Fp8SaturatesAndKeepsNan) {
   const std::vector<float> row{448, 449, 1e30F, kInfinity, -kInfinity, kNan, 1e-30F, -500};
-  const std::vector<double> e4m3 = Written(KvCacheDType::kFp8E4M3, row).key(5);
+  const std::vector<double> e4m3 = written(KvCacheDType::kFp8E4M3, row).key(5);
   const double wanted[] = {448, 448, 448, 448, -448, 0, 0, -448};
   for (int i = 0; i < 8; ++i) {
     if (i == 5) {
@@ -133,19 +142,19 @@ TEST(CacheWrite, Fp8SaturatesAndKeepsNan) {
     }
   }
   const std::vector<double> e5m2 =
-      Written(KvCacheDType::kFp8E5M2, {57344, 60000, 1e30F, kInfinity, -kInfinity, kNan}).key(5);
+      written(KvCacheDType::kFp8E5M2, {57344, 60000, 1e30F, kInfinity, -kInfinity, kNan}).key(5);
   for (int i = 0; i < 4; ++i) EXPECT_EQ(e5m2[i], 57344.0) << i;
   EXPECT_EQ(e5m2[4], -57344.0);
   EXPECT_TRUE(std::isnan(e5m2[5]));
 }
 
-TEST(CacheWrite, Fp8DividesByItsScale) {
-  const Written written(KvCacheDType::kFp8E4M3, {1.0F, -0.5F, 0.3F, 7.0F}, 0.25F);
-  EXPECT_EQ(written.key(5), (std::vector<double>{4.0, -2.0, 1.25, 28.0}));
+TEST_P(CacheWrite, Fp8DividesByItsScale) {
+  const Written result = written(KvCacheDType::kFp8E4M3, {1.0F, -0.5F, 0.3F, 7.0F}, 0.25F);
+  EXPECT_EQ(result.key(5), (std::vector<double>{4.0, -2.0, 1.25, 28.0}));
 }
 
 // Every value halfway between two neighbours goes to the even one, every other to the nearest.
-TEST(CacheWrite, Fp8RoundsEveryValueToNearestEven) {
+TEST_P(CacheWrite, Fp8RoundsEveryValueToNearestEven) {
   for (const KvCacheDType kind : {KvCacheDType::kFp8E4M3, KvCacheDType::kFp8E5M2}) {
     const DType storage = storage_dtype(kind, DType::kFloat32);
     const int highest = storage == DType::kFloat8E4M3 ? 0x7E : 0x7B;
@@ -166,46 +175,46 @@ TEST(CacheWrite, Fp8RoundsEveryValueToNearestEven) {
         wanted.push_back(-nearest);
       }
     }
-    EXPECT_EQ(Written(kind, row).key(5), wanted) << to_string(kind);
+    EXPECT_EQ(written(kind, row).key(5), wanted) << to_string(kind);
   }
 }
 
-TEST(CacheWrite, Int8RowsHaveTheirOwnScale) {
-  const Written written(KvCacheDType::kInt8PerTokenHead, {127, -254, 1, 3, 5, -1});
-  EXPECT_EQ(written.key_scale(5), 2.0F);
+TEST_P(CacheWrite, Int8RowsHaveTheirOwnScale) {
+  const Written result = written(KvCacheDType::kInt8PerTokenHead, {127, -254, 1, 3, 5, -1});
+  EXPECT_EQ(result.key_scale(5), 2.0F);
   // 0.5, 1.5 and 2.5 to even
-  EXPECT_EQ(written.key(5), (std::vector<double>{64, -127, 0, 2, 2, 0}));
+  EXPECT_EQ(result.key(5), (std::vector<double>{64, -127, 0, 2, 2, 0}));
 }
 
-TEST(CacheWrite, Fp8RowsHaveTheirOwnScale) {
-  const Written written(KvCacheDType::kFp8E4M3PerTokenHead, {-896, 2, 0, 17});
-  EXPECT_EQ(written.key_scale(5), 2.0F);
-  EXPECT_EQ(written.key(5), (std::vector<double>{-448, 1, 0, 8}));
+TEST_P(CacheWrite, Fp8RowsHaveTheirOwnScale) {
+  const Written result = written(KvCacheDType::kFp8E4M3PerTokenHead, {-896, 2, 0, 17});
+  EXPECT_EQ(result.key_scale(5), 2.0F);
+  EXPECT_EQ(result.key(5), (std::vector<double>{-448, 1, 0, 8}));
 }
 
-TEST(CacheWrite, ScaleOfARowHasALowerBound) {
+TEST_P(CacheWrite, ScaleOfARowHasALowerBound) {
   for (const KvCacheDType kind :
        {KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead}) {
-    EXPECT_EQ(Written(kind, {0, 0, 0, 0}).key_scale(5), 1e-6F);
-    EXPECT_EQ(Written(kind, {1e-9F, 0, 0, 0}).key_scale(5), 1e-6F);
-    EXPECT_EQ(Written(kind, {0, 0}).key(5), (std::vector<double>{0, 0}));
+    EXPECT_EQ(written(kind, {0, 0, 0, 0}).key_scale(5), 1e-6F);
+    EXPECT_EQ(written(kind, {1e-9F, 0, 0, 0}).key_scale(5), 1e-6F);
+    EXPECT_EQ(written(kind, {0, 0}).key(5), (std::vector<double>{0, 0}));
   }
 }
 
-TEST(CacheWrite, NanStaysNanInRowsOfFp8) {
-  const Written written(KvCacheDType::kFp8E4M3PerTokenHead, {kNan, 448, 1});
-  EXPECT_EQ(written.key_scale(5), 1.0F);
-  EXPECT_TRUE(std::isnan(written.key(5)[0]));
-  EXPECT_EQ(written.key(5)[1], 448.0);
+TEST_P(CacheWrite, NanStaysNanInRowsOfFp8) {
+  const Written result = written(KvCacheDType::kFp8E4M3PerTokenHead, {kNan, 448, 1});
+  EXPECT_EQ(result.key_scale(5), 1.0F);
+  EXPECT_TRUE(std::isnan(result.key(5)[0]));
+  EXPECT_EQ(result.key(5)[1], 448.0);
 }
 
-TEST(CacheWrite, EveryModelDTypeIntoEveryCache) {
+TEST_P(CacheWrite, EveryModelDTypeIntoEveryCache) {
   std::vector<float> row(41);
   for (std::size_t d = 0; d < row.size(); ++d) row[d] = 0.37F * static_cast<float>(d) - 7.0F;
   for (const DType model : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
     for (int kind = 0; kind <= static_cast<int>(KvCacheDType::kFp8E4M3PerTokenHead); ++kind) {
       const auto dtype = static_cast<KvCacheDType>(kind);
-      const Written written(dtype, row, 0.05F, model);
+      const Written result = written(dtype, row, 0.05F, model);
       const DType storage = storage_dtype(dtype, model);
       Tensor source = make_tensor(model, {41});
       for (std::int64_t d = 0; d < 41; ++d) source.set({d}, row[d]);
@@ -214,11 +223,13 @@ TEST(CacheWrite, EveryModelDTypeIntoEveryCache) {
       quantise_row(dtype, model, source.at({0}), 41, 0.05F, storage, wanted.at({0}), &scale);
       std::vector<double> values(41);
       decode_row(storage, wanted.at({0}), 41, values.data());
-      EXPECT_EQ(written.key(5), values) << to_string(model) << " into " << to_string(dtype);
-      EXPECT_TRUE(written.only_changed({5}));
+      EXPECT_EQ(result.key(5), values) << to_string(model) << " into " << to_string(dtype);
+      EXPECT_TRUE(result.only_changed({5}));
     }
   }
 }
+
+QUIRE_ON_EVERY_DEVICE(CacheWrite);
 
 }  // namespace
 }  // namespace quire::conformance

@@ -89,3 +89,8 @@ class ConformanceTest : public testing::TestWithParam<const AttentionBackend*> {
   INSTANTIATE_TEST_SUITE_P(Backends, suite,                                             \
                            testing::ValuesIn(quire::conformance::available_backends()), \
                            quire::conformance::backend_name)
+
+// For what names a device, not a backend: merge_states(), write_kv_cache().
+#define QUIRE_ON_EVERY_DEVICE(suite)                                                               \
+  INSTANTIATE_TEST_SUITE_P(Devices, suite, testing::ValuesIn(quire::conformance::best_backends()), \
+                           quire::conformance::backend_name)
