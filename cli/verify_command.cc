@@ -5,12 +5,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cli/commands.h"
 #include "quire/quire.h"
+#include "tests/conformance/covering.h"
 #include "tests/conformance/golden.h"
 #include "tests/conformance/runner.h"
 
@@ -24,6 +26,7 @@ struct Options {
   std::int64_t cases = 1000;
   std::uint64_t seed = 1;
   std::int64_t only_case = -1;
+  bool covering = false;
   std::string isa;
   std::vector<std::string> golden;
 };
@@ -110,12 +113,31 @@ void verify_random(const AttentionBackend& backend, const Options& options) {
   tally.finish();
 }
 
+// Fails too if a kernel of the backend's table was never launched. Names differ: the table's are
+// short, the device's are C++.
+void verify_covering(const AttentionBackend& backend) {
+  Tally tally(static_cast<std::int64_t>(conformance::covering_specs().size()));
+  const std::set<std::string> reached =
+      conformance::run_covering(backend, [&](const std::string& problem) { tally.add(problem); });
+  const std::vector<KernelInfo> table = backend.kernel_table();
+  for (const std::string& kernel : reached) std::printf("reached %s\n", kernel.c_str());
+  if (!table.empty()) {
+    tally.add(reached.size() == table.size()
+                  ? ""
+                  : "reached " + std::to_string(reached.size()) + " kernels of the " +
+                        std::to_string(table.size()) + " in this build");
+  }
+  tally.finish();
+}
+
 void run(const Options& options) {
   set_environment(options);
   const AttentionBackend& backend = backend_of(options);
   std::printf("backend %s on %s\n", backend.name(), backend.instruction_set().c_str());
   std::fflush(stdout);
-  if (options.golden.empty()) {
+  if (options.covering) {
+    verify_covering(backend);
+  } else if (options.golden.empty()) {
     verify_random(backend, options);
   } else {
     verify_golden(backend, options);
@@ -138,6 +160,9 @@ void add_verify_command(CLI::App& app) {
   command->add_option("--seed", options->seed, "Seed of the random cases")->capture_default_str();
   command->add_option("--case", options->only_case, "Run this one case of the seed only")
       ->check(CLI::Range(std::int64_t{0}, kMostCases));
+  command->add_flag("--covering", options->covering,
+                    "Run a few small cases that reach every kernel instead of random ones, and "
+                    "name the CUDA kernels that were reached");
   command->add_option("--isa", options->isa,
                       "Instruction set of the CPU backend: AVX3, AVX2, NEON, SCALAR, ...");
   command

@@ -33,6 +33,11 @@ class VerifyTest(unittest.TestCase):
         self.assertIn("case 4: ", done.stdout)
         self.assertEqual(last_line(done), "1 passed, 0 failed")
 
+    def test_covering(self):
+        done = verify("--covering")
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertRegex(last_line(done), r"^\d\d passed, 0 failed$")
+
     def test_isa(self):
         done = verify("--isa", "SCALAR", "--cases", "3")
         self.assertIn("backend cpu on SCALAR\n", done.stdout)

@@ -1,8 +1,11 @@
 // CUDA memory for the conformance suite. Linked by builds with QUIRE_CUDA.
 #include <cuda_runtime.h>
+#include <cxxabi.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "tests/conformance/device_memory.h"
 
@@ -12,6 +15,32 @@ namespace {
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+std::string demangled(const char* name) {
+  int status = 0;
+  const std::unique_ptr<char, decltype(&std::free)> text(
+      abi::__cxa_demangle(name, nullptr, nullptr, &status), &std::free);
+  return status == 0 ? text.get() : name;
+}
+
+std::set<std::string> kernels_of(cudaGraph_t graph) {
+  std::size_t count = 0;
+  check(cudaGraphGetNodes(graph, nullptr, &count), "cudaGraphGetNodes");
+  std::vector<cudaGraphNode_t> nodes(count);
+  check(cudaGraphGetNodes(graph, nodes.data(), &count), "cudaGraphGetNodes");
+  std::set<std::string> names;
+  for (const cudaGraphNode_t node : nodes) {
+    cudaGraphNodeType type{};
+    check(cudaGraphNodeGetType(node, &type), "cudaGraphNodeGetType");
+    if (type != cudaGraphNodeTypeKernel) continue;
+    cudaKernelNodeParams launch{};
+    check(cudaGraphKernelNodeGetParams(node, &launch), "cudaGraphKernelNodeGetParams");
+    const char* name = nullptr;
+    check(cudaFuncGetName(&name, launch.func), "cudaFuncGetName");
+    names.insert(demangled(name));
+  }
+  return names;
 }
 
 class CudaMemory : public DeviceMemory {
@@ -30,6 +59,23 @@ class CudaMemory : public DeviceMemory {
     check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "download");
   }
   void synchronize() override { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
+
+  std::set<std::string> launched_kernels(const std::function<void(const Context&)>& work) override {
+    Context context;
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    context.stream = stream;
+    work(context);  // warms up: the capture below must not allocate
+    check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "begin of a capture");
+    work(context);
+    check(cudaStreamEndCapture(stream, &graph), "end of a capture");
+    const std::set<std::string> names = kernels_of(graph);
+    cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+    return names;
+  }
 };
 
 }  // namespace

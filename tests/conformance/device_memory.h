@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,13 @@ class DeviceMemory {
   virtual void download(void* to, const void* from, std::size_t bytes) = 0;
   // Returns when all queued work is done; throws if it failed.
   virtual void synchronize() = 0;
+
+  // Names of the kernels that `work` launches on the context's stream. It is run twice. None where
+  // a device has no such thing.
+  virtual std::set<std::string> launched_kernels(
+      const std::function<void(const Context&)>& /*work*/) {
+    return {};
+  }
 
   // Whether AddressSanitizer watches this memory, so that guard zones can be closed for reads too.
   virtual bool poisonable() const { return false; }
