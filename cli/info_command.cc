@@ -68,6 +68,10 @@ Json to_json(const AttentionBackend& backend) {
   for (const Feature& feature : kFeatures) {
     features[feature.key] = c.*feature.member;
   }
+  Json kernels = Json::array();
+  for (const KernelInfo& kernel : backend.kernel_table()) {
+    kernels.push_back({{"name", kernel.name}, {"serves", kernel.serves}});
+  }
   return {
       {"name", backend.name()},
       {"device", to_string(Device{backend.device_type(), 0})},
@@ -80,6 +84,7 @@ Json to_json(const AttentionBackend& backend) {
        {{"min", c.min_head_size}, {"max", c.max_head_size}, {"multiple", c.head_size_multiple}}},
       {"block_size_multiple", c.block_size_multiple},
       {"features", features},
+      {"kernels", kernels},
   };
 }
 
@@ -178,14 +183,42 @@ void print_text() {
   table.print();
 }
 
+void print_kernels() {
+  Table table;
+  table.add_row({"backend", "kernel", "serves"});
+  for (const AttentionBackend* backend : attention_backends()) {
+    for (const KernelInfo& kernel : backend->kernel_table()) {
+      table.add_row({backend->name(), kernel.name, kernel.serves});
+    }
+  }
+  table.print();
+}
+
+struct Options {
+  bool json = false;
+  bool kernels = false;
+};
+
+void run(const Options& options) {
+  if (options.json) {
+    print_json();
+  } else if (options.kernels) {
+    print_kernels();
+  } else {
+    print_text();
+  }
+}
+
 }  // namespace
 
 void add_info_command(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("info", "Version, backends, devices and what each backend supports");
-  const auto json = std::make_shared<bool>(false);
-  command->add_flag("--json", *json, "Print JSON");
-  command->callback([json] { *json ? print_json() : print_text(); });
+  const auto options = std::make_shared<Options>();
+  command->add_flag("--json", options->json, "Print JSON, everything included");
+  command->add_flag("--kernels", options->kernels,
+                    "Print the CUDA kernels in this build instead, and which calls each serves");
+  command->callback([options] { run(*options); });
 }
 
 }  // namespace quire::cli

@@ -44,6 +44,12 @@ struct BackendCapabilities {
   bool graph_capture = false;
 };
 
+// A compiled kernel that a backend chooses from.
+struct KernelInfo {
+  std::string name;
+  std::string serves;  // which calls, for people
+};
+
 // One attention implementation. Objects are immutable, live for the whole process and may be used
 // from any thread. Corresponds to TritonAttentionBackend's class methods.
 class AttentionBackend {
@@ -57,6 +63,10 @@ class AttentionBackend {
   // What it runs on: "AVX3", "AVX2", "NEON", "SCALAR", "sm_90", ...
   virtual std::string instruction_set() const = 0;
   virtual const BackendCapabilities& capabilities() const = 0;
+
+  // The kernels in this build, in the order of the table that dispatch looks them up in; empty
+  // where there is one kernel for all.
+  virtual std::vector<KernelInfo> kernel_table() const { return {}; }
 
   // Why this backend cannot serve the configuration, one sentence each; empty means it can.
   virtual std::vector<std::string> supports(const AttentionConfig& config) const = 0;

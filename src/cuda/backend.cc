@@ -6,6 +6,7 @@
 #include "cuda/check.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/sm80/table.h"
 #include "cuda/state.h"
 
 namespace quire::cuda {
@@ -38,6 +39,19 @@ class CudaBackend final : public Backend {
       return all;
     }();
     return caps;
+  }
+
+  std::vector<KernelInfo> kernel_table() const override {
+    std::vector<KernelInfo> list;
+    for (const sm80::MmaKernel& kernel : sm80::mma_kernels()) {
+      list.push_back({kernel.name, sm80::describe(kernel)});
+    }
+    list.push_back({"sm80::attention_fp32", "everything else, in fp32 arithmetic"});
+    list.push_back({"plan", "every batch, once a step"});
+    list.push_back({"block_quantize", "fp8 outputs with block scales"});
+    list.push_back({"cache_write", "write_kv_cache"});
+    list.push_back({"merge", "merge_states"});
+    return list;
   }
 
   std::unique_ptr<PlanState> make_plan(const LayerParams& layer) const override {

@@ -56,6 +56,16 @@ class CommandTest(unittest.TestCase):
         self.assertTrue(backends["reference"]["available"])
         self.assertIn("bfloat16", backends["cpu"]["dtypes"])
 
+    def test_kernels_are_those_of_the_build(self):
+        backends = {b["name"]: b for b in json.loads(quire("info", "--json").stdout)["backends"]}
+        done = quire("info", "--kernels")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        shown = [line.split("|")[2].strip() for line in done.stdout.splitlines()[2:]]
+        self.assertEqual(len(set(shown)), len(shown))
+        self.assertEqual(shown, [k["name"] for b in backends.values() for k in b["kernels"]])
+        if "cuda" in backends:
+            self.assertIn("sm80::attention_fp32", shown)
+
     def test_cuda_without_a_gpu_says_why_and_the_cpu_serves(self):
         backends = {b["name"]: b for b in json.loads(quire("info", "--json").stdout)["backends"]}
         if "cuda" in backends and backends["cuda"]["available"]:

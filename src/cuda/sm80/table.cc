@@ -22,6 +22,33 @@ const std::vector<MmaKernel>& mma_kernels() {
 
 namespace {
 
+const MmaKernel* find(const MmaKey& key) {
+  for (const MmaKernel& kernel : mma_kernels()) {
+    if (kernel.key == key) return &kernel;
+  }
+  return nullptr;
+}
+
+std::string requests_of(const MmaKernel& kernel) {
+  if (kernel.key.few) return "requests of up to " + std::to_string(kernel.rows) + " rows";
+  MmaKey few = kernel.key;
+  few.few = true;
+  return find(few) != nullptr ? "longer requests" : "all requests";
+}
+
+}  // namespace
+
+std::string describe(const MmaKernel& kernel) {
+  const MmaKey& key = kernel.key;
+  const std::string compute = to_string(key.compute);
+  const bool takes_fp8 = key.bytes && key.compute == DType::kFloat16;
+  return compute + (takes_fp8 ? " and fp8" : "") + " queries; K and V in " +
+         (key.bytes ? "8 bits" : compute) + "; head sizes up to " + std::to_string(key.head) +
+         "; " + requests_of(kernel) + (key.general ? "; soft cap, ALiBi or query-query bias" : "");
+}
+
+namespace {
+
 bool is_16_bit(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 bool is_fp8(DType dtype) { return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2; }
 
@@ -49,14 +76,7 @@ const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_
   } else {
     return nullptr;
   }
-  for (const MmaKernel& kernel : mma_kernels()) {
-    if (kernel.key.compute == key.compute && kernel.key.bytes == key.bytes &&
-        kernel.key.head == key.head && kernel.key.few == key.few &&
-        kernel.key.general == key.general) {
-      return &kernel;
-    }
-  }
-  return nullptr;
+  return find(key);
 }
 
 MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block) {

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <string>
 #include <vector>
 
 #include "cuda/work.h"
@@ -19,6 +20,8 @@ struct MmaKey {
   // Soft cap, ALiBi, query-query bias: kernels of their own, since their code would take registers
   // from the plain loop.
   bool general = false;
+
+  friend bool operator==(const MmaKey&, const MmaKey&) = default;
 };
 
 struct MmaKernel {
@@ -38,6 +41,8 @@ struct MmaLaunch {
 };
 
 const std::vector<MmaKernel>& mma_kernels();
+// Which calls a kernel serves, for people.
+std::string describe(const MmaKernel& kernel);
 // Null if there is none: the fp32 kernel serves then.
 const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_size_v, bool few,
                                  bool general);
