@@ -59,10 +59,6 @@ struct BatchParams {
   std::int64_t max_seq_len = 0;
 };
 
-QUIRE_HOST_DEVICE float value_of(const Scale& scale) {
-  return scale.data != nullptr ? *scale.data : scale.value;
-}
-
 // One side of the KV store. Paged: strides.block etc. of [num_blocks, block_size, heads, size].
 // Direct: strides.slot is the token stride and there is one block.
 struct KvParams {

@@ -18,6 +18,7 @@ using planning::SplitItem;
 using planning::WorkPoint;
 using planning::WorkRange;
 using planning::WorkTile;
+using semantics::value_of;
 
 class Call {
  public:

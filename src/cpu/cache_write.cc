@@ -21,7 +21,7 @@ void write_side(const CacheWriteParams& p, const KvParams& kv, const NewRows& x,
                 std::int64_t slot) {
   const std::int64_t block = slot / p.block_size;
   const std::int64_t offset = slot % p.block_size;
-  const float scale = value_of(kv.scale);
+  const float scale = semantics::value_of(kv.scale);
   for (std::int32_t head = 0; head < p.num_kv_heads; ++head) {
     const char* from = static_cast<const char*>(x.data) +
                        (token * x.token_stride + head * x.head_stride) * size_of(p.dtype);

@@ -57,7 +57,7 @@ __device__ void copy_elements(const CacheWriteParams& p, const KvParams& kv, con
     }
     return;
   }
-  float scale = value_of(kv.scale);
+  float scale = semantics::value_of(kv.scale);
   if (side.token_scale != nullptr) {
     float absmax = 0.0F;
     for (int i = lane; i < side.size; i += 32) {

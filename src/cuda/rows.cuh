@@ -55,6 +55,10 @@ struct RowTable {
   }
 };
 
+__device__ __forceinline__ float value_of(const Scale& scale) {
+  return scale.data != nullptr ? *scale.data : scale.value;
+}
+
 __device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const Tile& tile) {
   if (p.layer.paged) return tile.kv_len;
   return static_cast<std::int32_t>(semantics::max_of(

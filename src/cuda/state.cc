@@ -313,10 +313,9 @@ void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
   if (few_.tile_rows > 0) launch(few_, view_of(few_, workspace.few), p, stream);
   if (!few_only_) launch(many_, view_of(many_, workspace.many), p, stream);
   if (p.block_output != nullptr) {
-    launch_block_quantize(p,
-                          static_cast<int>(std::min<std::int64_t>(
-                              p.batch.num_tokens, std::int64_t{4} * info_.sm_count)),
-                          stream);
+    launch_block_quantize(
+        p, static_cast<int>(std::min<std::int64_t>(p.batch.num_tokens, info_.sm_count * 4)),
+        stream);
   }
 }
 

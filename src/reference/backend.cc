@@ -20,6 +20,7 @@ namespace {
 
 using semantics::SoftmaxState;
 using semantics::Spans;
+using semantics::value_of;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 

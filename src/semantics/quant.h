@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "quire/kv_cache.h"
 #include "quire/types.h"
 #include "semantics/host_device.h"
 
@@ -35,6 +36,10 @@ QUIRE_HOST_DEVICE float bits_float(std::uint32_t bits) {
 #else
   return std::bit_cast<float>(bits);
 #endif
+}
+
+QUIRE_HOST_DEVICE float value_of(const Scale& scale) {
+  return scale.data != nullptr ? *scale.data : scale.value;
 }
 
 namespace detail {
