@@ -63,10 +63,10 @@ class CudaMemory : public DeviceMemory {
   std::set<std::string> launched_kernels(const std::function<void(const Context&)>& work) override {
     Context context;
     cudaStream_t stream = nullptr;
-    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    check(cudaStreamCreate(&stream), "cudaStreamCreate");
     context.stream = stream;
     work(context);  // warms up: the capture below must not allocate
-    check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     cudaGraph_t graph = nullptr;
     check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "begin of a capture");
     work(context);

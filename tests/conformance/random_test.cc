@@ -2,6 +2,7 @@
 // machine has: ctest sets QUIRE_CPU_ISA.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
@@ -60,6 +61,15 @@ void run_cases(const AttentionBackend& backend, std::int64_t count) {
 TEST(RandomCases, Cpu) {
   if (!forced_isa_runs()) return;
   run_cases(attention_backend("cpu"), number_from_environment("QUIRE_TEST_CASES", 1500));
+}
+
+TEST(RandomCases, Cuda) {
+  const std::vector<const AttentionBackend*> best = best_backends();
+  const auto cuda = std::find_if(best.begin(), best.end(), [](const AttentionBackend* backend) {
+    return backend->device_type() == DeviceType::kCuda;
+  });
+  if (cuda == best.end()) GTEST_SKIP() << "no CUDA device";
+  run_cases(**cuda, number_from_environment("QUIRE_TEST_CASES", 1500));
 }
 
 // The reference against the transcription of semantics.md.
