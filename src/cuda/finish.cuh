@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "cuda/rows.cuh"
+#include "cuda/tile/ptx.cuh"
 #include "semantics/quant.h"
 #include "semantics/softmax_state.h"
 
@@ -75,44 +76,29 @@ class Finisher {
   }
 
   // The result of an item that is done, to its output rows.
-  __device__ __noinline__ void write(const Segment& segment, const Result& result) {
-    const bool plain = segment.tile.seed < 0;
-    if (plain) {
-      for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
-        close_row(r, result.max[r], result.sum[r]);
-      }
-      __syncthreads();
-    }
+  __device__ __forceinline__ void write(const Segment& segment, const Result& result) {
     const int groups = (columns_ + 7) / 8;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
       const int r = i / groups;
       const int c = i % groups * 8;
-      float values[8];
       const auto* from =
           reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c);
-      const float4 low = from[0];
-      const float4 high = from[1];
-      values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-      values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-      if (plain) {
-        store(r, c, values);
-      } else {
-        finish(segment.tile, r, c, result.max[r], result.sum[r], values);
-      }
+      finish(segment.tile, r, c, result.max[r], result.sum[r], from[0], from[1]);
     }
   }
 
   // Eight columns of row `r` of an item that is done, unnormalised, to where they belong.
-  __device__ void finish(const Tile& tile, int r, int c, float max, float sum,
-                         float (&values)[8]) const {
+  __device__ __noinline__ void finish(const Tile& tile, int r, int c, float max, float sum,
+                                      float4 low, float4 high) const {
     if (tile.seed >= 0) {
       const Seeds& seeds = p_.schedule.seeds;
       const std::int64_t token = tile.seed + (tile.first_sub + r) / p_.layer.group;
       const std::int64_t row = token * p_.layer.num_heads + table_.head[r];
       auto* seed = reinterpret_cast<float4*>(seeds.o + row * seeds.pitch + first_column_ + c);
       if (p_.schedule.shared_rows != nullptr) {
-        seed[0] = make_float4(values[0], values[1], values[2], values[3]);
-        seed[1] = make_float4(values[4], values[5], values[6], values[7]);
+        seed[0] = low;
+        seed[1] = high;
         // All passes over a row's columns find the same maximum, and sums that differ in rounding.
         if (first_column_ + c == 0) {
           seeds.max[row] = max;
@@ -124,18 +110,18 @@ class Finisher {
       fold.add(max, sum);
       max = fold.max;
       sum = fold.sum;
-      const float4 low = seed[0];
-      const float4 high = seed[1];
-      const float before[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] = fold.value(before[i], values[i]);
+      low = fold_values(fold, seed[0], low);
+      high = fold_values(fold, seed[1], high);
     }
     // Every thread of a row closes it alike: no exchange needed.
-    store_scaled(r, c, values, closing_scale(r, max, sum, c == 0));
+    const float scale = closing_scale(r, max, sum, c == 0);
+    const float values[8] = {low.x * scale,  low.y * scale,  low.z * scale,  low.w * scale,
+                             high.x * scale, high.y * scale, high.z * scale, high.w * scale};
+    store(r, c, values);
   }
 
-  __device__ __noinline__ void keep(const Segment& segment, const Result& result,
-                                    const Result& to) {
+  __device__ __forceinline__ void keep(const Segment& segment, const Result& result,
+                                       const Result& to) {
     const int groups = (columns_ + 3) / 4;
 #pragma unroll 4
     for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
@@ -176,7 +162,7 @@ class Finisher {
   }
 
   // After this CTA's slots of an item are written: if all others' are too, folds and writes.
-  __device__ __noinline__ void arrive(const Sharers& sharers, const Segment& segment) {
+  __device__ __forceinline__ void arrive(const Sharers& sharers, const Segment& segment) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -188,84 +174,13 @@ class Finisher {
     __syncthreads();
     if (shared_.last == 0) return;
     __threadfence();
-    for (std::int32_t c = sharers.first + static_cast<std::int32_t>(threadIdx.x);
-         c <= sharers.last; c += kThreads) {
+    for (std::int32_t c = sharers.first + static_cast<std::int32_t>(threadIdx.x); c <= sharers.last;
+         c += kThreads) {
       shared_.parts[c - sharers.first] =
           c == sharers.first ? 1 : static_cast<std::uint8_t>(p_.schedule.starts[c].parts);
     }
     __syncthreads();
     fold_slots(segment, sharers.first, sharers.last);
-  }
-
-  __device__ float closing_scale(int r, float max, float sum, bool writes_lse) const {
-    const bool has_sink = p_.layer.sinks != nullptr;
-    const int head = table_.head[r];
-    const auto finished = semantics::finish(semantics::SoftmaxState<float>{max, sum}, has_sink,
-                                            has_sink ? p_.layer.sinks[head] : 0.0F);
-    if (writes_lse && p_.call.lse != nullptr && first_column_ == 0) {
-      p_.call.lse[head * p_.call.lse_head_stride + table_.token[r] * p_.call.lse_token_stride] =
-          finished.lse;
-    }
-    float scale = finished.output_scale * value_of(p_.call.v.scale);
-    if (p_.call.has_output_scale) scale *= 1.0F / value_of(p_.call.output_scale);
-    return scale;
-  }
-
-  __device__ void store_scaled(int r, int c, const float (&values)[8], float scale) const {
-    const std::int64_t token = table_.token[r];
-    const std::int64_t head = table_.head[r];
-    const int column = first_column_ + c;
-    const int count = min(8, columns_ - c);
-    DType dtype = p_.call.output_dtype;
-    char* to;
-    bool aligned = p_.output_aligned;
-    if (p_.block_output != nullptr) {
-      dtype = DType::kFloat32;
-      to = reinterpret_cast<char*>(
-          p_.block_output + (token * p_.layer.num_heads + head) * p_.layer.head_size_v + column);
-      aligned = p_.layer.head_size_v % 8 == 0;
-    } else {
-      to = static_cast<char*>(p_.call.output) +
-           (token * p_.call.output_token_stride + head * p_.call.output_head_stride + column) *
-               size_of(dtype);
-    }
-    if (!aligned || count < 8) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (i < count) semantics::store_element(to, dtype, i, values[i] * scale);
-      }
-      return;
-    }
-    if (dtype == DType::kFloat32) {
-      auto* out = reinterpret_cast<float4*>(to);
-      out[0] =
-          make_float4(values[0] * scale, values[1] * scale, values[2] * scale, values[3] * scale);
-      out[1] =
-          make_float4(values[4] * scale, values[5] * scale, values[6] * scale, values[7] * scale);
-      return;
-    }
-    union {
-      std::uint16_t halves[8];
-      std::uint8_t bytes[16];
-      uint4 whole;
-      uint2 half;
-    } packed;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float x = values[i] * scale;
-      if (dtype == DType::kFloat16) {
-        packed.halves[i] = semantics::float_to_fp16(x);
-      } else if (dtype == DType::kBFloat16) {
-        packed.halves[i] = semantics::float_to_bf16(x);
-      } else {
-        packed.bytes[i] = semantics::float_to_e4m3(x);
-      }
-    }
-    if (size_of(dtype) == 2) {
-      *reinterpret_cast<uint4*>(to) = packed.whole;
-    } else {
-      *reinterpret_cast<uint2*>(to) = packed.half;
-    }
   }
 
  private:
@@ -281,14 +196,15 @@ class Finisher {
     float4 low;
     float4 high;
   };
-  static constexpr int kAhead = 8;
+  static constexpr int kAhead = 4;
 
   static __device__ __forceinline__ Part load_part(const Result& from, int r, int c) {
     const auto* o = reinterpret_cast<const float4*>(from.o + std::int64_t{r} * from.pitch + c);
     return {__ldcg(from.max + r), __ldcg(from.sum + r), __ldcg(o), __ldcg(o + 1)};
   }
 
-  __device__ void fold_slots(const Segment& segment, std::int32_t first, std::int32_t last) {
+  __device__ __forceinline__ void fold_slots(const Segment& segment, std::int32_t first,
+                                             std::int32_t last) {
     const int groups = (columns_ + 7) / 8;
     const int work = segment.tile.rows * groups;
 #pragma unroll 1
@@ -298,7 +214,7 @@ class Finisher {
       Fold fold;
       float4 low = make_float4(0, 0, 0, 0);
       float4 high = low;
-      // Eight CTAs' first parts are loaded together: one after the other, latency would add up.
+      // Four CTAs' first parts are loaded together: one after the other, latency would add up.
       for (std::int32_t base = first; base <= last; base += kAhead) {
         Part part[kAhead];
         int parts[kAhead];
@@ -326,17 +242,61 @@ class Finisher {
           }
         }
       }
-      float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      finish(segment.tile, r, c, fold.max, fold.sum, values);
+      finish(segment.tile, r, c, fold.max, fold.sum, low, high);
     }
   }
 
-  __device__ void close_row(int r, float max, float sum) {
-    table_.scale[r] = closing_scale(r, max, sum, true);
+  __device__ float closing_scale(int r, float max, float sum, bool writes_lse) const {
+    const bool has_sink = p_.layer.sinks != nullptr;
+    const int head = table_.head[r];
+    const auto finished = semantics::finish(semantics::SoftmaxState<float>{max, sum}, has_sink,
+                                            has_sink ? p_.layer.sinks[head] : 0.0F);
+    if (writes_lse && p_.call.lse != nullptr && first_column_ == 0) {
+      p_.call.lse[head * p_.call.lse_head_stride + table_.token[r] * p_.call.lse_token_stride] =
+          finished.lse;
+    }
+    float scale = finished.output_scale * value_of(p_.call.v.scale);
+    if (p_.call.has_output_scale) scale *= 1.0F / value_of(p_.call.output_scale);
+    return scale;
   }
 
   __device__ void store(int r, int c, const float (&values)[8]) const {
-    store_scaled(r, c, values, table_.scale[r]);
+    const std::int64_t token = table_.token[r];
+    const std::int64_t head = table_.head[r];
+    const int column = first_column_ + c;
+    const int count = min(8, columns_ - c);
+    DType dtype = p_.call.output_dtype;
+    char* to;
+    bool whole = p_.output_aligned && count == 8;
+    if (p_.block_output != nullptr) {
+      dtype = DType::kFloat32;
+      to = reinterpret_cast<char*>(
+          p_.block_output + (token * p_.layer.num_heads + head) * p_.layer.head_size_v + column);
+      whole = p_.layer.head_size_v % 8 == 0 && count == 8;
+    } else {
+      to = static_cast<char*>(p_.call.output) +
+           (token * p_.call.output_token_stride + head * p_.call.output_head_stride + column) *
+               size_of(dtype);
+    }
+    if (whole && dtype == DType::kBFloat16) {
+      *reinterpret_cast<uint4*>(to) = pack<tile::BFloat16>(values);
+    } else if (whole && dtype == DType::kFloat16) {
+      *reinterpret_cast<uint4*>(to) = pack<tile::Half>(values);
+    } else if (whole && dtype == DType::kFloat32) {
+      auto* out = reinterpret_cast<float4*>(to);
+      out[0] = make_float4(values[0], values[1], values[2], values[3]);
+      out[1] = make_float4(values[4], values[5], values[6], values[7]);
+    } else {
+      // Element by element, and small: this code is in every kernel.
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) semantics::store_element(to, dtype, i, values[i]);
+    }
+  }
+
+  template <class Type>
+  static __device__ uint4 pack(const float (&values)[8]) {
+    return make_uint4(Type::pack(values[0], values[1]), Type::pack(values[2], values[3]),
+                      Type::pack(values[4], values[5]), Type::pack(values[6], values[7]));
   }
 
   const KernelParams& p_;

@@ -129,15 +129,14 @@ QUIRE_DEVICE CtaStart start_at(const TileRule& rule, std::int32_t num_tiles,
                                std::int64_t position) {
   if (num_tiles == 0) return {};
   CtaStart start;
-  start.tile = last_at_most(num_tiles, position,
-                            [&](std::int32_t i) { return rule.tiles[i].cost_begin; });
+  start.tile =
+      last_at_most(num_tiles, position, [&](std::int32_t i) { return rule.tiles[i].cost_begin; });
   const Tile& tile = rule.tiles[start.tile];
   const std::int64_t inside = position - tile.cost_begin;
   start.head = static_cast<std::int32_t>(inside / tile.cost);
   const auto unit = static_cast<std::int32_t>(inside - std::int64_t{start.head} * tile.cost);
   if (start.head < rule.heads && unit > kOverhead) {
-    start.unit =
-        (unit - kOverhead + tile.chunk_units / 2) / tile.chunk_units * tile.chunk_units;
+    start.unit = (unit - kOverhead + tile.chunk_units / 2) / tile.chunk_units * tile.chunk_units;
     if (start.unit >= tile.num_units()) {
       start.unit = 0;
       ++start.head;
@@ -159,9 +158,9 @@ QUIRE_DEVICE void link_starts(const Team& team, const TileRule& rule, std::int32
   std::int64_t rank = 0;
   for (std::int32_t base = 0; base <= num_ctas; base += team.size()) {
     const std::int32_t c = base + team.thread();
-    const bool works = c < num_ctas && starts[c].comes_before(starts[c + 1].tile,
-                                                              starts[c + 1].head,
-                                                              starts[c + 1].unit);
+    const bool works =
+        c < num_ctas &&
+        starts[c].comes_before(starts[c + 1].tile, starts[c + 1].head, starts[c + 1].unit);
     std::int64_t total = 0;
     const std::int64_t before = rank + team.scan(works ? 1 : 0, &total);
     if (c <= num_ctas) rule.starts[c].rank = static_cast<std::int32_t>(before);
@@ -182,8 +181,8 @@ QUIRE_DEVICE void link_starts(const Team& team, const TileRule& rule, std::int32
     const std::int32_t end =
         starts[c + 1].is_in(start.tile, start.head) ? starts[c + 1].unit : tile.num_units();
     const std::int32_t units = end - start.unit;
-    start.parts = one_part ? (units > 0 ? 1 : 0)
-                           : (units + tile.chunk_units - 1) / tile.chunk_units;
+    start.parts =
+        one_part ? (units > 0 ? 1 : 0) : (units + tile.chunk_units - 1) / tile.chunk_units;
   }
 }
 

@@ -47,7 +47,6 @@ struct RowTable {
   std::int32_t head[kRows];
   std::int32_t query_index[kRows];
   float slope[kRows];
-  float scale[kRows];                  // epilogue: what unnormalised outputs are multiplied with
   alignas(16) std::int32_t common[4];  // spans that all rows see
   LoadableKeys keys;
   __device__ __forceinline__ bool may_read(std::int32_t key) const {

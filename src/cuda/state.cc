@@ -283,8 +283,18 @@ void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
   p.call = params;
   const auto block_size = static_cast<std::uint32_t>(p.layer.block_size);
   p.block_shift = std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1;
+  p.k_block_bytes = params.k.strides.block * size_of(params.k.dtype);
+  p.k_slot_bytes = params.k.strides.slot * size_of(params.k.dtype);
+  p.v_block_bytes = params.v.strides.block * size_of(params.v.dtype);
+  p.v_slot_bytes = params.v.strides.slot * size_of(params.v.dtype);
   p.k_copy_bytes = row_alignment(params.k);
   p.v_copy_bytes = row_alignment(params.v);
+  const bool regular = !p.layer.paged || p.layer.block_size % 16 == 0;
+  p.k_simple =
+      regular && p.k_copy_bytes >= 16 && p.layer.head_size * size_of(params.k.dtype) % 16 == 0;
+  p.v_simple =
+      regular && p.v_copy_bytes >= 16 && p.layer.head_size_v * size_of(params.v.dtype) % 16 == 0;
+  p.num_blocks = static_cast<std::uint32_t>(std::min<std::int64_t>(params.num_blocks, 1LL << 31));
   p.query_aligned =
       size_of(p.layer.dtype) == 2 && is_aligned(params.query, params.query_token_stride,
                                                 params.query_head_stride, p.layer.dtype, 16);

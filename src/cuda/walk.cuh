@@ -14,9 +14,7 @@ struct Segment {
   std::int32_t unit_begin;
   std::int32_t unit_end;
   // No initialisers: a Segment lives in shared memory too.
-  QUIRE_HOST_DEVICE bool whole() const {
-    return unit_begin == 0 && unit_end == tile.num_units();
-  }
+  QUIRE_HOST_DEVICE bool whole() const { return unit_begin == 0 && unit_end == tile.num_units(); }
 };
 
 // The CTAs that work on one item, and how many of them leave a part.
@@ -25,6 +23,21 @@ struct Sharers {
   std::int32_t last;
   std::int32_t count;
 };
+
+// Piece by piece: kernels call it where their registers are full.
+QUIRE_HOST_DEVICE void copy_tile(const Tile* from, Tile* to) {
+  struct alignas(16) Piece {
+    std::int64_t low;
+    std::int64_t high;
+  };
+  static_assert(sizeof(Tile) % sizeof(Piece) == 0);
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
+  for (std::size_t i = 0; i < sizeof(Tile) / sizeof(Piece); ++i) {
+    reinterpret_cast<Piece*>(to)[i] = reinterpret_cast<const Piece*>(from)[i];
+  }
+}
 
 class Walker {
  public:
@@ -48,7 +61,7 @@ class Walker {
   QUIRE_HOST_DEVICE bool next(const ScheduleView& schedule, Segment* segment) {
     const bool last = tile_ == end_tile_ && head_ == end_head_;
     if (last ? unit_ >= end_unit_ : tile_ > end_tile_) return false;
-    segment->tile = schedule.tiles[tile_];
+    copy_tile(schedule.tiles + tile_, &segment->tile);
     segment->head = head_;
     segment->unit_begin = unit_;
     segment->unit_end = last ? end_unit_ : segment->tile.num_units();

@@ -168,6 +168,14 @@ struct KernelParams {
   float* block_output = nullptr;  // [num_tokens, num_heads, head_size_v] if block scales are wanted
   std::int32_t k_copy_bytes = 16;  // alignment of every row: 16, 8, 4, or less
   std::int32_t v_copy_bytes = 16;
+  std::int64_t k_block_bytes = 0;  // strides in bytes
+  std::int64_t k_slot_bytes = 0;
+  std::int64_t v_block_bytes = 0;
+  std::int64_t v_slot_bytes = 0;
+  // Rows of whole 16-byte pieces, of any 16 aligned keys in one block.
+  bool k_simple = false;
+  bool v_simple = false;
+  std::uint32_t num_blocks = 0;
   bool query_aligned = false;   // 16-byte aligned rows
   bool output_aligned = false;  // rows of 8 elements can be stored whole
   std::int32_t stages = 2;

@@ -39,11 +39,11 @@ class DecodeAttention : DecodeStream<C> {
   __device__ __forceinline__ void run() {
     this->start_walk();
     // From -1 on: the step before the first segment only prepares.
-    for (segment_ = -1; segment_ < 0 || this->walk_to(segment_); ++segment_) {
+    for (segment_ = -1; segment_ < 0 || this->knows(segment_); ++segment_) {
       this->refill();
-      if (this->walk_to(segment_ + 1)) prepare(segment_ + 1);
+      if (this->knows(segment_ + 1)) prepare(segment_ + 1);
       if (segment_ >= 0) {
-        work(this->ahead(segment_).segment);
+        work(this->segment_at(segment_));
       } else {
         tile::commit_copies();
         tile::wait_copies<0>();
@@ -61,7 +61,7 @@ class DecodeAttention : DecodeStream<C> {
 
   // Row table and queries of segment `n`, for when its turn comes: at least one barrier later.
   __device__ __forceinline__ void prepare(int n) {
-    const Segment& segment = this->ahead(n).segment;
+    const Segment& segment = this->segment_at(n);
     if (warp_ == 0) fill_rows<C::kRows, 32>(p_, segment, segment.head, shared().rows[n & 1]);
     this->load_queries(segment, this->query_at(n), negate_);
   }
@@ -78,11 +78,8 @@ class DecodeAttention : DecodeStream<C> {
     int unit = segment.unit_begin;
     do {
       const int end = min(unit + chunk, segment.unit_end);
-      if (segment.tile.rows <= 16) {
-        attend<1>(segment, unit, end);
-      } else {
-        attend<C::kMTiles>(segment, unit, end);
-      }
+      Rows rows;
+      attend<C::kMTiles>(segment, unit, end, rows);
       // What was prepared for the next segment has come with the ring's copies, unless this one was
       // too short for that.
       if (end - unit <= p_.stages) {
@@ -98,11 +95,11 @@ class DecodeAttention : DecodeStream<C> {
         emit.slot = finisher.slot(cta, 0);
         if (unit > 0) emit.how = Emit::kFold;
       }
-      merge(finisher, segment, emit);
+      merge(finisher, segment, emit, rows);
       unit = end;
     } while (unit < segment.unit_end);
     if (!segment.whole()) {
-      finisher.arrive(shared().walker[warp_].sharers(segment), segment);
+      finisher.arrive(this->stream().walker.sharers(segment), segment);
     } else if (!one_run) {
       finisher.write(segment, finisher.slot(cta, 0));
     }
@@ -110,21 +107,28 @@ class DecodeAttention : DecodeStream<C> {
 
   // ---- the loop -------------------------------------------------------------------------------
 
+  // Of a run, in registers; of this warp's keys.
+  struct Rows {
+    float o[C::kMTiles][kColumnTiles][4];
+    float max[C::kMTiles][2];
+    float sum[C::kMTiles][2];
+  };
   template <int kTiles>
   using Scores = float[kTiles][2][4];
 
-  // Units [unit_begin, unit_end) into (o_, max_, sum_); kTiles * 16 rows.
+  // Units [unit_begin, unit_end) into `rows`; kTiles * 16 rows.
   template <int kTiles>
-  __device__ __forceinline__ void attend(const Segment& segment, int unit_begin, int unit_end) {
+  __device__ __forceinline__ void attend(const Segment& segment, int unit_begin, int unit_end,
+                                         Rows& rows) {
 #pragma unroll
     for (int mt = 0; mt < C::kMTiles; ++mt) {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) o_[mt][n][e] = 0.0F;
+        for (int e = 0; e < 4; ++e) rows.o[mt][n][e] = 0.0F;
       }
-      max_[mt][0] = max_[mt][1] = -INFINITY;
-      sum_[mt][0] = sum_[mt][1] = 0.0F;
+      rows.max[mt][0] = rows.max[mt][1] = -INFINITY;
+      rows.sum[mt][0] = rows.sum[mt][1] = 0.0F;
     }
 #pragma unroll 1
     for (int unit = unit_begin; unit < unit_end; ++unit) {
@@ -137,12 +141,12 @@ class DecodeAttention : DecodeStream<C> {
       if (C::kBytes && p_.call.k.token_scales != nullptr) scale_columns<kTiles>(scales, s);
       __syncwarp();
       this->template fetch<0>();
-      softmax<kTiles>(segment, first, s);
+      softmax<kTiles>(segment, first, s, rows);
       this->wait_oldest();
       if (C::kBytes && kScaleWeights && p_.call.v.token_scales != nullptr) {
         scale_columns<kTiles>(scales + C::kKeys, s);
       }
-      multiply_values<kTiles>(ready<1>(), s);
+      multiply_values<kTiles>(ready<1>(), s, rows);
       __syncwarp();
       this->template fetch<1>();
       ++consumed_;
@@ -199,8 +203,8 @@ class DecodeAttention : DecodeStream<C> {
         for (int e = 0; e < 4; ++e) s[mt][n][e] = 0.0F;
       }
     }
-    const std::uint32_t query = tile::a_base(this->query_at(segment_), 0, C::kPitch);
-    const std::uint32_t key = tile::b_base(keys, 0, C::kPitch);
+    const std::uint32_t query = tile::opaque(tile::a_base(this->query_at(segment_), 0, C::kPitch));
+    const std::uint32_t key = tile::opaque(tile::b_base(keys, 0, C::kPitch));
 #pragma unroll
     for (int k = 0; k < C::kHead / 16; ++k) {
       std::uint32_t b[4];
@@ -229,16 +233,17 @@ class DecodeAttention : DecodeStream<C> {
     }
   }
 
-  // S -> P in place; updates (max_, sum_) and rescales o_. Maxima are in units of S: raw dot
+  // S -> P in place; updates and rescales `rows`. Maxima are in units of S: raw dot
   // products, or natural logits where scores are modified.
   template <int kTiles>
-  __device__ __forceinline__ void softmax(const Segment& segment, int first, Scores<kTiles>& s) {
-    const RowTable<C::kRows>& rows = shared().rows[segment_ & 1];
-    const int4 common = *reinterpret_cast<const int4*>(rows.common);
+  __device__ __forceinline__ void softmax(const Segment& segment, int first, Scores<kTiles>& s,
+                                          Rows& rows) {
+    const RowTable<C::kRows>& table = shared().rows[segment_ & 1];
+    const int4 common = *reinterpret_cast<const int4*>(table.common);
     const bool all_visible = (first >= common.z && first + C::kKeys <= common.w) ||
                              (first >= common.x && first + C::kKeys <= common.y);
-    if constexpr (C::kGeneral) modify<kTiles>(segment, rows, first, s);
-    if (!all_visible) mask<kTiles>(rows, first, s);
+    if constexpr (C::kGeneral) modify<kTiles>(segment, table, first, s);
+    if (!all_visible) mask<kTiles>(table, first, s);
     const float to_log2 = C::kGeneral ? kLog2E : score_scale_ * kLog2E;
     float shift[kTiles][2];
     float alpha[kTiles][2];
@@ -252,10 +257,10 @@ class DecodeAttention : DecodeStream<C> {
                           fmaxf(s[mt][1][2 * h], s[mt][1][2 * h + 1]));
         max = fmaxf(max, __shfl_xor_sync(~0U, max, 1));
         max = fmaxf(max, __shfl_xor_sync(~0U, max, 2));
-        max = fmaxf(max, max_[mt][h]);
+        max = fmaxf(max, rows.max[mt][h]);
         const float natural = semantics::softmax_shift(max);
-        alpha[mt][h] = tile::exp2_approx((max_[mt][h] - natural) * to_log2);
-        max_[mt][h] = max;
+        alpha[mt][h] = tile::exp2_approx((rows.max[mt][h] - natural) * to_log2);
+        rows.max[mt][h] = max;
         shift[mt][h] = natural * to_log2;
         rescale |= alpha[mt][h] != 1.0F;
         huge |= fabsf(shift[mt][h]) > 1e30F;
@@ -268,7 +273,7 @@ class DecodeAttention : DecodeStream<C> {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           if (fabsf(shift[mt][i % 4 / 2]) > 1e30F) {
-            s[mt][i / 4][i % 4] -= semantics::softmax_shift(max_[mt][i % 4 / 2]);
+            s[mt][i / 4][i % 4] -= semantics::softmax_shift(rows.max[mt][i % 4 / 2]);
           }
         }
 #pragma unroll
@@ -287,7 +292,7 @@ class DecodeAttention : DecodeStream<C> {
           p[i] = tile::exp2_approx(fmaf(s[mt][i / 2][2 * h + i % 2], to_log2, -shift[mt][h]));
           s[mt][i / 2][2 * h + i % 2] = p[i];
         }
-        sum_[mt][h] = fmaf(sum_[mt][h], alpha[mt][h], (p[0] + p[1]) + (p[2] + p[3]));
+        rows.sum[mt][h] = fmaf(rows.sum[mt][h], alpha[mt][h], (p[0] + p[1]) + (p[2] + p[3]));
       }
     }
     if (__any_sync(~0U, rescale)) {  // rarely, after a row's first few units
@@ -296,14 +301,14 @@ class DecodeAttention : DecodeStream<C> {
 #pragma unroll
         for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) o_[mt][n][e] *= alpha[mt][e / 2];
+          for (int e = 0; e < 4; ++e) rows.o[mt][n][e] *= alpha[mt][e / 2];
         }
       }
     }
   }
 
   template <int kTiles>
-  __device__ __forceinline__ void modify(const Segment& segment, const RowTable<C::kRows>& rows,
+  __device__ __forceinline__ void modify(const Segment& segment, const RowTable<C::kRows>& table,
                                          int first, Scores<kTiles>& s) {
 #pragma unroll
     for (int mt = 0; mt < kTiles; ++mt) {
@@ -311,19 +316,19 @@ class DecodeAttention : DecodeStream<C> {
       for (int i = 0; i < 8; ++i) {
         const int row = mt * 16 + lane_ / 4 + i % 4 / 2 * 8;
         const int key = first + lane_ % 4 * 2 + i / 4 * 8 + i % 2;
-        s[mt][i / 4][i % 4] = modify_score<FloatOps>(p_, rows, segment.tile.seq, row, key,
+        s[mt][i / 4][i % 4] = modify_score<FloatOps>(p_, table, segment.tile.seq, row, key,
                                                      s[mt][i / 4][i % 4] * score_scale_);
       }
     }
   }
 
   template <int kTiles>
-  __device__ __forceinline__ void mask(const RowTable<C::kRows>& rows, int first,
+  __device__ __forceinline__ void mask(const RowTable<C::kRows>& table, int first,
                                        Scores<kTiles>& s) {
 #pragma unroll
     for (int mt = 0; mt < kTiles; ++mt) {
-      const int4 low = rows.visible[mt * 16 + lane_ / 4];
-      const int4 high = rows.visible[mt * 16 + lane_ / 4 + 8];
+      const int4 low = table.visible[mt * 16 + lane_ / 4];
+      const int4 high = table.visible[mt * 16 + lane_ / 4 + 8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int key = first + lane_ % 4 * 2 + i / 4 * 8 + i % 2;
@@ -333,8 +338,9 @@ class DecodeAttention : DecodeStream<C> {
   }
 
   template <int kTiles>
-  __device__ __forceinline__ void multiply_values(std::uint32_t values, const Scores<kTiles>& s) {
-    const std::uint32_t value = tile::a_base(values, 0, C::kPitch);
+  __device__ __forceinline__ void multiply_values(std::uint32_t values, const Scores<kTiles>& s,
+                                                  Rows& rows) {
+    const std::uint32_t value = tile::opaque(tile::a_base(values, 0, C::kPitch));
     std::uint32_t a[kTiles][4];
 #pragma unroll
     for (int mt = 0; mt < kTiles; ++mt) {
@@ -349,8 +355,8 @@ class DecodeAttention : DecodeStream<C> {
       tile::load_matrices_transposed(b, tile::at_column(value, n));
 #pragma unroll
       for (int mt = 0; mt < kTiles; ++mt) {
-        C::Type::multiply(o_[mt][n], a[mt], b[0], b[1]);
-        C::Type::multiply(o_[mt][n + 1], a[mt], b[2], b[3]);
+        C::Type::multiply(rows.o[mt][n], a[mt], b[0], b[1]);
+        C::Type::multiply(rows.o[mt][n + 1], a[mt], b[2], b[3]);
       }
     }
   }
@@ -365,47 +371,51 @@ class DecodeAttention : DecodeStream<C> {
   // The warps' states into one, in warp order, kMergeRows rows at a time, and on to where they
   // belong. Its barriers also hand over what prepare() got ready.
   __device__ __forceinline__ void merge(const Finish& finisher, const Segment& segment,
-                                        const Emit& emit) {
+                                        const Emit& emit, const Rows& rows) {
     const float to_natural = C::kGeneral ? 1.0F : score_scale_;
 #pragma unroll
     for (int mt = 0; mt < C::kMTiles; ++mt) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float total = sum_[mt][h];
+        float total = rows.sum[mt][h];
         total += __shfl_xor_sync(~0U, total, 1);
         total += __shfl_xor_sync(~0U, total, 2);
         if (lane_ % 4 == 0) {
-          shared().max[warp_][mt * 16 + h * 8 + lane_ / 4] = max_[mt][h] * to_natural;
+          shared().max[warp_][mt * 16 + h * 8 + lane_ / 4] = rows.max[mt][h] * to_natural;
           shared().sum[warp_][mt * 16 + h * 8 + lane_ / 4] = total;
         }
       }
     }
+#pragma unroll
+    for (int mt = 0; mt < C::kMTiles; ++mt) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        // A loop over row numbers alone would index registers.
+        const int end = min(mt * 16 + h * 8 + 8, segment.tile.rows);
 #pragma unroll 1
-    for (int row = 0; row < segment.tile.rows; row += C::kMergeRows) {
-#pragma unroll
-      for (int mt = 0; mt < C::kMTiles; ++mt) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (row / 8 == mt * 2 + h) spill_rows(mt, h, row);
+        for (int row = mt * 16 + h * 8; row < end; row += C::kMergeRows) {
+          spill_rows(rows, mt, h, row);
+          __syncthreads();
+          merge_rows(finisher, segment, row, emit);
+          __syncthreads();
         }
       }
-      __syncthreads();
-      merge_rows(finisher, segment, row, emit);
-      __syncthreads();
     }
+    if (segment.tile.rows == 0) __syncthreads();
   }
 
   static __device__ __forceinline__ float* merge_area() {
     return reinterpret_cast<float*>(Base::memory() + decode_fixed_bytes<C>() + 2 * C::kQueryBytes);
   }
 
-  __device__ __forceinline__ void spill_rows(int mt, int h, int first_row) {
+  __device__ __forceinline__ void spill_rows(const Rows& rows, int mt, int h, int first_row) {
     const int r = mt * 16 + h * 8 + lane_ / 4 - first_row;
     if (r < 0 || r >= C::kMergeRows) return;
     float* row = merge_area() + (warp_ * C::kMergeRows + r) * C::kMergePitch + lane_ % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
-      *reinterpret_cast<float2*>(row + n * 8) = make_float2(o_[mt][n][2 * h], o_[mt][n][2 * h + 1]);
+      *reinterpret_cast<float2*>(row + n * 8) =
+          make_float2(rows.o[mt][n][2 * h], rows.o[mt][n][2 * h + 1]);
     }
   }
 
@@ -421,7 +431,10 @@ class DecodeAttention : DecodeStream<C> {
     float sum = 0.0F;
     if (mine) merge_warps(r, row, c, &max, &sum, o);
     if (emit.how == Emit::kWrite) {
-      if (mine) finisher.finish(segment.tile, row, c, max, sum, o);
+      if (mine) {
+        finisher.finish(segment.tile, row, c, max, sum, make_float4(o[0], o[1], o[2], o[3]),
+                        make_float4(o[4], o[5], o[6], o[7]));
+      }
       return;
     }
     float* to = emit.slot.o + std::int64_t{row} * emit.slot.pitch + c;
@@ -471,9 +484,6 @@ class DecodeAttention : DecodeStream<C> {
 
   bool negate_ = false;  // the softmax scale is negative: queries change their sign
   float score_scale_;
-  float o_[C::kMTiles][kColumnTiles][4];
-  float max_[C::kMTiles][2];
-  float sum_[C::kMTiles][2];
 };
 
 template <class C>

@@ -17,8 +17,8 @@ struct DecodeConfig {
   static constexpr bool kBytes = kBytes_;                // K and V are stored in 8 bits
   static constexpr bool kGeneral = kGeneral_;            // soft cap, ALiBi, query-query bias
   static constexpr int kHead = kHead_;                   // smaller heads are filled up with zeros
-  static constexpr int kMTiles = kHead <= 128 ? 2 : 1;   // of 16 rows
-  static constexpr int kMinCtas = kHead <= 128 ? 2 : 1;  // of a multiprocessor
+  static constexpr int kMTiles = 1;                      // of 16 rows
+  static constexpr int kMinCtas = kHead <= 128 ? 3 : 2;  // of a multiprocessor
   static constexpr int kRows = 16 * kMTiles;
   static constexpr int kKeys = kUnitKeys / kDecodeWarps;  // of a warp in a unit
   static constexpr int kPitch = kHead * 2;                // bytes of a row that is multiplied
@@ -27,23 +27,35 @@ struct DecodeConfig {
   static constexpr int kTileBytes = kKeys * kPitch;  // K or V of a warp's keys
   static constexpr int kSlotBytes = kKeys * kStoredPitch;
   // Units under way: 64 KiB of K and V at head size 128 (two CTAs a multiprocessor).
-  static constexpr int kMaxStages = (kHead == 64 ? 4 : 2) * (kBytes ? 2 : 1);
+  static constexpr int kMaxStages = (kHead == 64 ? 2 : 1) * (kBytes ? 2 : 1);
   static constexpr int kQueryBytes = kRows * kPitch;
   // Rows that are merged in one go: a thread has eight columns.
-  static constexpr int kMergeRows = kHead == 256 ? 4 : 8;
+  static constexpr int kMergeRows = kHead == 64 ? 8 : kHead == 128 ? 4 : 2;
   static constexpr int kMergePitch = kHead + 4;  // floats
   static constexpr int kMergeBytes = kDecodeWarps * kMergeRows * kMergePitch * 4;
 };
 
 inline constexpr int kSegmentsAhead = 4;
 
-// A segment as the loading side knows it.
-struct AheadSegment {
-  Segment segment;
-  const char* k_base;  // block 0, slot 0 of the segment's kv head
-  const char* v_base;
-  const std::int32_t* table;  // the sequence's block table
+// What a warp's loading side knows, kept out of registers. Lane 0 writes, all lanes read.
+struct WarpStream {
+  Walker walker;
+  Segment segments[kSegmentsAhead];  // a ring
+  int num_walked;                    // segments known so far
+  bool walk_ended;
+  // The next unit to be loaded and the segment that it is in; `left`: as many units follow each
+  // other from it on, 0: there is nothing to load (yet).
+  int segment;
+  int unit;
+  int left;
+  int key;  // the warp's first of the unit
+  // Of that segment. All keys in [full_begin, full_end) may be read.
+  int full_begin;
+  int full_end;
   LoadableKeys keys;
+  const char* base[2];        // K and V: block 0, slot 0 of the segment's kv head
+  const std::int32_t* table;  // the sequence's block table
+  int first_kv_row;           // of direct attention
 };
 
 template <class C>
@@ -52,9 +64,7 @@ struct DecodeShared {
   typename Finisher<C::kRows, kDecodeThreads>::Shared finish;
   float max[kDecodeWarps][C::kRows];
   float sum[kDecodeWarps][C::kRows];
-  // Of each warp: every warp walks by itself, so that none waits for another.
-  Walker walker[kDecodeWarps];
-  AheadSegment ahead[kDecodeWarps][kSegmentsAhead];
+  WarpStream stream[kDecodeWarps];  // every warp walks by itself, so that none waits for another
   float scale[C::kBytes ? kDecodeWarps : 1][C::kMaxStages][2][C::kKeys];  // of tokens
 };
 

@@ -2,8 +2,11 @@
 // of 64 keys its own 16, in the order of the CTA's segments and running ahead into the next ones, so
 // that memory never waits for an item's end.
 //
-//   walk (segments) -> look_up (block table entry, a unit ahead) -> fetch<K>, fetch<V> (cp.async
-//   into a ring of `stages` units, one group each)
+//   seek (which unit) -> look_up (its block table entry, a unit ahead) -> fetch<K>, fetch<V>
+//   (cp.async into a ring of `stages` units, one group each)
+//
+// Few instructions matter here: two warps a scheduler must keep up with memory. What happens once an
+// item, and what handles rows that are absent or not aligned, is out of line.
 #pragma once
 
 #include "cuda/kv_rows.cuh"
@@ -12,25 +15,60 @@
 
 namespace quire::cuda::sm80 {
 
-// Free functions rather than members: a call that gets `this` would force the whole object, with the
-// accumulators, into memory.
-static __device__ __noinline__ bool walk_on(const KernelParams& p, Walker& walker,
-                                            AheadSegment& next) {
-  if (!walker.next(p.schedule, &next.segment)) return false;
-  const Segment& segment = next.segment;
-  const KvParams& k = p.call.k;
-  const KvParams& v = p.call.v;
-  next.k_base = static_cast<const char*>(k.data) + segment.head * k.strides.head * size_of(k.dtype);
-  next.v_base = static_cast<const char*>(v.data) + segment.head * v.strides.head * size_of(v.dtype);
-  next.table = p.batch.block_table + segment.tile.seq * p.batch.table_stride;
-  next.keys = loadable_keys(p, segment.tile);
-  return true;
+// ---- out of line. Free functions: one that gets `this` would force the whole object, with the
+// accumulators, into memory. ---------------------------------------------------------------------
+
+// Makes segment `n` known, if there is one. For one lane.
+static __device__ __forceinline__ bool walk_to(const KernelParams& p, WarpStream& s, int n) {
+  while (s.num_walked <= n && !s.walk_ended) {
+    if (s.walker.next(p.schedule, &s.segments[s.num_walked % kSegmentsAhead])) {
+      ++s.num_walked;
+    } else {
+      s.walk_ended = true;
+    }
+  }
+  return n < s.num_walked;
+}
+
+// To the next unit from `s.unit` of `s.segment` on, before segment `end`. For one lane.
+static __device__ __forceinline__ void seek(const KernelParams& p, WarpStream& s, int end,
+                                            int warp) {
+  s.left = 0;
+  while (s.segment < end && walk_to(p, s, s.segment)) {
+    const Segment& segment = s.segments[s.segment % kSegmentsAhead];
+    const Tile& tile = segment.tile;
+    if (s.unit < 0) {
+      s.unit = segment.unit_begin;
+      s.keys = loadable_keys(p, tile);
+      const bool none_hidden = s.keys.hidden_begin >= s.keys.hidden_end;
+      s.full_begin = none_hidden ? 0 : s.keys.hidden_end;
+      s.full_end = s.keys.kv_len;
+      const KvParams& k = p.call.k;
+      const KvParams& v = p.call.v;
+      s.base[0] =
+          static_cast<const char*>(k.data) + segment.head * k.strides.head * size_of(k.dtype);
+      s.base[1] =
+          static_cast<const char*>(v.data) + segment.head * v.strides.head * size_of(v.dtype);
+      s.table = p.batch.block_table + tile.seq * p.batch.table_stride;
+      s.first_kv_row = static_cast<std::int32_t>(tile.first_kv_row);
+    }
+    if (s.unit < segment.unit_end) {
+      s.left = (s.unit < tile.prefix_count ? min(tile.prefix_count, segment.unit_end)
+                                           : segment.unit_end) -
+               s.unit;
+      s.key = tile.unit(s.unit) * kUnitKeys + warp * (kUnitKeys / kDecodeWarps);
+      s.unit += s.left;
+      return;
+    }
+    ++s.segment;
+    s.unit = -1;
+  }
 }
 
 // Up to 8 elements of a query row from element `first` on.
 template <class Type>
-__device__ __noinline__ void store_query(DType dtype, std::uint32_t to, const char* row, int first,
-                                         int elements, bool negate) {
+__device__ __forceinline__ void store_query(DType dtype, std::uint32_t to, const char* row,
+                                            int first, int elements, bool negate) {
   std::uint32_t words[4] = {};
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
@@ -45,15 +83,36 @@ __device__ __noinline__ void store_query(DType dtype, std::uint32_t to, const ch
   tile::store_piece(to, words[0] ^ sign, words[1] ^ sign, words[2] ^ sign, words[3] ^ sign);
 }
 
+// One piece of each of the lane's rows of a K or V tile, with absent rows (`bits` says which are
+// there) and any alignment. Lane r % 16 knows entry and slot of row r.
+template <class C>
+__device__ __forceinline__ void copy_rows(const KvParams& kv, const char* base,
+                                          std::uint32_t slot_at, std::uint32_t bits, int entry,
+                                          int slot, int row_bytes, int alignment) {
+  const int lane = static_cast<int>(threadIdx.x & 31U);
+  const int c = lane % C::kPieces;
+  const int valid = min(max(row_bytes - c * 16, 0), 16);
+#pragma unroll 1
+  for (int r = lane / C::kPieces; r < C::kKeys; r += 32 / C::kPieces) {
+    const std::int64_t offset =
+        __shfl_sync(~0U, entry, r) * kv.strides.block + __shfl_sync(~0U, slot, r) * kv.strides.slot;
+    const bool wanted = valid > 0 && ((bits >> r) & 1U) != 0;
+    const char* from = wanted ? base + offset * (C::kBytes ? 1 : 2) + c * 16 : base;
+    const std::uint32_t to =
+        slot_at + (C::kBytes ? (r * C::kPieces + c) * 16 : tile::piece_offset(r, c, C::kPitch));
+    tile::copy_piece(to, from, wanted ? valid : 0, alignment);
+  }
+}
+
 template <class C>
 class DecodeStream {
  protected:
   __device__ __forceinline__ explicit DecodeStream(const KernelParams& p)
       : p_(p),
-        lane_(static_cast<int>(threadIdx.x) % 32),
-        warp_(static_cast<int>(threadIdx.x) / 32),
+        lane_(static_cast<int>(threadIdx.x & 31U)),
+        warp_(static_cast<int>(threadIdx.x / 32)),
         tiles_(tile::shared_address(memory()) + decode_fixed_bytes<C>()),
-        regular_(!p.layer.paged || p.layer.block_size % C::kKeys == 0) {}
+        ring_(merge_at() + C::kMergeBytes + static_cast<std::uint32_t>(warp_ * warp_bytes())) {}
 
   // Named anew at each use, so that the compiler knows it for shared memory.
   static __device__ __forceinline__ char* memory() {
@@ -63,43 +122,48 @@ class DecodeStream {
   static __device__ __forceinline__ DecodeShared<C>& shared() {
     return *reinterpret_cast<DecodeShared<C>*>(memory());
   }
+  __device__ __forceinline__ WarpStream& stream() const { return shared().stream[warp_]; }
+  __device__ __forceinline__ const Segment& segment_at(int n) const {
+    return stream().segments[n % kSegmentsAhead];
+  }
 
   // Shared addresses.
   __device__ __forceinline__ std::uint32_t query_at(int segment) const {
     return tiles_ + static_cast<std::uint32_t>(segment & 1) * C::kQueryBytes;
   }
   __device__ __forceinline__ std::uint32_t merge_at() const { return tiles_ + 2 * C::kQueryBytes; }
+  __device__ __forceinline__ int warp_bytes() const {
+    return p_.stages * 2 * C::kSlotBytes + (C::kBytes ? C::kTileBytes : 0);
+  }
   __device__ __forceinline__ std::uint32_t slot_at(int stage, int side) const {
-    const int warp_bytes = p_.stages * 2 * C::kSlotBytes + (C::kBytes ? C::kTileBytes : 0);
-    return merge_at() + C::kMergeBytes +
-           static_cast<std::uint32_t>(warp_ * warp_bytes + (stage * 2 + side) * C::kSlotBytes);
+    return ring_ + static_cast<std::uint32_t>((stage * 2 + side) * C::kSlotBytes);
   }
   // 8-bit caches: K, then V of a unit in 16 bits.
   __device__ __forceinline__ std::uint32_t wide() const { return slot_at(p_.stages, 0); }
 
-  __device__ __forceinline__ const AheadSegment& ahead(int n) const {
-    return shared().ahead[warp_][n % kSegmentsAhead];
-  }
-
   // ---- segments -------------------------------------------------------------------------------
 
   __device__ __forceinline__ void start_walk() {
-    if (lane_ == 0) shared().walker[warp_] = Walker(p_.schedule, static_cast<int>(blockIdx.x));
+    if (lane_ == 0) {
+      WarpStream& s = stream();
+      s.walker = Walker(p_.schedule, static_cast<int>(blockIdx.x));
+      s.num_walked = 0;
+      s.walk_ended = false;
+      s.segment = 0;
+      s.unit = -1;
+    }
+    for (int i = lane_ * 16; i < p_.stages * 2 * C::kSlotBytes; i += 512) {
+      tile::store_piece(ring_ + static_cast<std::uint32_t>(i), 0, 0, 0, 0);
+    }
     __syncwarp();
   }
 
-  // Makes segment `n` known, if there is one.
-  __device__ __forceinline__ bool walk_to(int n) {
-    while (walked_ <= n && !walk_ended_) {
-      bool more = false;
-      if (lane_ == 0) {
-        more = walk_on(p_, shared().walker[warp_], shared().ahead[warp_][walked_ % kSegmentsAhead]);
-      }
-      walk_ended_ = !__shfl_sync(~0U, static_cast<int>(more), 0);
-      __syncwarp();
-      if (!walk_ended_) ++walked_;
-    }
-    return n < walked_;
+  __device__ __forceinline__ bool knows(int n) {
+    bool known = false;
+    if (lane_ == 0) known = walk_to(p_, stream(), n);
+    known = __shfl_sync(~0U, static_cast<int>(known), 0) != 0;
+    __syncwarp();
+    return known;
   }
 
   // Queries into shared memory; from 16-byte aligned rows asynchronously.
@@ -128,75 +192,24 @@ class DecodeStream {
 
   // ---- units ----------------------------------------------------------------------------------
 
-  // To the next unit to be loaded: unit `unit` of the segment that is being loaded (-1: its first) or,
-  // if it has no such unit, a later segment's first.
-  __device__ __forceinline__ void seek(int unit) {
-    fetch_live_ = false;
-    while (fetch_segment_ < segment_ + kSegmentsAhead && walk_to(fetch_segment_)) {
-      const Segment& segment = ahead(fetch_segment_).segment;
-      if (unit < 0) unit = segment.unit_begin;
-      if (unit < segment.unit_end) {
-        fetch_unit_ = unit;
-        fetch_live_ = true;
-        look_up();
-        return;
-      }
-      ++fetch_segment_;
-      unit = -1;
-    }
-  }
-
-  __device__ __forceinline__ int fetch_key() const {
-    return ahead(fetch_segment_).segment.tile.unit(fetch_unit_) * kUnitKeys + warp_ * C::kKeys;
-  }
-
-  // Which of the 16 keys from `first` on may be read.
-  static __device__ __forceinline__ std::uint32_t readable(const LoadableKeys& keys, int first) {
-    const auto below = [first](int end) { return (1U << min(max(end - first, 0), C::kKeys)) - 1U; };
-    return below(keys.kv_len) & ~(below(keys.hidden_end) & ~below(keys.hidden_begin));
-  }
-
-  // Asks for the block table entry of the lane's key (of all keys, where blocks hold 16).
-  __device__ __forceinline__ void look_up() {
-    const AheadSegment& a = ahead(fetch_segment_);
-    const int first = fetch_key();
-    bits_ = readable(a.keys, first);
-    entry_ = -1;
-    if (!p_.layer.paged) {
-      entry_ = 0;
-      slot_ = static_cast<std::int32_t>(a.segment.tile.first_kv_row) + first;
-      return;
-    }
-    const auto key = static_cast<std::uint32_t>(regular_ ? first : first + lane_ % C::kKeys);
-    const auto block_size = static_cast<std::uint32_t>(p_.layer.block_size);
-    const std::uint32_t logical = p_.block_shift >= 0 ? key >> p_.block_shift : key / block_size;
-    slot_ = static_cast<std::int32_t>(key - logical * block_size);
-    const bool wanted = regular_ ? bits_ != 0 : ((bits_ >> (lane_ % C::kKeys)) & 1U) != 0;
-    if (wanted && logical < p_.batch.table_width) entry_ = a.table[logical];
-  }
-
-  // Offset of a key's row in elements; its block exists.
-  __device__ __forceinline__ std::int64_t row_at(const KvParams& kv, int row) const {
-    if (regular_) return entry_ * kv.strides.block + std::int64_t{slot_ + row} * kv.strides.slot;
-    const int entry = __shfl_sync(~0U, entry_, row);
-    const int slot = __shfl_sync(~0U, slot_, row);
-    return entry * kv.strides.block + slot * kv.strides.slot;
-  }
-
   // Starts the copy of K (side 0), then V (side 1) of the next unit into the stage that was just
   // used. Always ends a group, so that groups can be counted.
   template <int kSide>
   __device__ __forceinline__ void fetch() {
-    if (fetch_live_ && fetched_ == consumed_ + p_.stages) fetch_into<kSide>(stage_);
+    if (left_ > 0 && fetched_ == consumed_ + p_.stages) fetch_into<kSide>(stage_);
     tile::commit_copies();
   }
 
   // Fills what is free of the ring: at the start, and where segments are so short that the ring
   // could not be kept full across them.
   __device__ __forceinline__ void refill() {
+#pragma unroll 1
     for (int n = fetched_ - consumed_; n < p_.stages; ++n) {
-      if (!fetch_live_) seek(-1);
-      const bool live = fetch_live_;
+      if (left_ == 0) {
+        go_on();
+        look_up();
+      }
+      const bool live = left_ > 0;
       const int stage = stage_ + n < p_.stages ? stage_ + n : stage_ + n - p_.stages;
       if (live) fetch_into<0>(stage);
       tile::commit_copies();
@@ -211,53 +224,89 @@ class DecodeStream {
     copy<kSide>(stage);
     if constexpr (kSide == 1) {
       ++fetched_;
-      seek(fetch_unit_ + 1);
+      key_ += kUnitKeys;
+      if (--left_ == 0) go_on();
+      look_up();
     }
+  }
+
+  __device__ __forceinline__ void go_on() {
+    WarpStream& s = stream();
+    __syncwarp();
+    if (lane_ == 0) seek(p_, s, segment_ + kSegmentsAhead, warp_);
+    __syncwarp();
+    left_ = s.left;
+    key_ = s.key;
+  }
+
+  // Which of the 16 keys from `first` on may be read.
+  static __device__ __forceinline__ std::uint32_t readable(const LoadableKeys& keys, int first) {
+    const auto below = [first](int end) { return (1U << min(max(end - first, 0), C::kKeys)) - 1U; };
+    return below(keys.kv_len) & ~(below(keys.hidden_end) & ~below(keys.hidden_begin));
+  }
+
+  // Asks for the block table entry of the lane's key.
+  __device__ __forceinline__ void look_up() {
+    if (left_ == 0) return;
+    const WarpStream& s = stream();
+    const std::uint32_t row = tile::opaque(static_cast<std::uint32_t>(lane_)) % C::kKeys;
+    bits_ = 0xFFFFU;
+    if (key_ < s.full_begin || key_ + C::kKeys > s.full_end) bits_ = readable(s.keys, key_);
+    const auto key = static_cast<std::uint32_t>(key_) + row;
+    entry_ = 0;
+    if (!p_.layer.paged) {
+      slot_ = static_cast<std::int32_t>(key) + s.first_kv_row;
+      return;
+    }
+    const auto block_size = static_cast<std::uint32_t>(p_.layer.block_size);
+    const std::uint32_t logical = p_.block_shift >= 0 ? key >> p_.block_shift : key / block_size;
+    slot_ = static_cast<std::int32_t>(key - logical * block_size);
+    entry_ = -1;
+    // A key that may be read is one that the table reaches.
+    if (((bits_ >> row) & 1U) != 0) entry_ = __ldg(s.table + logical);
   }
 
   // The entries are there: keys of blocks that do not exist count as absent.
   __device__ __forceinline__ void check_entries() {
-    const bool exists = entry_ >= 0 && (!p_.layer.paged || entry_ < p_.call.num_blocks);
-    if (!exists) entry_ = 0;
+    const bool exists = !p_.layer.paged || static_cast<std::uint32_t>(entry_) < p_.num_blocks;
     bits_ &= __ballot_sync(~0U, exists);
+    if (!exists) entry_ = 0;
   }
 
   template <int kSide>
   __device__ __forceinline__ void copy(int stage) {
-    constexpr int kRowStep = 32 / C::kPieces;
+    constexpr std::uint32_t kRowStep = 32 / C::kPieces;
     static_assert(kRowStep >= 1 && C::kKeys % kRowStep == 0);
     const KvParams& kv = kSide == 0 ? p_.call.k : p_.call.v;
-    const int size = kSide == 0 ? p_.layer.head_size : p_.layer.head_size_v;
-    const char* base = kSide == 0 ? ahead(fetch_segment_).k_base : ahead(fetch_segment_).v_base;
-    constexpr int kElement = C::kBytes ? 1 : 2;
-    const int row = lane_ / C::kPieces;
-    const int c = lane_ % C::kPieces;
-    const int valid = min(max(size * kElement - c * 16, 0), 16);
     const std::uint32_t slot = slot_at(stage, kSide);
-    const std::uint32_t to = slot + (C::kBytes ? static_cast<std::uint32_t>(lane_) * 16
-                                               : tile::piece_offset(row, c, C::kPitch));
-    if (valid > 0) base += c * 16;
-    const int alignment = kSide == 0 ? p_.k_copy_bytes : p_.v_copy_bytes;
-    const auto place = [&](int step) {
-      // Rows of a step keep the low bits of the first step's.
-      return C::kBytes ? to + step * 512
-                       : (to ^ static_cast<std::uint32_t>((step * kRowStep & 7) << 4)) +
-                             step * kRowStep * C::kPitch;
-    };
-    const auto bytes_of = [&](int r) { return ((bits_ >> r) & 1U) != 0 ? valid : 0; };
-    if (regular_ && alignment >= 16) {
-      const char* from = base + row_at(kv, row) * kElement;
-      const std::int64_t step_bytes = kRowStep * kv.strides.slot * kElement;
-#pragma unroll
-      for (int step = 0; step < C::kKeys / kRowStep; ++step) {
-        tile::copy_async<16>(place(step), from, bytes_of(row + step * kRowStep));
-        from += step_bytes;
-      }
+    const int row_bytes =
+        (kSide == 0 ? p_.layer.head_size : p_.layer.head_size_v) * (C::kBytes ? 1 : 2);
+    if (bits_ != 0xFFFFU || !(kSide == 0 ? p_.k_simple : p_.v_simple)) {
+      copy_rows<C>(kv, stream().base[kSide], slot, bits_, entry_, slot_, row_bytes,
+                   kSide == 0 ? p_.k_copy_bytes : p_.v_copy_bytes);
     } else {
-#pragma unroll 1
-      for (int step = 0; step < C::kKeys / kRowStep; ++step) {
-        const int r = row + step * kRowStep;
-        tile::copy_piece(place(step), base + row_at(kv, r) * kElement, bytes_of(r), alignment);
+      // Opaque: computed here, not ahead of the loop and then kept in registers.
+      const std::uint32_t lane = tile::opaque(static_cast<std::uint32_t>(lane_));
+      const std::uint32_t row = lane / C::kPieces;
+      const std::uint32_t c = lane % C::kPieces;
+      const std::int64_t slot_bytes = kSide == 0 ? p_.k_slot_bytes : p_.v_slot_bytes;
+      const int first_slot = slot_ - static_cast<int>(lane % C::kKeys) + static_cast<int>(row);
+      const char* from = stream().base[kSide] +
+                         entry_ * (kSide == 0 ? p_.k_block_bytes : p_.v_block_bytes) +
+                         first_slot * slot_bytes + c * 16;
+      const std::uint32_t to =
+          slot + (C::kBytes ? lane * 16 : row * C::kPitch + ((c ^ row % 8) << 4));
+      // What lies behind a short row is zero from the start.
+      if (static_cast<int>(c) * 16 < row_bytes) {
+#pragma unroll
+        for (std::uint32_t step = 0; step < C::kKeys / kRowStep; ++step) {
+          // Rows of a step keep the low bits of the first step's.
+          const std::uint32_t place =
+              C::kBytes ? to + step * 512
+                        : (to ^ ((step * kRowStep & 7U) << 4)) + step * kRowStep * C::kPitch;
+          tile::copy_async<16>(place, from);
+          from += kRowStep * slot_bytes;
+        }
       }
     }
     if (C::kBytes && kv.token_scales != nullptr) copy_scale<kSide>(kv, stage);
@@ -265,13 +314,11 @@ class DecodeStream {
 
   template <int kSide>
   __device__ __forceinline__ void copy_scale(const KvParams& kv, int stage) {
-    const int r = lane_ % C::kKeys;
-    const int entry = regular_ ? entry_ : __shfl_sync(~0U, entry_, r);
-    const int slot = regular_ ? slot_ + r : __shfl_sync(~0U, slot_, r);
-    if (lane_ >= C::kKeys) return;
+    const int r = lane_;
+    if (r >= C::kKeys) return;
     const float* from =
-        kv.token_scales + semantics::cache_offset(kv.token_scale_strides, entry, slot,
-                                                  ahead(fetch_segment_).segment.head);
+        kv.token_scales + semantics::cache_offset(kv.token_scale_strides, entry_, slot_,
+                                                  segment_at(stream().segment).head);
     const std::uint32_t to = tile::shared_address(&shared().scale[warp_][stage][kSide][r]);
     tile::copy_async<4>(to, from, ((bits_ >> r) & 1U) != 0 ? 4 : 0);
   }
@@ -291,19 +338,17 @@ class DecodeStream {
   const int lane_;
   const int warp_;
   const std::uint32_t tiles_;  // two query buffers, the merge area, each warp's ring
-  const bool regular_;         // a warp's keys of a unit lie in one block
-  int segment_ = -1;           // at work
-  int consumed_ = 0;           // units
-  int stage_ = 0;              // consumed_ % stages
+  const std::uint32_t ring_;
+  int segment_ = -1;  // at work
+  int consumed_ = 0;  // units
+  int stage_ = 0;     // consumed_ % stages
 
  private:
-  int walked_ = 0;
   int fetched_ = 0;  // units
-  bool walk_ended_ = false;
-  // The unit to be loaded next, and what is known of its keys.
-  int fetch_segment_ = 0;
-  int fetch_unit_ = 0;
-  bool fetch_live_ = false;
+  // The unit to be loaded next: units left, see WarpStream; its first key; and of the lane's key
+  // (lane % 16) block and slot. Bits say which of its 16 keys may be read.
+  int left_ = 0;
+  int key_ = 0;
   std::int32_t entry_ = -1;
   std::int32_t slot_ = 0;
   std::uint32_t bits_ = 0;

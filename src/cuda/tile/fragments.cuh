@@ -64,17 +64,18 @@ __device__ __forceinline__ void copy_piece(std::uint32_t to, const char* from, i
       copy_async<4>(to + i, part > 0 ? from + i : from, part);
     }
   } else {
-    std::uint32_t words[4] = {};
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      if (i < valid) {
-        words[i / 4] |= static_cast<std::uint32_t>(static_cast<std::uint8_t>(from[i]))
-                        << (i % 4 * 8);
+    // Rare, so in few registers rather than fast.
+#pragma unroll 1
+    for (int i = 0; i < 16; i += 4) {
+      std::uint32_t word = 0;
+#pragma unroll 1
+      for (int j = 0; j < 4; ++j) {
+        const std::uint32_t byte = i + j < valid ? static_cast<std::uint8_t>(from[i + j]) : 0U;
+        word |= byte << (j * 8);
       }
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + static_cast<std::uint32_t>(i)), "r"(word)
+                   : "memory");
     }
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
-                 "r"(words[2]), "r"(words[3])
-                 : "memory");
   }
 }
 
