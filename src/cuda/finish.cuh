@@ -189,60 +189,67 @@ class Finisher {
                        fold.value(a.w, b.w));
   }
 
-  // Eight columns of a row of a slot.
+  // Four columns of a row of a slot.
   struct Part {
     float max;
     float sum;
-    float4 low;
-    float4 high;
+    float4 o;
   };
-  static constexpr int kAhead = 4;
+  static constexpr int kAhead = 6;
 
   static __device__ __forceinline__ Part load_part(const Result& from, int r, int c) {
     const auto* o = reinterpret_cast<const float4*>(from.o + std::int64_t{r} * from.pitch + c);
-    return {__ldcg(from.max + r), __ldcg(from.sum + r), __ldcg(o), __ldcg(o + 1)};
+    return {__ldcg(from.max + r), __ldcg(from.sum + r), __ldcg(o)};
   }
 
   __device__ __forceinline__ void fold_slots(const Segment& segment, std::int32_t first,
                                              std::int32_t last) {
-    const int groups = (columns_ + 7) / 8;
+    const int groups = (columns_ + 7) / 8 * 2;
     const int work = segment.tile.rows * groups;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < work; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i - static_cast<int>(threadIdx.x % 32) < work;
+         i += kThreads) {
       const int r = i / groups;
-      const int c = i % groups * 8;
+      const int c = i % groups * 4;
       Fold fold;
-      float4 low = make_float4(0, 0, 0, 0);
-      float4 high = low;
-      // Four CTAs' first parts are loaded together: one after the other, latency would add up.
-      for (std::int32_t base = first; base <= last; base += kAhead) {
-        Part part[kAhead];
-        int parts[kAhead];
+      float4 o = make_float4(0, 0, 0, 0);
+      if (i < work) fold_columns(first, last, r, c, &fold, &o);
+      // Two threads' columns are stored together.
+      const float4 other =
+          make_float4(__shfl_down_sync(~0U, o.x, 1), __shfl_down_sync(~0U, o.y, 1),
+                      __shfl_down_sync(~0U, o.z, 1), __shfl_down_sync(~0U, o.w, 1));
+      if (i < work && c % 8 == 0) finish(segment.tile, r, c, fold.max, fold.sum, o, other);
+    }
+  }
+
+  __device__ __forceinline__ void fold_columns(std::int32_t first, std::int32_t last, int r, int c,
+                                               Fold* fold, float4* o) const {
+    // Several CTAs' first parts are loaded together: one after the other, latency would add up.
+#pragma unroll 1
+    for (std::int32_t base = first; base <= last; base += kAhead) {
+      Part part[kAhead];
+      int parts[kAhead];
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-          const std::int32_t cta = base + u;
-          parts[u] = cta <= last ? shared_.parts[cta - first] : 0;
-          if (parts[u] > 0) part[u] = load_part(slot(cta, cta == first ? 0 : 1), r, c);
+      for (int u = 0; u < kAhead; ++u) {
+        const std::int32_t cta = base + u;
+        parts[u] = cta <= last ? shared_.parts[cta - first] : 0;
+        if (parts[u] > 0) part[u] = load_part(slot(cta, cta == first ? 0 : 1), r, c);
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (parts[u] == 0) continue;
+        if (base + u == first) {
+          *fold = {part[u].max, part[u].sum};
+          *o = part[u].o;
+          continue;
         }
-#pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-          if (parts[u] == 0) continue;
-          if (base + u == first) {
-            fold = {part[u].max, part[u].sum};
-            low = part[u].low;
-            high = part[u].high;
-            continue;
-          }
-          for (int k = 1;; ++k) {
-            fold.add(part[u].max, part[u].sum);
-            low = fold_values(fold, low, part[u].low);
-            high = fold_values(fold, high, part[u].high);
-            if (k == parts[u]) break;
-            part[u] = load_part(slot(base + u, k + 1), r, c);
-          }
+        for (int k = 1;; ++k) {
+          fold->add(part[u].max, part[u].sum);
+          *o = fold_values(*fold, *o, part[u].o);
+          if (k == parts[u]) break;
+          part[u] = load_part(slot(base + u, k + 1), r, c);
         }
       }
-      finish(segment.tile, r, c, fold.max, fold.sum, low, high);
     }
   }
 

@@ -12,7 +12,7 @@
 
 namespace quire::cuda {
 
-// Fewer units than this a CTA are not worth a partial result.
+// Ranges shorter than this are not worth a partial result.
 inline constexpr std::int64_t kMinCost = 4 + kOverhead;
 // Items up to this long are not cut: a partial result costs more than the imbalance.
 inline constexpr std::int32_t kMaxWholeUnits = 8;
@@ -38,12 +38,10 @@ QUIRE_DEVICE std::int32_t last_at_most(std::int32_t count, std::int64_t value, c
   return low;
 }
 
-QUIRE_DEVICE std::int64_t tiles_of(const PlanArgs& args, const TileRule& rule, bool is_few,
-                                   std::int32_t s) {
+QUIRE_DEVICE std::int64_t tiles_of(const PlanArgs& args, const TileRule& rule, std::int32_t s) {
   const Sequence seq = sequence_at(args.layer, args.batch, kAnyKvTokens, s);
   const std::int64_t rows = seq.query_len * args.layer.group;
-  const bool few = args.many.tile_rows == 0 || rows <= args.few.tile_rows;
-  if (few != is_few) return 0;
+  if (rows <= rule.above_rows || rows > rule.up_to_rows) return 0;
   return (rows + rule.tile_rows - 1) / rule.tile_rows;
 }
 
@@ -201,10 +199,12 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_part,
     cost += total;
   }
   team.sync();
-  const std::int64_t wanted = (cost + kMinCost - 1) / kMinCost;
+  // As many CTAs as there are items, if that is more: short ones side by side.
+  const std::int64_t wanted =
+      semantics::max_of((cost + kMinCost - 1) / kMinCost, num_tiles * rule.heads);
   const auto num_ctas = static_cast<std::int32_t>(semantics::min_of(wanted, rule.grid));
   if (team.thread() == 0) *rule.header = {static_cast<std::int32_t>(num_tiles), num_ctas};
-  for (std::int32_t c = team.thread(); c <= num_ctas; c += team.size()) {
+  for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) {
     const std::int64_t position = c < num_ctas ? c * cost / num_ctas : cost;
     rule.starts[c] = start_at(rule, static_cast<std::int32_t>(num_tiles), position);
   }
@@ -212,16 +212,20 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_part,
   link_starts(team, rule, num_ctas, one_part);
 }
 
-// The tiles of requests of few rows, or of all others.
+// The tiles of a rule's requests. Also where it has none: a graph may read the result.
 template <class Team>
-QUIRE_DEVICE void schedule(const Team& team, const PlanArgs& args, const TileRule& rule,
-                           bool is_few) {
+QUIRE_DEVICE void schedule(const Team& team, const PlanArgs& args, const TileRule& rule) {
+  if (rule.up_to_rows <= rule.above_rows) {
+    if (team.thread() == 0) *rule.header = {};
+    for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) rule.starts[c] = {};
+    return;
+  }
   const std::int32_t num_seqs = args.batch.num_seqs;
   std::int64_t num_tiles = 0;
   for (std::int32_t base = 0; base < num_seqs; base += team.size()) {
     const std::int32_t s = base + team.thread();
     std::int64_t total = 0;
-    const std::int64_t count = s < num_seqs ? tiles_of(args, rule, is_few, s) : 0;
+    const std::int64_t count = s < num_seqs ? tiles_of(args, rule, s) : 0;
     const std::int64_t before = num_tiles + team.scan(count, &total);
     // Sequences that overlap (a wild query_start_loc) may ask for more tiles than there is room
     // for: what does not fit is not computed.
@@ -259,9 +263,10 @@ template <class Team>
 QUIRE_DEVICE void make_plan(const Team& team, const PlanArgs& args) {
   if (args.shared.tile_rows > 0) schedule_shared(team, args);
   team.sync();
-  if (args.few.tile_rows > 0) schedule(team, args, args.few, true);
-  team.sync();
-  if (args.many.tile_rows > 0) schedule(team, args, args.many, false);
+  for (const TileRule& rule : args.rules) {
+    if (rule.tile_rows > 0) schedule(team, args, rule);
+    team.sync();
+  }
 }
 
 }  // namespace quire::cuda

@@ -47,7 +47,7 @@ CudaPlan::Stage CudaPlan::make_stage(const LayerParams& layer, const sm80::MmaKe
     stage.columns = kernel->columns;
     stage.passes = (layer.head_size_v + kernel->columns - 1) / kernel->columns;
     ctas_per_sm = stage.mma_launch.ctas_per_sm;
-    stage.chunks = kernel->key.few;
+    stage.chunks = kernel->key.requests != sm80::Requests::kMany;
   } else {
     stage.fp32_launch = sm80::fp32_launch(layer);
     stage.tile_rows = sm80::kFp32Rows;
@@ -60,27 +60,34 @@ CudaPlan::Stage CudaPlan::make_stage(const LayerParams& layer, const sm80::MmaKe
 }
 
 void CudaPlan::choose_kernels(const LayerParams& layer) {
-  const auto find = [&](bool few, bool general) {
-    return sm80::find_mma_kernel(layer.dtype, layer.kv_dtype, layer.head_size, layer.head_size_v,
-                                 few, general);
-  };
-  if (find(true, false) != nullptr && find(true, true) != nullptr)
-    few_ = make_stage(layer, find(true, false), find(true, true));
-  if (find(false, false) != nullptr && find(false, true) != nullptr) {
-    many_ = make_stage(layer, find(false, false), find(false, true));
+  for (int i = 0; i < kNumRules; ++i) {
+    const auto find = [&](bool general) {
+      return sm80::find_mma_kernel(layer.dtype, layer.kv_dtype, layer.head_size, layer.head_size_v,
+                                   sm80::Requests{i}, general);
+    };
+    if (find(false) != nullptr && find(true) != nullptr) {
+      stages_[i] = make_stage(layer, find(false), find(true));
+    }
   }
-  if (many_.tile_rows == 0) {  // no such instance, or too little shared memory for it
-    few_ = {};
-    many_ = make_stage(layer, nullptr, nullptr);
+  if (many().tile_rows == 0) {  // no such instance, or too little shared memory for it
+    for (Stage& stage : stages_) stage = {};
+    stages_[kNumRules - 1] = make_stage(layer, nullptr, nullptr);
   }
+}
+
+// How many of the stages, from the first on, requests of up to so many rows need.
+int CudaPlan::stages_for(std::int64_t most_rows) const {
+  int used = 0;
+  while (used < kNumRules - 1 && stages_[used].tile_rows < most_rows) ++used;
+  return used + 1;
 }
 
 void CudaPlan::allocate_slots(cudaStream_t stream) {
   if (slots_.data() != nullptr) return;
-  // The two kernels run one after the other and share the memory.
+  // The kernels run one after the other and share the memory.
   std::int64_t floats = 0;
-  for (const Stage* stage : {&few_, &many_}) {
-    floats = std::max(floats, stage->num_slots() * stage->slot_floats());
+  for (const Stage& stage : stages_) {
+    floats = std::max(floats, stage.num_slots() * stage.slot_floats());
   }
   slots_.allocate(static_cast<std::size_t>(floats) * sizeof(float), stream);
   arrivals_.allocate(kMaxGrid * sizeof(std::int32_t), stream);
@@ -149,14 +156,14 @@ CudaPlan::Workspace& CudaPlan::workspace_for(const LayerParams& layer, const Bat
     rule.max_tiles = static_cast<std::int32_t>(std::min<std::int64_t>(tiles, 1 << 30));
     return rule;
   };
-  made->few = rule_of(few_);
-  made->many = rule_of(many_);
   Carver carver;
-  const RuleOffsets few = carve(&carver, made->few, made->max_seqs);
-  const RuleOffsets many = carve(&carver, made->many, made->max_seqs);
+  RuleOffsets at[kNumRules];
+  for (int i = 0; i < kNumRules; ++i) {
+    made->rules[i] = rule_of(stages_[i]);
+    at[i] = carve(&carver, made->rules[i], made->max_seqs);
+  }
   made->memory.allocate(carver.size(), stream);
-  set_pointers(made->memory.data(), few, &made->few);
-  set_pointers(made->memory.data(), many, &made->many);
+  for (int i = 0; i < kNumRules; ++i) set_pointers(made->memory.data(), at[i], &made->rules[i]);
   // What no graph refers to and is too small has served its time.
   std::erase_if(workspaces_, [&](const auto& old) {
     return !old->captured && old->max_seqs <= made->max_seqs && old->max_tokens <= made->max_tokens;
@@ -181,7 +188,7 @@ planning::PrefixRule CudaPlan::cascade_rule(const LayerParams& layer, const Batc
   // Inside a window there is little to share. A graph serves batches of any composition: plain.
   if (layer.mask.window != WindowKind::kNone || capturing || current_->captured_plain) return {};
   // A tile that a request's own rows fill reads its keys once as it is.
-  const std::int64_t most_rows = many_.tile_rows / 2;
+  const std::int64_t most_rows = many().tile_rows / 2;
   const planning::PrefixRule rule = planning::prefix_rule(layer, batch, most_rows, most_rows);
   if (layer.group > most_rows || rule.min_blocks == 0) return {};
   std::int64_t longest = batch.table_width * layer.block_size;
@@ -193,12 +200,12 @@ planning::PrefixRule CudaPlan::cascade_rule(const LayerParams& layer, const Batc
 void CudaPlan::allocate_cascade(const LayerParams& layer, Workspace* workspace,
                                 cudaStream_t stream) const {
   if (workspace->cascade.data() != nullptr) return;
-  const std::int64_t most_tokens = std::max(many_.tile_rows / 2 / layer.group, 1);
+  const std::int64_t most_tokens = std::max(many().tile_rows / 2 / layer.group, 1);
   SharedPrefixes& prefixes = workspace->prefixes;
   prefixes.max_rows = static_cast<std::int32_t>(
       std::min({workspace->max_tokens, workspace->max_seqs * most_tokens, kMaxSharedTokens}));
   TileRule& rule = workspace->shared;
-  rule = workspace->many;
+  rule = workspace->rules[kNumRules - 1];
   rule.max_tiles = static_cast<std::int32_t>(
       (std::int64_t{prefixes.max_rows} * layer.group + rule.tile_rows - 1) / rule.tile_rows +
       kMaxPrefixGroups);
@@ -239,18 +246,16 @@ void CudaPlan::update(const LayerParams& layer, const BatchParams& batch, cudaSt
   shares_ = rule.min_blocks > 0;
   if (shares_) allocate_cascade(layer, current_, stream);
   if (capturing) current_->captured = current_->captured_plain = true;
-  few_only_ = few_.tile_rows > 0 &&
-              (batch.max_query_len > 0 ? batch.max_query_len * layer.group <= few_.tile_rows
-                                       : captured_few_only_);
+  num_used_ =
+      batch.max_query_len > 0 ? stages_for(batch.max_query_len * layer.group) : num_captured_;
   PlanArgs args;
   args.layer = layer;
   args.batch = batch;
-  args.few = current_->few;
-  args.many = current_->many;
+  std::copy(current_->rules, current_->rules + kNumRules, args.rules);
+  share_out(args.rules, num_used_);
   args.shared = current_->shared;
   args.prefixes = current_->prefixes;
   args.prefixes.rule = rule;
-  if (few_only_) args.many.tile_rows = 0;
   launch_plan(args, stream);
 }
 
@@ -287,6 +292,8 @@ void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
   p.k_slot_bytes = params.k.strides.slot * size_of(params.k.dtype);
   p.v_block_bytes = params.v.strides.block * size_of(params.v.dtype);
   p.v_slot_bytes = params.v.strides.slot * size_of(params.v.dtype);
+  p.k_head_bytes = params.k.strides.head * size_of(params.k.dtype);
+  p.v_head_bytes = params.v.strides.head * size_of(params.v.dtype);
   p.k_copy_bytes = row_alignment(params.k);
   p.v_copy_bytes = row_alignment(params.v);
   const bool regular = !p.layer.paged || p.layer.block_size % 16 == 0;
@@ -313,15 +320,17 @@ void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
   if (is_capturing(stream)) {
     workspace.captured = true;
     workspace.captured_plain = workspace.captured_plain || !shares_;
-    captured_few_only_ = captured_few_only_ || few_only_;
+    num_captured_ = std::min(num_captured_, num_used_);
   }
   if (shares_) {
-    ScheduleView shared = view_of(many_, workspace.shared);
+    ScheduleView shared = view_of(many(), workspace.shared);
     shared.shared_rows = workspace.prefixes.rows;
-    launch(many_, shared, p, stream);
+    launch(many(), shared, p, stream);
   }
-  if (few_.tile_rows > 0) launch(few_, view_of(few_, workspace.few), p, stream);
-  if (!few_only_) launch(many_, view_of(many_, workspace.many), p, stream);
+  for (int i = 0; i < num_used_; ++i) {
+    const Stage& stage = stages_[i];
+    if (stage.tile_rows > 0) launch(stage, view_of(stage, workspace.rules[i]), p, stream);
+  }
   if (p.block_output != nullptr) {
     launch_block_quantize(
         p, static_cast<int>(std::min<std::int64_t>(p.batch.num_tokens, info_.sm_count * 4)),
@@ -371,12 +380,12 @@ std::int64_t CudaPlan::workspace_bytes() const {
 // The plan proper lives on the device and is not read back.
 std::string CudaPlan::to_string() const {
   std::string text;
-  for (const Stage* stage : {&few_, &many_}) {
-    if (stage->tile_rows == 0) continue;
+  for (const Stage& stage : stages_) {
+    if (stage.tile_rows == 0) continue;
     char line[240];
     std::snprintf(line, sizeof line, "%s: tiles of %d rows, %d CTAs, %d stages, %d column passes\n",
-                  stage->mma != nullptr ? stage->mma->name : "sm80::attention_fp32",
-                  stage->tile_rows, stage->grid, stage->mma_launch.stages, stage->passes);
+                  stage.mma != nullptr ? stage.mma->name : "sm80::attention_fp32", stage.tile_rows,
+                  stage.grid, stage.mma_launch.stages, stage.passes);
     text += line;
   }
   return text;

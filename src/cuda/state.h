@@ -45,7 +45,7 @@ class CudaPlan final : public PlanState {
   void attend(const AttentionParams& params, cudaStream_t stream);
 
  private:
-  // A kernel of this layer and its grid. Requests of few rows go to one, all others to the other.
+  // A kernel of this layer and its grid. Each serves requests of few query rows, some, or many.
   struct Stage {
     const sm80::MmaKernel* mma = nullptr;      // null: the fp32 kernel
     const sm80::MmaKernel* general = nullptr;  // the same tiles, for modified scores
@@ -74,14 +74,15 @@ class CudaPlan final : public PlanState {
     DeviceBuffer memory;
     DeviceBuffer block_output;
     DeviceBuffer cascade;  // when a batch that may share prefixes first comes
-    TileRule few;
-    TileRule many;
+    TileRule rules[kNumRules];
     TileRule shared;
     SharedPrefixes prefixes;
     Seeds seeds;
   };
 
   void choose_kernels(const LayerParams& layer);
+  const Stage& many() const { return stages_[kNumRules - 1]; }
+  int stages_for(std::int64_t most_rows) const;
   Stage make_stage(const LayerParams& layer, const sm80::MmaKernel* kernel,
                    const sm80::MmaKernel* general) const;
   void allocate_slots(cudaStream_t stream);
@@ -95,11 +96,10 @@ class CudaPlan final : public PlanState {
 
   Device device_;
   const DeviceInfo& info_;
-  Stage few_;
-  Stage many_;
-  bool few_only_ = false;           // of the planned batch: its bound on query lengths says so
-  bool captured_few_only_ = false;  // some graph launches only the kernel for few rows
-  bool shares_ = false;             // the planned batch may have shared prefixes
+  Stage stages_[kNumRules];
+  int num_used_ = kNumRules;      // stages of the planned batch, by its bound on query lengths
+  int num_captured_ = kNumRules;  // stages that all graphs launch
+  bool shares_ = false;           // the planned batch may have shared prefixes
   DeviceBuffer slots_;
   DeviceBuffer arrivals_;
   std::vector<std::unique_ptr<Workspace>> workspaces_;  // from small to large

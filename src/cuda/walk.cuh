@@ -24,27 +24,11 @@ struct Sharers {
   std::int32_t count;
 };
 
-// Piece by piece: kernels call it where their registers are full.
-QUIRE_HOST_DEVICE void copy_tile(const Tile* from, Tile* to) {
-  struct alignas(16) Piece {
-    std::int64_t low;
-    std::int64_t high;
-  };
-  static_assert(sizeof(Tile) % sizeof(Piece) == 0);
-#if defined(__CUDA_ARCH__)
-#pragma unroll 1
-#endif
-  for (std::size_t i = 0; i < sizeof(Tile) / sizeof(Piece); ++i) {
-    reinterpret_cast<Piece*>(to)[i] = reinterpret_cast<const Piece*>(from)[i];
-  }
-}
-
 class Walker {
  public:
   Walker() = default;
-  QUIRE_HOST_DEVICE Walker(const ScheduleView& schedule, std::int32_t cta) : tile_(0), head_(0) {
-    end_tile_ = end_head_ = end_unit_ = unit_ = 0;
-    if (cta >= schedule.header->num_ctas) return;
+  // The plan writes the starts of all CTAs of the grid; those without work start where they end.
+  QUIRE_HOST_DEVICE Walker(const ScheduleView& schedule, std::int32_t cta) {
     const CtaStart start = schedule.starts[cta];
     const CtaStart end = schedule.starts[cta + 1];
     tile_ = start.tile;
@@ -57,23 +41,33 @@ class Walker {
     after_ = {end.first_cta, end.last_cta, end.num_sharers};
   }
 
-  // The next piece of work; false when there is none left.
-  QUIRE_HOST_DEVICE bool next(const ScheduleView& schedule, Segment* segment) {
+  // The next piece of work is units [begin, end) of head `head` of the tile that is returned (end -1:
+  // to its last); null when there is none left.
+  QUIRE_HOST_DEVICE const Tile* next(const ScheduleView& schedule, std::int32_t* head,
+                                     std::int32_t* begin, std::int32_t* end) {
     const bool last = tile_ == end_tile_ && head_ == end_head_;
-    if (last ? unit_ >= end_unit_ : tile_ > end_tile_) return false;
-    copy_tile(schedule.tiles + tile_, &segment->tile);
-    segment->head = head_;
-    segment->unit_begin = unit_;
-    segment->unit_end = last ? end_unit_ : segment->tile.num_units();
+    if (last ? unit_ >= end_unit_ : tile_ > end_tile_) return nullptr;
+    const Tile* tile = schedule.tiles + tile_;
+    *head = head_;
+    *begin = unit_;
+    *end = last ? end_unit_ : -1;
     if (last) {
       unit_ = end_unit_;
-      return true;
+      return tile;
     }
     unit_ = 0;
     if (++head_ == schedule.heads) {
       head_ = 0;
       ++tile_;
     }
+    return tile;
+  }
+
+  QUIRE_HOST_DEVICE bool next(const ScheduleView& schedule, Segment* segment) {
+    const Tile* tile = next(schedule, &segment->head, &segment->unit_begin, &segment->unit_end);
+    if (tile == nullptr) return false;
+    segment->tile = *tile;
+    if (segment->unit_end < 0) segment->unit_end = segment->tile.num_units();
     return true;
   }
 

@@ -116,14 +116,14 @@ struct Seeds {
 
 struct ScheduleHeader {
   std::int32_t num_tiles = 0;
-  std::int32_t num_ctas = 0;  // that may have work
+  std::int32_t num_ctas = 0;  // among which work is cut
 };
 
 // What one attention kernel sees of the plan.
 struct ScheduleView {
   const ScheduleHeader* header = nullptr;
   const Tile* tiles = nullptr;
-  const CtaStart* starts = nullptr;  // [num_ctas + 1]
+  const CtaStart* starts = nullptr;  // [grid + 1]
   std::int32_t* arrivals = nullptr;  // [ctas], all 0 between launches
   float* slots = nullptr;
   std::int64_t slot_floats = 0;
@@ -141,6 +141,9 @@ struct TileRule {
   std::int32_t heads = 0;
   std::int32_t grid = 0;
   std::int32_t max_tiles = 0;
+  // Of which requests: with more query rows than this, up to that.
+  std::int32_t above_rows = 0;
+  std::int32_t up_to_rows = 0x7FFFFFFF;
   // Batch-invariant mode: keys may be cut at chunks of the request's own; else not at all.
   bool chunks = false;
   ScheduleHeader* header = nullptr;
@@ -149,14 +152,30 @@ struct TileRule {
   std::int32_t* seq_tiles = nullptr;  // [num_seqs + 1]
 };
 
+inline constexpr int kNumRules = 3;  // for requests of few rows, of some, of many
+
 struct PlanArgs {
   LayerParams layer;
   BatchParams batch;
-  TileRule few;     // requests of up to few.tile_rows rows
-  TileRule many;    // all others; if few is unused, all
-  TileRule shared;  // shared prefixes, for the kernel of `many`; no tile_rows: no room for them
+  TileRule rules[kNumRules];
+  TileRule shared;  // shared prefixes, for the kernel of many; no tile_rows: no room for them
   SharedPrefixes prefixes;
 };
+
+// Shares requests out by their rows among the first `num_used` rules, as far as these are used.
+inline void share_out(TileRule (&rules)[kNumRules], int num_used) {
+  std::int32_t above = 0;
+  TileRule* last = nullptr;
+  for (int i = 0; i < kNumRules; ++i) {
+    TileRule& rule = rules[i];
+    rule.above_rows = above;
+    rule.up_to_rows = i < num_used ? rule.tile_rows : 0;
+    if (rule.up_to_rows == 0) continue;
+    above = rule.tile_rows;
+    last = &rule;
+  }
+  if (last != nullptr) last->up_to_rows = 0x7FFFFFFF;
+}
 
 // What an attention kernel gets. The pointers `call.layer` and `call.batch` are host pointers and
 // not for its eyes.
@@ -172,6 +191,8 @@ struct KernelParams {
   std::int64_t k_slot_bytes = 0;
   std::int64_t v_block_bytes = 0;
   std::int64_t v_slot_bytes = 0;
+  std::int64_t k_head_bytes = 0;
+  std::int64_t v_head_bytes = 0;
   // Rows of whole 16-byte pieces, of any 16 aligned keys in one block.
   bool k_simple = false;
   bool v_simple = false;

@@ -147,9 +147,12 @@ class HostPlan {
     const auto seqs = static_cast<std::size_t>(b.params.num_seqs);
     args_.layer = b.layer;
     args_.batch = b.params;
-    set_rule(32, b.params.num_tokens, b.params.num_seqs, 0, &args_.few);
-    set_rule(128, b.params.num_tokens, b.params.num_seqs, 1, &args_.many);
-    set_rule(128, max_rows, kMaxPrefixGroups, 2, &args_.shared);
+    for (int i = 0; i < kNumRules; ++i) {
+      constexpr int kRows[kNumRules] = {16, 32, 128};
+      set_rule(kRows[i], b.params.num_tokens, b.params.num_seqs, i, &args_.rules[i]);
+    }
+    share_out(args_.rules, kNumRules);
+    set_rule(128, max_rows, kMaxPrefixGroups, 3, &args_.shared);
     SharedPrefixes& prefixes = args_.prefixes;
     prefixes.rule = planning::prefix_rule(b.layer, b.params, 64, 64);
     std::int32_t** const lists[] = {&prefixes.leader, &prefixes.blocks, &prefixes.members,
@@ -170,7 +173,8 @@ class HostPlan {
 
   // "" or what is wrong with where the plan points to.
   std::string out_of_bounds() const {
-    for (const TileRule* rule : {&args_.few, &args_.many, &args_.shared}) {
+    for (const TileRule* rule :
+         {&args_.rules[0], &args_.rules[1], &args_.rules[2], &args_.shared}) {
       const ScheduleHeader& header = *rule->header;
       if (header.num_tiles > rule->max_tiles || header.num_ctas > rule->grid) return "counts";
       std::int64_t cost = 0;
@@ -294,10 +298,10 @@ class HostPlan {
 
   const Batch& batch_;
   PlanArgs args_;
-  ScheduleHeader headers_[3];
-  std::vector<Tile> tiles_[3];
-  std::vector<CtaStart> starts_[3];
-  std::vector<std::int32_t> seq_tiles_[3];
+  ScheduleHeader headers_[4];
+  std::vector<Tile> tiles_[4];
+  std::vector<CtaStart> starts_[4];
+  std::vector<std::int32_t> seq_tiles_[4];
   std::vector<std::int32_t> lists_[6];
   std::vector<PrefixGroup> groups_;
   std::vector<SharedRow> rows_;
@@ -380,7 +384,7 @@ std::string problem_of(const Batch& b, const HostPlan& plan) {
   std::string problem = plan.out_of_bounds();
   if (!problem.empty()) return problem;
   Visits visits(b);
-  for (const TileRule* rule : {&args.few, &args.many}) {
+  for (const TileRule* rule : {&args.rules[0], &args.rules[1], &args.rules[2]}) {
     for (std::int32_t t = 0; t < rule->header->num_tiles; ++t) {
       visits.add(rule->tiles[t], rule->tiles[t].first_token, false);
     }
@@ -437,7 +441,7 @@ TEST(CudaPlan, EveryPairOnce) {
     const HostPlan together(b, max_rows, 3);
     ASSERT_EQ(problem_of(b, together), "") << "case " << index << ", 3 threads";
     EXPECT_TRUE(same_tiles(plan.args().shared, together.args().shared)) << "case " << index;
-    EXPECT_TRUE(same_tiles(plan.args().few, together.args().few)) << "case " << index;
+    EXPECT_TRUE(same_tiles(plan.args().rules[0], together.args().rules[0])) << "case " << index;
   }
   EXPECT_GT(by_groups[1], 100) << "the cases do not reach shared prefixes";
   EXPECT_GT(by_groups[2] + by_groups[3], 50) << "the cases do not reach several groups";

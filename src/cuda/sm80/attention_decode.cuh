@@ -130,6 +130,11 @@ class DecodeAttention : DecodeStream<C> {
       rows.max[mt][0] = rows.max[mt][1] = -INFINITY;
       rows.sum[mt][0] = rows.sum[mt][1] = 0.0F;
     }
+    if (C::kAbsentApart && lane_ < C::kRows) {
+      shared().max[C::kStates - kDecodeWarps + warp_][lane_] = -INFINITY;
+      shared().sum[C::kStates - kDecodeWarps + warp_][lane_] = 0.0F;
+      __syncwarp();
+    }
 #pragma unroll 1
     for (int unit = unit_begin; unit < unit_end; ++unit) {
       const int first = segment.tile.unit(unit) * kUnitKeys + warp_ * C::kKeys;
@@ -244,6 +249,10 @@ class DecodeAttention : DecodeStream<C> {
                              (first >= common.x && first + C::kKeys <= common.y);
     if constexpr (C::kGeneral) modify<kTiles>(segment, table, first, s);
     if (!all_visible) mask<kTiles>(table, first, s);
+    if constexpr (C::kAbsentApart) {
+      const std::uint32_t absent = shared().absent[warp_][stage_];
+      if (absent != 0) set_absent_apart<kTiles>(absent, s);
+    }
     const float to_log2 = C::kGeneral ? kLog2E : score_scale_ * kLog2E;
     float shift[kTiles][2];
     float alpha[kTiles][2];
@@ -303,6 +312,47 @@ class DecodeAttention : DecodeStream<C> {
 #pragma unroll
           for (int e = 0; e < 4; ++e) rows.o[mt][n][e] *= alpha[mt][e / 2];
         }
+      }
+    }
+  }
+
+  // Keys whose block does not exist weigh like a sink: they have no value. In fp16 they must not set
+  // the maximum: the weights of all others could vanish, and with them the whole output. So they
+  // get a state of their own that is merged at the end, in fp32.
+  template <int kTiles>
+  __device__ __forceinline__ void set_absent_apart(std::uint32_t absent, Scores<kTiles>& s) {
+    const float to_natural = C::kGeneral ? 1.0F : score_scale_;
+    const std::uint32_t mine = absent >> (lane_ % 4 * 2);
+#pragma unroll
+    for (int mt = 0; mt < kTiles; ++mt) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float apart[4];
+        float max = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& score = s[mt][i / 2][2 * h + i % 2];
+          const bool is_absent = ((mine >> (i / 2 * 8 + i % 2)) & 1U) != 0;
+          apart[i] = is_absent ? score * to_natural : -INFINITY;
+          max = fmaxf(max, apart[i]);
+          if (is_absent) score = -INFINITY;
+        }
+        max = fmaxf(max, __shfl_xor_sync(~0U, max, 1));
+        max = fmaxf(max, __shfl_xor_sync(~0U, max, 2));
+        const float shift = semantics::softmax_shift(max);
+        float sum = 0.0F;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum += tile::exp2_approx((apart[i] - shift) * kLog2E);
+        sum += __shfl_xor_sync(~0U, sum, 1);
+        sum += __shfl_xor_sync(~0U, sum, 2);
+        if (lane_ % 4 != 0) continue;
+        const int row = mt * 16 + h * 8 + lane_ / 4;
+        float& state_max = shared().max[C::kStates - kDecodeWarps + warp_][row];
+        float& state_sum = shared().sum[C::kStates - kDecodeWarps + warp_][row];
+        Fold fold{state_max, state_sum};
+        fold.add(max, sum);
+        state_max = fold.max;
+        state_sum = fold.sum;
       }
     }
   }
@@ -464,7 +514,7 @@ class DecodeAttention : DecodeStream<C> {
   __device__ __forceinline__ void merge_warps(int r, int row, int c, float* max, float* sum,
                                               float (&o)[8]) const {
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) *max = fmaxf(*max, shared().max[w][row]);
+    for (int w = 0; w < C::kStates; ++w) *max = fmaxf(*max, shared().max[w][row]);
     const float shift = semantics::softmax_shift(*max);
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) {
@@ -479,6 +529,11 @@ class DecodeAttention : DecodeStream<C> {
         o[i + 3] = fmaf(x.w, weight, o[i + 3]);
       }
       *sum = fmaf(shared().sum[w][row], weight, *sum);
+    }
+#pragma unroll
+    for (int w = kDecodeWarps; w < C::kStates; ++w) {
+      *sum = fmaf(shared().sum[w][row], tile::exp2_approx((shared().max[w][row] - shift) * kLog2E),
+                  *sum);
     }
   }
 

@@ -11,24 +11,28 @@ namespace quire::cuda::sm80 {
 inline constexpr int kDecodeThreads = 128;
 inline constexpr int kDecodeWarps = kDecodeThreads / 32;
 
-template <class Type_, bool kBytes_, int kHead_, bool kGeneral_>
+template <class Type_, bool kBytes_, int kHead_, int kRows_, bool kGeneral_>
 struct DecodeConfig {
   using Type = Type_;
-  static constexpr bool kBytes = kBytes_;                // K and V are stored in 8 bits
-  static constexpr bool kGeneral = kGeneral_;            // soft cap, ALiBi, query-query bias
-  static constexpr int kHead = kHead_;                   // smaller heads are filled up with zeros
-  static constexpr int kMTiles = 1;                      // of 16 rows
-  static constexpr int kMinCtas = kHead <= 128 ? 3 : 2;  // of a multiprocessor
-  static constexpr int kRows = 16 * kMTiles;
+  static constexpr bool kBytes = kBytes_;      // K and V are stored in 8 bits
+  static constexpr bool kGeneral = kGeneral_;  // soft cap, ALiBi, query-query bias
+  static constexpr int kHead = kHead_;         // smaller heads are filled up with zeros
+  static constexpr int kRows = kRows_;
+  static constexpr int kMTiles = kRows / 16;
+  // CTAs of a multiprocessor. More of them cover for each other's latencies: with 16 rows of head
+  // size 128 three took 109 us where two took 134 (16 sequences of 4k).
+  static constexpr int kMinCtas = kRows > 16 || kHead > 128 ? 2 : (kHead == 64 ? 4 : 3);
   static constexpr int kKeys = kUnitKeys / kDecodeWarps;  // of a warp in a unit
   static constexpr int kPitch = kHead * 2;                // bytes of a row that is multiplied
   static constexpr int kStoredPitch = kBytes ? kHead : kHead * 2;
   static constexpr int kPieces = kStoredPitch / 16;  // 16-byte pieces of a stored row
   static constexpr int kTileBytes = kKeys * kPitch;  // K or V of a warp's keys
   static constexpr int kSlotBytes = kKeys * kStoredPitch;
-  // Units under way: 64 KiB of K and V at head size 128 (two CTAs a multiprocessor).
-  static constexpr int kMaxStages = (kHead == 64 ? 2 : 1) * (kBytes ? 2 : 1);
+  // Units under way in each CTA: some 96 KiB of K and V a multiprocessor.
+  static constexpr int kMaxStages = (kHead == 64 ? 2 : 1) * (kRows > 16 ? 2 : 1) * (kBytes ? 2 : 1);
   static constexpr int kQueryBytes = kRows * kPitch;
+  static constexpr bool kAbsentApart = std::is_same_v<Type, tile::Half>;
+  static constexpr int kStates = kDecodeWarps * (kAbsentApart ? 2 : 1);
   // Rows that are merged in one go: a thread has eight columns.
   static constexpr int kMergeRows = kHead == 64 ? 8 : kHead == 128 ? 4 : 2;
   static constexpr int kMergePitch = kHead + 4;  // floats
@@ -62,8 +66,10 @@ template <class C>
 struct DecodeShared {
   RowTable<C::kRows> rows[2];  // of the segment at work and the next
   typename Finisher<C::kRows, kDecodeThreads>::Shared finish;
-  float max[kDecodeWarps][C::kRows];
-  float sum[kDecodeWarps][C::kRows];
+  // Of each warp's keys; from [kDecodeWarps] on, of those that are absent (see set_absent_apart).
+  float max[C::kStates][C::kRows];
+  float sum[C::kStates][C::kRows];
+  std::uint32_t absent[kDecodeWarps][C::kMaxStages];  // keys of a unit whose block does not exist
   WarpStream stream[kDecodeWarps];  // every warp walks by itself, so that none waits for another
   float scale[C::kBytes ? kDecodeWarps : 1][C::kMaxStages][2][C::kKeys];  // of tokens
 };

@@ -5,8 +5,8 @@
 //   seek (which unit) -> look_up (its block table entry, a unit ahead) -> fetch<K>, fetch<V>
 //   (cp.async into a ring of `stages` units, one group each)
 //
-// Few instructions matter here: two warps a scheduler must keep up with memory. What happens once an
-// item, and what handles rows that are absent or not aligned, is out of line.
+// Few instructions matter here, and few registers: a few warps a scheduler must keep up with memory.
+// No call to a function that is not inlined: around one, registers are set aside in the whole loop.
 #pragma once
 
 #include "cuda/kv_rows.cuh"
@@ -15,53 +15,82 @@
 
 namespace quire::cuda::sm80 {
 
-// ---- out of line. Free functions: one that gets `this` would force the whole object, with the
-// accumulators, into memory. ---------------------------------------------------------------------
+// ---- what happens once an item, by a whole warp ------------------------------------------------
 
-// Makes segment `n` known, if there is one. For one lane.
-static __device__ __forceinline__ bool walk_to(const KernelParams& p, WarpStream& s, int n) {
+// Makes segment `n` known, if there is one.
+static __device__ __forceinline__ bool walk_to(const KernelParams& p, WarpStream& s, int n,
+                                               int lane) {
   while (s.num_walked <= n && !s.walk_ended) {
-    if (s.walker.next(p.schedule, &s.segments[s.num_walked % kSegmentsAhead])) {
-      ++s.num_walked;
-    } else {
-      s.walk_ended = true;
+    const int number = s.num_walked;
+    Walker walker = s.walker;
+    std::int32_t head = 0;
+    std::int32_t begin = 0;
+    std::int32_t end = 0;
+    const Tile* tile = walker.next(p.schedule, &head, &begin, &end);
+    __syncwarp();
+    Segment& segment = s.segments[number % kSegmentsAhead];
+    constexpr int kPieces = sizeof(Tile) / 16;
+    static_assert(sizeof(Tile) % 16 == 0 && kPieces <= 32);
+    if (tile != nullptr && lane < kPieces) {
+      reinterpret_cast<uint4*>(&segment.tile)[lane] = reinterpret_cast<const uint4*>(tile)[lane];
     }
+    __syncwarp();
+    if (lane == 0) {
+      s.walker = walker;
+      if (tile == nullptr) {
+        s.walk_ended = true;
+      } else {
+        s.num_walked = number + 1;
+        segment.head = head;
+        segment.unit_begin = begin;
+        segment.unit_end = end < 0 ? segment.tile.num_units() : end;
+      }
+    }
+    __syncwarp();
   }
   return n < s.num_walked;
 }
 
-// To the next unit from `s.unit` of `s.segment` on, before segment `end`. For one lane.
-static __device__ __forceinline__ void seek(const KernelParams& p, WarpStream& s, int end,
-                                            int warp) {
-  s.left = 0;
-  while (s.segment < end && walk_to(p, s, s.segment)) {
-    const Segment& segment = s.segments[s.segment % kSegmentsAhead];
+// What belongs to the segment that is loaded from now on. For one lane.
+static __device__ __forceinline__ void enter(const KernelParams& p, WarpStream& s,
+                                             const Segment& segment) {
+  s.unit = segment.unit_begin;
+  s.keys = loadable_keys(p, segment.tile);
+  s.full_begin = s.keys.hidden_begin >= s.keys.hidden_end ? 0 : s.keys.hidden_end;
+  s.full_end = s.keys.kv_len;
+  s.base[0] = static_cast<const char*>(p.call.k.data) + segment.head * p.k_head_bytes;
+  s.base[1] = static_cast<const char*>(p.call.v.data) + segment.head * p.v_head_bytes;
+  s.table = p.batch.block_table + segment.tile.seq * p.batch.table_stride;
+  s.first_kv_row = static_cast<std::int32_t>(segment.tile.first_kv_row);
+}
+
+// To the next unit from `s.unit` of `s.segment` on, before segment `end`.
+static __device__ __forceinline__ void seek(const KernelParams& p, WarpStream& s, int end, int warp,
+                                            int lane) {
+  for (;;) {
+    const int number = s.segment;
+    const bool known = number < end && walk_to(p, s, number, lane);
+    const Segment& segment = s.segments[number % kSegmentsAhead];
     const Tile& tile = segment.tile;
-    if (s.unit < 0) {
-      s.unit = segment.unit_begin;
-      s.keys = loadable_keys(p, tile);
-      const bool none_hidden = s.keys.hidden_begin >= s.keys.hidden_end;
-      s.full_begin = none_hidden ? 0 : s.keys.hidden_end;
-      s.full_end = s.keys.kv_len;
-      const KvParams& k = p.call.k;
-      const KvParams& v = p.call.v;
-      s.base[0] =
-          static_cast<const char*>(k.data) + segment.head * k.strides.head * size_of(k.dtype);
-      s.base[1] =
-          static_cast<const char*>(v.data) + segment.head * v.strides.head * size_of(v.dtype);
-      s.table = p.batch.block_table + tile.seq * p.batch.table_stride;
-      s.first_kv_row = static_cast<std::int32_t>(tile.first_kv_row);
+    __syncwarp();
+    if (lane == 0) {
+      s.left = 0;
+      if (known) {
+        if (s.unit < 0) enter(p, s, segment);
+        if (s.unit < segment.unit_end) {
+          s.left = (s.unit < tile.prefix_count ? min(tile.prefix_count, segment.unit_end)
+                                               : segment.unit_end) -
+                   s.unit;
+          s.key = tile.unit(s.unit) * kUnitKeys + warp * (kUnitKeys / kDecodeWarps);
+          s.unit += s.left;
+        } else {
+          ++s.segment;
+          s.unit = -1;
+        }
+      }
     }
-    if (s.unit < segment.unit_end) {
-      s.left = (s.unit < tile.prefix_count ? min(tile.prefix_count, segment.unit_end)
-                                           : segment.unit_end) -
-               s.unit;
-      s.key = tile.unit(s.unit) * kUnitKeys + warp * (kUnitKeys / kDecodeWarps);
-      s.unit += s.left;
-      return;
-    }
-    ++s.segment;
-    s.unit = -1;
+    __syncwarp();
+    if (!known || s.left > 0) return;
   }
 }
 
@@ -152,19 +181,15 @@ class DecodeStream {
       s.segment = 0;
       s.unit = -1;
     }
-    for (int i = lane_ * 16; i < p_.stages * 2 * C::kSlotBytes; i += 512) {
+    const int shorter = min(p_.layer.head_size, p_.layer.head_size_v) * (C::kBytes ? 1 : 2);
+    for (int i = lane_ * 16; shorter < C::kStoredPitch && i < p_.stages * 2 * C::kSlotBytes;
+         i += 512) {
       tile::store_piece(ring_ + static_cast<std::uint32_t>(i), 0, 0, 0, 0);
     }
     __syncwarp();
   }
 
-  __device__ __forceinline__ bool knows(int n) {
-    bool known = false;
-    if (lane_ == 0) known = walk_to(p_, stream(), n);
-    known = __shfl_sync(~0U, static_cast<int>(known), 0) != 0;
-    __syncwarp();
-    return known;
-  }
+  __device__ __forceinline__ bool knows(int n) { return walk_to(p_, stream(), n, lane_); }
 
   // Queries into shared memory; from 16-byte aligned rows asynchronously.
   __device__ __forceinline__ void load_queries(const Segment& segment, std::uint32_t to,
@@ -220,7 +245,7 @@ class DecodeStream {
 
   template <int kSide>
   __device__ __forceinline__ void fetch_into(int stage) {
-    if constexpr (kSide == 0) check_entries();
+    if constexpr (kSide == 0) check_entries(stage);
     copy<kSide>(stage);
     if constexpr (kSide == 1) {
       ++fetched_;
@@ -232,9 +257,7 @@ class DecodeStream {
 
   __device__ __forceinline__ void go_on() {
     WarpStream& s = stream();
-    __syncwarp();
-    if (lane_ == 0) seek(p_, s, segment_ + kSegmentsAhead, warp_);
-    __syncwarp();
+    seek(p_, s, segment_ + kSegmentsAhead, warp_, lane_);
     left_ = s.left;
     key_ = s.key;
   }
@@ -267,9 +290,11 @@ class DecodeStream {
   }
 
   // The entries are there: keys of blocks that do not exist count as absent.
-  __device__ __forceinline__ void check_entries() {
+  __device__ __forceinline__ void check_entries(int stage) {
     const bool exists = !p_.layer.paged || static_cast<std::uint32_t>(entry_) < p_.num_blocks;
-    bits_ &= __ballot_sync(~0U, exists);
+    const std::uint32_t existing = __ballot_sync(~0U, exists);
+    if (C::kAbsentApart && lane_ == 0) shared().absent[warp_][stage] = bits_ & ~existing;
+    bits_ &= existing;
     if (!exists) entry_ = 0;
   }
 
@@ -325,7 +350,7 @@ class DecodeStream {
 
   // Until the oldest of the ring's groups is there.
   __device__ __forceinline__ void wait_oldest() const {
-    switch (p_.stages) {
+    switch (C::kMaxStages == 1 ? 1 : p_.stages) {
       case 2: tile::wait_copies<3>(); break;
       case 4: tile::wait_copies<7>(); break;
       case 8: tile::wait_copies<15>(); break;

@@ -10,7 +10,8 @@ namespace quire::cuda::sm80 {
 template <class C>
 MmaKernel describe_decode(DType compute, const char* name) {
   MmaKernel kernel;
-  kernel.key = {compute, C::kBytes, C::kHead, true, C::kGeneral};
+  kernel.key = {compute, C::kBytes, C::kHead, C::kRows == 16 ? Requests::kFew : Requests::kSome,
+                C::kGeneral};
   kernel.name = name;
   kernel.function = reinterpret_cast<const void*>(&attention_decode<C>);
   kernel.rows = C::kRows;
@@ -23,7 +24,7 @@ MmaKernel describe_decode(DType compute, const char* name) {
 template <class C>
 MmaKernel describe_prefill(DType compute, const char* name) {
   MmaKernel kernel;
-  kernel.key = {compute, C::kBytes, C::kHeadK, false, C::kGeneral};
+  kernel.key = {compute, C::kBytes, C::kHeadK, Requests::kMany, C::kGeneral};
   kernel.name = name;
   kernel.function = reinterpret_cast<const void*>(&attention_mma<C>);
   kernel.rows = C::kRows;
@@ -36,12 +37,12 @@ MmaKernel describe_prefill(DType compute, const char* name) {
 }  // namespace quire::cuda::sm80
 
 // Each defines the function that table.cc lists, and with it the kernel.
-#define QUIRE_DECODE_INSTANCE(function, dtype, type, bytes, head, general)  \
-  namespace quire::cuda::sm80 {                                             \
-  MmaKernel function() {                                                    \
-    return describe_decode<DecodeConfig<tile::type, bytes, head, general>>( \
-        dtype, "sm80::attention_decode<" #function ">");                    \
-  }                                                                         \
+#define QUIRE_DECODE_INSTANCE(function, dtype, type, bytes, head, rows, general)  \
+  namespace quire::cuda::sm80 {                                                   \
+  MmaKernel function() {                                                          \
+    return describe_decode<DecodeConfig<tile::type, bytes, head, rows, general>>( \
+        dtype, "sm80::attention_decode<" #function ">");                          \
+  }                                                                               \
   }
 #define QUIRE_MMA_INSTANCE(function, dtype, type, bytes, head, few, general)   \
   namespace quire::cuda::sm80 {                                                \

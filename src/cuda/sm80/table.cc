@@ -30,9 +30,11 @@ const MmaKernel* find(const MmaKey& key) {
 }
 
 std::string requests_of(const MmaKernel& kernel) {
-  if (kernel.key.few) return "requests of up to " + std::to_string(kernel.rows) + " rows";
+  if (kernel.key.requests != Requests::kMany) {
+    return "requests of up to " + std::to_string(kernel.rows) + " rows";
+  }
   MmaKey few = kernel.key;
-  few.few = true;
+  few.requests = Requests::kFew;
   return find(few) != nullptr ? "longer requests" : "all requests";
 }
 
@@ -62,12 +64,12 @@ int bucket_of(int head_size, int head_size_v) {
 
 }  // namespace
 
-const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_size_v, bool few,
-                                 bool general) {
+const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_size_v,
+                                 Requests requests, bool general) {
   MmaKey key;
   key.bytes = size_of(kv) == 1;
   key.head = bucket_of(head_size, head_size_v);
-  key.few = few;
+  key.requests = requests;
   key.general = general;
   if (is_16_bit(query) && (kv == query || key.bytes)) {
     key.compute = query;
@@ -76,6 +78,8 @@ const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_
   } else {
     return nullptr;
   }
+  // An output of so few columns has too few weights' roundings to average.
+  if (head_size_v < kLeastHeadSizeV) return nullptr;
   return find(key);
 }
 
@@ -84,7 +88,8 @@ MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block) {
   // multiprocessor, which cover for each other.
   MmaLaunch best;
   // Decode kernels wait for powers of two only.
-  for (int stages = 1; stages <= kernel.max_stages; stages += kernel.key.few ? stages : 1) {
+  for (int stages = 1; stages <= kernel.max_stages;
+       stages += kernel.key.requests != Requests::kMany ? stages : 1) {
     MmaLaunch launch;
     launch.stages = stages;
     launch.shared_bytes = kernel.shared_bytes(stages);

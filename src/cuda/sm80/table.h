@@ -11,12 +11,18 @@
 
 namespace quire::cuda::sm80 {
 
+// By query rows: up to 16, up to 32, more.
+enum class Requests { kFew, kSome, kMany };
+
+// Smaller head_size_v: served by the fp32 kernel.
+inline constexpr int kLeastHeadSizeV = 16;
+
 // What the kernel multiplies in, how K and V are stored, which heads fit, which requests.
 struct MmaKey {
   DType compute = DType::kNone;  // fp16 or bf16
   bool bytes = false;            // K and V in 8 bits, else in `compute`
   int head = 0;                  // bucket: 64, 128, 256, 576
-  bool few = false;              // up to `rows` query rows a request
+  Requests requests = Requests::kMany;
   // Soft cap, ALiBi, query-query bias: kernels of their own, since their code would take registers
   // from the plain loop.
   bool general = false;
@@ -44,8 +50,8 @@ const std::vector<MmaKernel>& mma_kernels();
 // Which calls a kernel serves, for people.
 std::string describe(const MmaKernel& kernel);
 // Null if there is none: the fp32 kernel serves then.
-const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_size_v, bool few,
-                                 bool general);
+const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_size_v,
+                                 Requests requests, bool general);
 
 // The pipeline depth that suits the current device.
 MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block);

@@ -1,3 +1,3 @@
 #include "cuda/sm80/instance.cuh"
 
-QUIRE_DECODE_INSTANCE(fp16_64_few, DType::kFloat16, Half, false, 64, false)
+QUIRE_DECODE_INSTANCE(fp16_64_few, DType::kFloat16, Half, false, 64, 16, false)

@@ -1,0 +1,3 @@
+#include "cuda/sm80/instance.cuh"
+
+QUIRE_DECODE_INSTANCE(bf16_64_some, DType::kBFloat16, BFloat16, false, 64, 32, false)

@@ -1,0 +1,3 @@
+#include "cuda/sm80/instance.cuh"
+
+QUIRE_DECODE_INSTANCE(fp16_bytes_64_some, DType::kFloat16, Half, true, 64, 32, false)
