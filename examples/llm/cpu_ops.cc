@@ -6,8 +6,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
 #include "dequantize.h"
 
@@ -58,31 +56,11 @@ void CpuOps::parallel(std::int64_t count, std::int64_t grain, const Work& work) 
 }
 
 Tensor CpuOps::allocate(DType dtype, std::span<const std::int64_t> shape) {
-  auto bytes = static_cast<std::size_t>(size_of(dtype));
-  bool overflow = false;
-  for (const std::int64_t size : shape) {
-    overflow |= __builtin_mul_overflow(bytes, static_cast<std::size_t>(size), &bytes);
-  }
-  Tensor tensor;
   // calloc: large memory comes as untouched pages, so a cache costs only what is used of it.
-  if (!overflow) {
-    void* memory = std::calloc(std::max<std::size_t>(bytes, 1), 1);
-    tensor.memory = std::shared_ptr<void>(memory, std::free);
-  }
-  if (!tensor.memory) {
-    throw std::runtime_error("out of memory: the model, its cache or a batch of this size needs " +
-                             (overflow ? "too many" : std::to_string(bytes)) + " bytes");
-  }
-  TensorView& view = tensor.view;
-  view.data = tensor.memory.get();
-  view.dtype = dtype;
-  view.ndim = static_cast<int>(shape.size());
-  std::int64_t stride = 1;
-  for (std::size_t d = shape.size(); d-- > 0; stride *= shape[d]) {
-    view.shape[d] = shape[d];
-    view.strides[d] = stride;
-  }
-  return tensor;
+  return make_tensor(device(), dtype, shape, [](std::size_t bytes) {
+    void* memory = std::calloc(bytes, 1);
+    return memory == nullptr ? std::shared_ptr<void>() : std::shared_ptr<void>(memory, std::free);
+  });
 }
 
 void CpuOps::upload(const void* host, std::size_t bytes, void* device) {
@@ -91,6 +69,13 @@ void CpuOps::upload(const void* host, std::size_t bytes, void* device) {
 
 void CpuOps::download(const void* device, std::size_t bytes, void* host) {
   std::memcpy(host, device, bytes);
+}
+
+void CpuOps::begin_timed() { timed_since_ = std::chrono::steady_clock::now(); }
+
+void CpuOps::end_timed() {
+  timed_seconds_ +=
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - timed_since_).count();
 }
 
 Tensor CpuOps::load_weight(std::span<const GgufTensor* const> parts) {
@@ -146,13 +131,14 @@ void CpuOps::multiply(const TensorView& x, const TensorView& weight, float beta,
   const auto rows = static_cast<int>(x.shape[0]);
   const auto inner = static_cast<int>(x.shape[1]);
   const auto x_stride = static_cast<int>(x.strides[0]);
+  const auto weight_stride = static_cast<int>(weight.strides[0]);
   const auto out_stride = static_cast<int>(out.strides[0]);
   if (rows == 0) return;
   // Each part computes some columns of the result: some rows of the weight.
   parallel(weight.shape[0], 64, [&](std::int64_t begin, std::int64_t end) {
     if (rows > kVectorRows) {
       cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, rows, static_cast<int>(end - begin),
-                  inner, 1.0F, row(x, 0), x_stride, row(weight, begin), inner, beta,
+                  inner, 1.0F, row(x, 0), x_stride, row(weight, begin), weight_stride, beta,
                   row(out, 0) + begin, out_stride);
       return;
     }
@@ -161,8 +147,8 @@ void CpuOps::multiply(const TensorView& x, const TensorView& weight, float beta,
     for (std::int64_t first = begin; first < end; first += strip) {
       const auto count = static_cast<int>(std::min(strip, end - first));
       for (int i = 0; i < rows; ++i) {
-        cblas_sgemv(CblasRowMajor, CblasNoTrans, count, inner, 1.0F, row(weight, first), inner,
-                    row(x, i), 1, beta, row(out, i) + first, 1);
+        cblas_sgemv(CblasRowMajor, CblasNoTrans, count, inner, 1.0F, row(weight, first),
+                    weight_stride, row(x, i), 1, beta, row(out, i) + first, 1);
       }
     }
   });

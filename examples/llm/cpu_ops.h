@@ -1,6 +1,7 @@
 // The operations of a Llama model on the CPU: float32, matrix products by a BLAS.
 #pragma once
 
+#include <chrono>
 #include <memory>
 
 #include "device_ops.h"
@@ -19,7 +20,9 @@ class CpuOps final : public DeviceOps {
   Tensor allocate(DType dtype, std::span<const std::int64_t> shape) override;
   void upload(const void* host, std::size_t bytes, void* device) override;
   void download(const void* device, std::size_t bytes, void* host) override;
-  void synchronize() override {}
+  void begin_timed() override;
+  void end_timed() override;
+  double timed_seconds() override { return timed_seconds_; }
 
   Tensor load_weight(std::span<const GgufTensor* const> parts) override;
   void gather_rows(const TensorView& in, const TensorView& indices, const TensorView& out) override;
@@ -40,6 +43,8 @@ class CpuOps final : public DeviceOps {
 
   std::unique_ptr<ThreadPool> own_threads_;
   ThreadPool& threads_;
+  std::chrono::steady_clock::time_point timed_since_;
+  double timed_seconds_ = 0.0;
 };
 
 }  // namespace quire::llm

@@ -1,8 +1,9 @@
-// What a Llama model needs of a device besides attention. One implementation a device: cpu_ops.h.
+// What a Llama model needs of a device besides attention. One implementation a device: cpu_ops.h,
+// cuda_ops.h.
 //
 // Matrices are quire::TensorView in the device's memory, row-major, of dtype(), with unit stride in
 // the last dimension; rows may be further apart than they are long. Operations are queued in order;
-// only download() and synchronize() wait.
+// only upload(), download() and timed_seconds() wait.
 #pragma once
 
 #include <cstddef>
@@ -35,7 +36,11 @@ class DeviceOps {
   virtual Tensor allocate(DType dtype, std::span<const std::int64_t> shape) = 0;
   virtual void upload(const void* host, std::size_t bytes, void* device) = 0;
   virtual void download(const void* device, std::size_t bytes, void* host) = 0;
-  virtual void synchronize() = 0;
+
+  // Seconds that the device has spent between begin_timed() and end_timed(), all pairs together.
+  virtual void begin_timed() = 0;
+  virtual void end_timed() = 0;
+  virtual double timed_seconds() = 0;
 
   // The rows of several stored weights with equally long rows, one below the other.
   virtual Tensor load_weight(std::span<const GgufTensor* const> parts) = 0;
@@ -59,5 +64,14 @@ class DeviceOps {
   // out = silu(left half of x) * right half of x, by rows.
   virtual void swiglu(const TensorView& x, const TensorView& out) = 0;
 };
+
+// The operations of the first device of that type, with `num_threads` CPU threads (0: Quire's
+// default pool). Throws std::runtime_error if this build or this machine has no such device.
+std::unique_ptr<DeviceOps> make_ops(DeviceType type, int num_threads = 0);
+
+// For implementations: a contiguous tensor in what `allocate` gives for a number of bytes; null
+// means that there is not so much, which throws.
+Tensor make_tensor(Device device, DType dtype, std::span<const std::int64_t> shape,
+                   std::shared_ptr<void> (*allocate)(std::size_t bytes));
 
 }  // namespace quire::llm

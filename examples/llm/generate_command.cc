@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "chat_template.h"
-#include "cpu_ops.h"
+#include "device_ops.h"
 #include "engine.h"
 #include "find_model.h"
 #include "generate_output.h"
@@ -150,12 +150,13 @@ void run(Options options) {
   choose_prompts(options);
   check(options.sampling);  // now rather than after loading the model
   const auto load_start = Clock::now();
+  const DeviceType device = options.device == "cuda" ? DeviceType::kCuda : DeviceType::kCpu;
+  const std::unique_ptr<DeviceOps> ops = make_ops(device, options.threads);
   const std::filesystem::path path = find_model(options.model);
   const GgufFile file = GgufFile::open(path);
   const Tokenizer tokenizer(file);
   const PromptEncoder encoder(file, tokenizer, options);
-  CpuOps ops(options.threads);
-  Model model(file, ops, model_options(options));
+  Model model(file, *ops, model_options(options));
   check_vocabulary(file, tokenizer, model);
   Engine engine(model, [&](std::int32_t token) { return tokenizer.ends_answer(token); });
 
@@ -183,8 +184,8 @@ void run(Options options) {
   report.device = options.device;
   report.backend = model.backend_name();
   report.kv_cache_dtype =
-      quire::to_string(storage_dtype(model.options().kv_cache_dtype, ops.dtype()));
-  report.num_threads = ops.context().threads->num_threads();
+      quire::to_string(storage_dtype(model.options().kv_cache_dtype, ops->dtype()));
+  report.num_threads = ops->context().threads->num_threads();
   report.block_size = options.block_size;
   report.num_blocks = options.num_blocks;
   report.cache_bytes = model.cache_bytes();
@@ -243,13 +244,14 @@ void add_engine_options(CLI::App& command, Options& options) {
                   "auto, float16, bfloat16, float32, fp8_e4m3, fp8_e5m2, int8_per_token_head or "
                   "fp8_per_token_head")
       ->capture_default_str();
-  command.add_option("--threads", options.threads, "Threads (0: one for each CPU)")
+  command.add_option("--threads", options.threads, "CPU threads (0: one for each CPU)")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
   command
       .add_option("--device", options.device,
-                  "cpu, or reference: attention in float64 by plain loops")
-      ->check(CLI::IsMember({"cpu", "reference"}))
+                  "cpu; cuda: the whole model on the GPU; or reference: attention in float64 by "
+                  "plain loops")
+      ->check(CLI::IsMember({"cpu", "cuda", "reference"}))
       ->capture_default_str();
   command.add_option("--json", options.json, "Write token ids, texts and figures to this file");
   command.add_flag("--quiet", options.quiet, "Print the answers only");

@@ -117,8 +117,10 @@ void print_table(const RunReport& report) {
               report.kv_cache_dtype.c_str(), static_cast<long long>(report.block_size),
               static_cast<double>(report.cache_bytes) / (1 << 20),
               static_cast<long long>(engine.num_preemptions));
-  std::printf("attention  %.1f %% of the model's time (backend %s, %d threads)\n",
-              100.0 * attention_share(report), report.backend.c_str(), report.num_threads);
+  const std::string threads =
+      report.device == "cuda" ? "" : ", " + std::to_string(report.num_threads) + " threads";
+  std::printf("attention  %.1f %% of the model's time (backend %s%s)\n",
+              100.0 * attention_share(report), report.backend.c_str(), threads.c_str());
   std::printf("total      %.2f s in %lld steps, after %.2f s of loading\n", report.total_seconds,
               static_cast<long long>(engine.num_steps), report.load_seconds);
 }

@@ -2,19 +2,12 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cmath>
 #include <stdexcept>
 #include <utility>
 
 namespace quire::llm {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 // The first `rows` rows, or elements of a vector.
 TensorView first_rows(const Tensor& tensor, std::int64_t rows) {
@@ -233,9 +226,9 @@ AttentionMetadata Model::plan(const Batch& batch) {
     common.max_query_len = std::max(common.max_query_len, query_len);
     common.max_seq_len = std::max(common.max_seq_len, std::int64_t{batch.seq_lens[i]});
   }
-  const auto start = Clock::now();
+  ops_.begin_timed();
   AttentionMetadata metadata = metadata_builder_.build(0, common, false, ops_.context());
-  attention_seconds_ += seconds_since(start);
+  ops_.end_timed();
   backend_name_ = metadata.scheduler_metadata->backend_name();
   return metadata;
 }
@@ -256,15 +249,13 @@ void Model::run_layer(Layer& layer, const AttentionMetadata& metadata, std::int6
 
   const std::int64_t key_column = c.num_heads * c.head_size;
   const std::int64_t value_column = key_column + c.num_kv_heads * c.head_size;
-  ops_.synchronize();
-  const auto start = Clock::now();
+  ops_.begin_timed();
   attention_.forward({}, heads(qkv, 0, c.num_heads, c.head_size),
                      heads(qkv, key_column, c.num_kv_heads, c.head_size),
                      heads(qkv, value_column, c.num_kv_heads, c.head_size_v), layer.cache,
                      &metadata, heads(attention, 0, c.num_heads, c.head_size_v), std::nullopt, {},
                      {}, ops_.context());
-  ops_.synchronize();
-  attention_seconds_ += seconds_since(start);
+  ops_.end_timed();
 
   ops_.linear_add(attention, layer.attention_output.view, hidden);
   ops_.rms_norm(hidden, layer.ffn_norm.view, c.norm_epsilon, normed);

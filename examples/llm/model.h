@@ -71,8 +71,8 @@ class Model {
   const ModelConfig& config() const { return config_; }
   const ModelOptions& options() const { return options_; }
   std::int64_t cache_bytes() const { return cache_bytes_; }
-  // Seconds spent in Quire so far: planning, cache writes and attention.
-  double attention_seconds() const { return attention_seconds_; }
+  // Seconds that the device has spent in Quire so far: planning, cache writes and attention.
+  double attention_seconds() const { return ops_.timed_seconds(); }
   const char* backend_name() const { return backend_name_; }
   // Blocks of the longest sequence that the model or the cache allows.
   std::int64_t max_blocks_per_seq() const;
@@ -121,7 +121,6 @@ class Model {
   std::vector<float> logits_;
   std::unordered_set<std::string_view> used_tensors_;  // while loading
   std::int64_t cache_bytes_ = 0;
-  double attention_seconds_ = 0.0;
   const char* backend_name_ = "";
 };
 

@@ -46,6 +46,18 @@ class CommandTest(unittest.TestCase):
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertRegex(done.stderr, r"^quire: error: .*does-not-exist\.gguf.*\n$")
 
+    def test_generate_says_why_there_is_no_cuda(self):
+        backends = json.loads(quire("info", "--json").stdout)["backends"]
+        cuda = next((b for b in backends if b["name"] == "cuda"), None)
+        if cuda and cuda["available"]:
+            self.skipTest("there is a CUDA device")
+        # Before the model is looked for, which may not be there either.
+        done = quire("generate", "--device", "cuda", "--model", "does-not-exist.gguf")
+        self.assertEqual(done.returncode, 1, done.stderr)
+        what_to_do = "nvidia-smi" if cuda else "-DQUIRE_CUDA=ON"
+        self.assertRegex(done.stderr, rf"^quire: error: --device cuda cannot run here: .*"
+                                      rf"{what_to_do}.*--device cpu\n$")
+
     def test_info_json(self):
         done = quire("info", "--json")
         self.assertEqual(done.returncode, 0, done.stderr)

@@ -4,9 +4,10 @@
 #include <gtest/gtest.h>
 
 #include "examples/llm/chat_template.h"
-#include "examples/llm/cpu_ops.h"
+#include "examples/llm/device_ops.h"
 #include "examples/llm/engine.h"
 #include "examples/llm/tokenizer.h"
+#include "tests/llm/devices.h"
 #include "tests/llm/real_model.h"
 
 namespace quire::llm {
@@ -16,16 +17,20 @@ struct Case {
   std::string name;
   ModelOptions options;
   bool expect_preemptions = false;
+  DeviceType device = DeviceType::kCpu;
 };
 
 class Greedy : public testing::TestWithParam<Case> {};
 
 TEST_P(Greedy, EqualsTransformers) {
+  if (const std::string reason = missing(GetParam().device); !reason.empty()) {
+    GTEST_SKIP() << reason;
+  }
   const GgufFile file = GgufFile::open(real_model_path());
   const Tokenizer tokenizer(file);
   const ChatTemplate chat(file);
-  CpuOps ops;
-  Model model(file, ops, GetParam().options);
+  const std::unique_ptr<DeviceOps> ops = make_ops(GetParam().device);
+  Model model(file, *ops, GetParam().options);
   Engine engine(model, [&](std::int32_t token) { return tokenizer.ends_answer(token); });
 
   const nlohmann::json document = test_data("greedy_tokens.json");
@@ -49,14 +54,22 @@ TEST_P(Greedy, EqualsTransformers) {
   EXPECT_GT(engine.block_stats().peak_shared, 0);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Real, Greedy,
-    testing::Values(Case{"AllAtOnce", {.num_blocks = 128, .block_size = 16}, false},
-                    Case{"SmallChunksOddBlocks",
-                         {.num_blocks = 64, .block_size = 7, .max_batch_tokens = 24, .max_seqs = 3},
-                         false},
-                    Case{"TooFewBlocks", {.num_blocks = 12, .block_size = 16}, true}),
-    [](const auto& test) { return test.param.name; });
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const DeviceType device : devices_of_this_build()) {
+    const std::string prefix = device == DeviceType::kCuda ? "Cuda" : "";
+    all.push_back({prefix + "AllAtOnce", {.num_blocks = 128, .block_size = 16}, false, device});
+    all.push_back({prefix + "SmallChunksOddBlocks",
+                   {.num_blocks = 64, .block_size = 7, .max_batch_tokens = 24, .max_seqs = 3},
+                   false,
+                   device});
+    all.push_back({prefix + "TooFewBlocks", {.num_blocks = 12, .block_size = 16}, true, device});
+  }
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Real, Greedy, testing::ValuesIn(cases()),
+                         [](const auto& test) { return test.param.name; });
 
 }  // namespace
 }  // namespace quire::llm

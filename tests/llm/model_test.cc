@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "examples/llm/cpu_ops.h"
 #include "tests/llm/gguf_writer.h"
 #include "tests/llm/tiny_model.h"
 

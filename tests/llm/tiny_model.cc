@@ -14,7 +14,7 @@ constexpr std::uint64_t kHeadSize = kHidden / kHeads;
 
 }  // namespace
 
-GgufWriter tiny_model_writer(std::string_view leave_out) {
+GgufWriter tiny_model_writer(std::string_view leave_out, std::int64_t vocab) {
   GgufWriter writer;
   writer.add_string("general.architecture", "llama");
   writer.add_uint("llama.block_count", 2);
@@ -25,6 +25,7 @@ GgufWriter tiny_model_writer(std::string_view leave_out) {
   writer.add_uint("llama.attention.head_count_kv", kKvHeads);
   writer.add_float("llama.attention.layer_norm_rms_epsilon", 1e-5F);
 
+  const auto vocab_size = static_cast<std::uint64_t>(vocab);
   std::mt19937 random(7);
   const auto add = [&](const std::string& name, std::vector<std::uint64_t> shape, float scale,
                        float mean) {
@@ -37,9 +38,9 @@ GgufWriter tiny_model_writer(std::string_view leave_out) {
     }
     if (name != leave_out) writer.add_floats(name, shape, values);
   };
-  add("token_embd.weight", {kHidden, kTinyVocab}, 1.0F, 0.0F);
+  add("token_embd.weight", {kHidden, vocab_size}, 1.0F, 0.0F);
   add("output_norm.weight", {kHidden}, 0.2F, 1.0F);
-  add("output.weight", {kHidden, kTinyVocab}, 1.0F, 0.0F);
+  add("output.weight", {kHidden, vocab_size}, 1.0F, 0.0F);
   for (int layer = 0; layer < 2; ++layer) {
     const std::string prefix = "blk." + std::to_string(layer) + ".";
     add(prefix + "attn_norm.weight", {kHidden}, 0.2F, 1.0F);
@@ -90,11 +91,11 @@ void add_tiny_tokenizer(GgufWriter& writer, std::string_view pre) {
   writer.add_uint("tokenizer.ggml.bos_token_id", 261);
 }
 
-TinyEngine::TinyEngine(const ModelOptions& options)
+TinyEngine::TinyEngine(const ModelOptions& options, DeviceType device)
     : bytes_(tiny_model_writer().bytes()),
       file_(GgufFile::parse(bytes_, "tiny")),
-      ops_(2),
-      model_(file_, ops_, options),
+      ops_(make_ops(device, 2)),
+      model_(file_, *ops_, options),
       engine_(model_, [](std::int32_t token) { return token == 0; }) {}
 
 void TinyEngine::run() {

@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "examples/llm/cpu_ops.h"
+#include "examples/llm/device_ops.h"
 #include "examples/llm/engine.h"
 #include "examples/llm/gguf.h"
 #include "examples/llm/model.h"
@@ -16,16 +16,19 @@ namespace quire::llm {
 constexpr std::int64_t kTinyVocab = 120;
 constexpr std::int64_t kTinyContext = 256;
 
-// Without the tensor "token_embd.weight" or others if `leave_out` names one.
-GgufWriter tiny_model_writer(std::string_view leave_out = {});
+constexpr std::int64_t kTinyTokenizerVocab = 262;
 
-// A byte-level vocabulary of the 256 bytes, "he", "ll", "hell" and three special tokens.
+// Without the tensor "token_embd.weight" or others if `leave_out` names one.
+GgufWriter tiny_model_writer(std::string_view leave_out = {}, std::int64_t vocab = kTinyVocab);
+
+// A byte-level vocabulary of the 256 bytes, "he", "ll", "hell" and three special tokens:
+// kTinyTokenizerVocab.
 void add_tiny_tokenizer(GgufWriter& writer, std::string_view pre = "gpt-2");
 
 // The model, what it stands on, and an engine over it.
 class TinyEngine {
  public:
-  explicit TinyEngine(const ModelOptions& options);
+  explicit TinyEngine(const ModelOptions& options, DeviceType device = DeviceType::kCpu);
 
   Engine& operator*() { return engine_; }
   Engine* operator->() { return &engine_; }
@@ -38,7 +41,7 @@ class TinyEngine {
  private:
   std::vector<std::byte> bytes_;
   GgufFile file_;
-  CpuOps ops_;
+  std::unique_ptr<DeviceOps> ops_;
   Model model_;
   Engine engine_;
 };
