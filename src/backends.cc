@@ -86,8 +86,8 @@ const Backend& best_backend(Device device, const char* argument) {
     if (backend->available()) return *backend;
     reasons += (reasons.empty() ? "" : "; ") + backend->instruction_set();
   }
-  if (reasons.empty()) reasons = "this build has no backend for it; QUIRE_CUDA=ON builds CUDA's";
-  throw Error(argument, "a device that a backend of this build can run on, as the CPU always is",
+  if (reasons.empty()) reasons = "not in this build: make build PRESET=cuda, or -DQUIRE_CUDA=ON";
+  throw Error(argument, "a device that a backend of this build can run on (cpu always is one)",
               to_string(device) + " (" + reasons + ")");
 }
 

@@ -20,8 +20,9 @@ std::string reason_of(cudaError_t error) {
     case cudaErrorInsufficientDriver:
       return "no NVIDIA driver, or one that is too old for CUDA " +
              std::to_string(CUDART_VERSION / 1000) + "." +
-             std::to_string(CUDART_VERSION % 1000 / 10);
-    case cudaErrorNoDevice: return "the NVIDIA driver shows no GPU to this process";
+             std::to_string(CUDART_VERSION % 1000 / 10) + ": install a newer one";
+    case cudaErrorNoDevice:
+      return "the NVIDIA driver shows no GPU to this process: see CUDA_VISIBLE_DEVICES";
     default: return describe(error);
   }
 }
