@@ -6,7 +6,7 @@
 namespace quire::conformance {
 namespace {
 
-// Requests of few rows and of many, a long one, and padding: kernels for both kinds have work.
+// Requests of 3, 9, 24 and 135 rows, a long one, and padding: kernels of every kind have work.
 CaseSpec layer_spec(DType model, KvCacheDType cache, std::int64_t head_size) {
   CaseSpec spec;
   spec.seed = 11;
@@ -16,7 +16,7 @@ CaseSpec layer_spec(DType model, KvCacheDType cache, std::int64_t head_size) {
   spec.config.head_size = head_size;
   spec.config.block_size = 16;
   spec.config.kv_cache_dtype = cache;
-  spec.sequences = {{1, 70}, {45, 90}, {0, 5}, {1, 300}, {3, 17}};
+  spec.sequences = {{1, 70}, {45, 90}, {0, 5}, {1, 300}, {3, 17}, {8, 60}};
   spec.padded_sequences = 1;
   spec.padded_rows = 2;
   return spec;
