@@ -183,6 +183,33 @@ class Finisher {
     fold_slots(segment, sharers.first, sharers.last);
   }
 
+  // For kernels that store a finished row from registers, no shared prefix being about: what it is
+  // multiplied with,
+  __device__ __forceinline__ float closing_scale(int r, float max, float sum,
+                                                 bool writes_lse) const {
+    const bool has_sink = p_.layer.sinks != nullptr;
+    const int head = table_.head[r];
+    const auto finished = semantics::finish(semantics::SoftmaxState<float>{max, sum}, has_sink,
+                                            has_sink ? p_.layer.sinks[head] : 0.0F);
+    if (writes_lse && p_.call.lse != nullptr && first_column_ == 0) {
+      p_.call.lse[head * p_.call.lse_head_stride + table_.token[r] * p_.call.lse_token_stride] =
+          finished.lse;
+    }
+    float scale = finished.output_scale * value_of(p_.call.v.scale);
+    if (p_.call.has_output_scale) scale *= 1.0F / value_of(p_.call.output_scale);
+    return scale;
+  }
+
+  // and where it goes, two 16-bit elements a word, if output is that simple.
+  __device__ bool stores_pairs() const {
+    return p_.output_aligned && p_.block_output == nullptr && size_of(p_.call.output_dtype) == 2;
+  }
+  __device__ std::uint32_t* output_row(int r) const {
+    const std::int64_t offset = table_.token[r] * p_.call.output_token_stride +
+                                table_.head[r] * p_.call.output_head_stride + first_column_;
+    return reinterpret_cast<std::uint32_t*>(static_cast<std::uint16_t*>(p_.call.output) + offset);
+  }
+
  private:
   static __device__ float4 fold_values(const Fold& fold, const float4& a, const float4& b) {
     return make_float4(fold.value(a.x, b.x), fold.value(a.y, b.y), fold.value(a.z, b.z),
@@ -251,20 +278,6 @@ class Finisher {
         }
       }
     }
-  }
-
-  __device__ float closing_scale(int r, float max, float sum, bool writes_lse) const {
-    const bool has_sink = p_.layer.sinks != nullptr;
-    const int head = table_.head[r];
-    const auto finished = semantics::finish(semantics::SoftmaxState<float>{max, sum}, has_sink,
-                                            has_sink ? p_.layer.sinks[head] : 0.0F);
-    if (writes_lse && p_.call.lse != nullptr && first_column_ == 0) {
-      p_.call.lse[head * p_.call.lse_head_stride + table_.token[r] * p_.call.lse_token_stride] =
-          finished.lse;
-    }
-    float scale = finished.output_scale * value_of(p_.call.v.scale);
-    if (p_.call.has_output_scale) scale *= 1.0F / value_of(p_.call.output_scale);
-    return scale;
   }
 
   __device__ void store(int r, int c, const float (&values)[8]) const {

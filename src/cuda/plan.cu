@@ -21,6 +21,7 @@ class Cta {
   __device__ std::int32_t size() const { return kThreads; }
   __device__ void sync() const { __syncthreads(); }
   __device__ void add(std::int32_t* at, std::int32_t value) const { atomicAdd(at, value); }
+  __device__ std::int32_t take(std::int32_t* at) const { return atomicAdd(at, 1); }
   __device__ void lower(std::int32_t* at, std::int32_t value) const { atomicMin(at, value); }
   __device__ void raise(std::int32_t* at, std::int32_t value) const { atomicMax(at, value); }
 

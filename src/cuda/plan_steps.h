@@ -16,6 +16,8 @@ namespace quire::cuda {
 inline constexpr std::int64_t kMinCost = 4 + kOverhead;
 // Items up to this long are not cut: a partial result costs more than the imbalance.
 inline constexpr std::int32_t kMaxWholeUnits = 8;
+// What a CTA spends on cut items: another tile's queries and output, partial results, the fold.
+inline constexpr std::int64_t kCutCost = 6;
 // Batch-invariant mode: chunks of at least 512 keys.
 inline constexpr std::int32_t kMinChunkUnits = 8;
 // Direct attention bounds its keys by the key tensor's rows, which the plan does not know; the
@@ -184,6 +186,51 @@ QUIRE_DEVICE void link_starts(const Team& team, const TileRule& rule, std::int32
   }
 }
 
+QUIRE_DEVICE std::int32_t bucket_of(const CostBuckets& buckets, std::int32_t cost) {
+  return kCostBuckets - 1 -
+         static_cast<std::int32_t>(std::int64_t{cost} * (kCostBuckets - 1) / buckets.dearest);
+}
+
+// Whether CTAs that take whole items, dearest first, are about as soon done as with equal ranges,
+// where each pays for the items that are cut at its ends, and where no two CTAs are at the same
+// keys at the same time, which the L2 cache feels. Leaves where each bucket's tiles begin.
+template <class Team>
+QUIRE_DEVICE bool whole_items_balance(const Team& team, const TileRule& rule,
+                                      std::int64_t num_tiles, std::int64_t total_cost) {
+  CostBuckets& buckets = *rule.buckets;
+  for (std::int32_t b = team.thread(); b < kCostBuckets; b += team.size()) buckets.next[b] = 0;
+  if (team.thread() == 0) buckets.dearest = buckets.makespan = 1;
+  team.sync();
+  for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
+    team.raise(&buckets.dearest, rule.tiles[t].cost);
+  }
+  team.sync();
+  for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
+    team.add(&buckets.next[bucket_of(buckets, rule.tiles[t].cost)], 1);
+  }
+  team.sync();
+  std::int64_t dearer = 0;
+  for (std::int32_t base = 0; base < kCostBuckets; base += team.size()) {
+    const std::int32_t b = base + team.thread();
+    const std::int32_t count = b < kCostBuckets ? buckets.next[b] : 0;
+    std::int64_t total = 0;
+    const std::int64_t before = dearer + team.scan(count, &total);
+    if (b < kCostBuckets) buckets.next[b] = static_cast<std::int32_t>(before);
+    if (count > 0) {
+      // Some CTA gets as many of the items so far as an equal share of them, rounded up.
+      const std::int64_t rounds = ((before + count) * rule.heads + rule.grid - 1) / rule.grid;
+      const std::int64_t cost =
+          std::int64_t{kCostBuckets - 1 - b} * buckets.dearest / (kCostBuckets - 1);
+      team.raise(&buckets.makespan,
+                 static_cast<std::int32_t>(semantics::min_of(rounds * cost, kAnyKvTokens)));
+    }
+    dearer += total;
+  }
+  team.sync();
+  const std::int64_t share = total_cost / rule.grid;
+  return buckets.makespan <= share + share / 32 + kCutCost;
+}
+
 // Tile records, and where each CTA starts. make(t) is tile t without its place in the line.
 template <class Team, class Make>
 QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_part,
@@ -199,11 +246,24 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_part,
     cost += total;
   }
   team.sync();
+  if (rule.buckets != nullptr && num_tiles > 0 &&
+      (whole_items_balance(team, rule, num_tiles, cost) || !one_part)) {
+    for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
+      const Tile tile = make(t);
+      rule.tiles[team.take(&rule.buckets->next[bucket_of(*rule.buckets, tile.cost)])] = tile;
+    }
+    if (team.thread() == 0) {
+      *rule.header = {static_cast<std::int32_t>(num_tiles), rule.grid, true};
+    }
+    return;
+  }
   // As many CTAs as there are items, if that is more: short ones side by side.
   const std::int64_t wanted =
       semantics::max_of((cost + kMinCost - 1) / kMinCost, num_tiles * rule.heads);
   const auto num_ctas = static_cast<std::int32_t>(semantics::min_of(wanted, rule.grid));
-  if (team.thread() == 0) *rule.header = {static_cast<std::int32_t>(num_tiles), num_ctas};
+  if (team.thread() == 0) {
+    *rule.header = {static_cast<std::int32_t>(num_tiles), num_ctas, false};
+  }
   for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) {
     const std::int64_t position = c < num_ctas ? c * cost / num_ctas : cost;
     rule.starts[c] = start_at(rule, static_cast<std::int32_t>(num_tiles), position);

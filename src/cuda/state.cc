@@ -90,7 +90,7 @@ void CudaPlan::allocate_slots(cudaStream_t stream) {
     floats = std::max(floats, stage.num_slots() * stage.slot_floats());
   }
   slots_.allocate(static_cast<std::size_t>(floats) * sizeof(float), stream);
-  arrivals_.allocate(kMaxGrid * sizeof(std::int32_t), stream);
+  arrivals_.allocate((kMaxGrid + 1) * sizeof(std::int32_t), stream);
 }
 
 namespace {
@@ -111,7 +111,7 @@ class Carver {
 };
 
 struct RuleOffsets {
-  std::size_t header, tiles, starts, seq_tiles;
+  std::size_t header, tiles, starts, seq_tiles, buckets;
 };
 
 RuleOffsets carve(Carver* carver, const TileRule& rule, std::int32_t max_seqs) {
@@ -120,14 +120,16 @@ RuleOffsets carve(Carver* carver, const TileRule& rule, std::int32_t max_seqs) {
   at.tiles = carver->take<Tile>(rule.max_tiles);
   at.starts = carver->take<CtaStart>(kMaxGrid + 1);
   at.seq_tiles = carver->take<std::int32_t>(max_seqs);
+  at.buckets = carver->take<CostBuckets>(1);
   return at;
 }
 
-void set_pointers(char* base, const RuleOffsets& at, TileRule* rule) {
+void set_pointers(char* base, const RuleOffsets& at, bool takes_whole_items, TileRule* rule) {
   rule->header = reinterpret_cast<ScheduleHeader*>(base + at.header);
   rule->tiles = reinterpret_cast<Tile*>(base + at.tiles);
   rule->starts = reinterpret_cast<CtaStart*>(base + at.starts);
   rule->seq_tiles = reinterpret_cast<std::int32_t*>(base + at.seq_tiles);
+  rule->buckets = takes_whole_items ? reinterpret_cast<CostBuckets*>(base + at.buckets) : nullptr;
 }
 
 }  // namespace
@@ -163,7 +165,10 @@ CudaPlan::Workspace& CudaPlan::workspace_for(const LayerParams& layer, const Bat
     at[i] = carve(&carver, made->rules[i], made->max_seqs);
   }
   made->memory.allocate(carver.size(), stream);
-  for (int i = 0; i < kNumRules; ++i) set_pointers(made->memory.data(), at[i], &made->rules[i]);
+  for (int i = 0; i < kNumRules; ++i) {
+    const bool takes_whole_items = i == kNumRules - 1 && stages_[i].mma != nullptr;
+    set_pointers(made->memory.data(), at[i], takes_whole_items, &made->rules[i]);
+  }
   // What no graph refers to and is too small has served its time.
   std::erase_if(workspaces_, [&](const auto& old) {
     return !old->captured && old->max_seqs <= made->max_seqs && old->max_tokens <= made->max_tokens;
@@ -233,7 +238,7 @@ void CudaPlan::allocate_cascade(const LayerParams& layer, Workspace* workspace,
   seeds.o = reinterpret_cast<float*>(base + o);
   seeds.max = reinterpret_cast<float*>(base + max);
   seeds.sum = reinterpret_cast<float*>(base + sum);
-  set_pointers(base, tiles, &rule);
+  set_pointers(base, tiles, many().mma != nullptr, &rule);
 }
 
 void CudaPlan::update(const LayerParams& layer, const BatchParams& batch, cudaStream_t stream) {
@@ -344,6 +349,7 @@ ScheduleView CudaPlan::view_of(const Stage& stage, const TileRule& rule) const {
   view.tiles = rule.tiles;
   view.starts = rule.starts;
   view.arrivals = reinterpret_cast<std::int32_t*>(arrivals_.data());
+  view.taken = view.arrivals + kMaxGrid;
   view.slots = reinterpret_cast<float*>(slots_.data());
   view.slot_floats = stage.slot_floats();
   view.slots_per_cta = stage.slots_per_cta;

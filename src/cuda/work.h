@@ -117,6 +117,18 @@ struct Seeds {
 struct ScheduleHeader {
   std::int32_t num_tiles = 0;
   std::int32_t num_ctas = 0;  // among which work is cut
+  // Items are not cut: CTAs take them one by one, and tiles lie in order of their cost, dearest
+  // first. cost_begin and starts mean nothing then.
+  bool whole = false;
+};
+
+inline constexpr std::int32_t kCostBuckets = 256;
+
+// For the plan kernel: tiles by cost, dearest first.
+struct CostBuckets {
+  std::int32_t next[kCostBuckets];  // tiles in the bucket; then where its next tile goes
+  std::int32_t dearest;
+  std::int32_t makespan;
 };
 
 // What one attention kernel sees of the plan.
@@ -125,6 +137,7 @@ struct ScheduleView {
   const Tile* tiles = nullptr;
   const CtaStart* starts = nullptr;  // [grid + 1]
   std::int32_t* arrivals = nullptr;  // [ctas], all 0 between launches
+  std::int32_t* taken = nullptr;     // whole items that CTAs took beyond their first, likewise
   float* slots = nullptr;
   std::int64_t slot_floats = 0;
   // Slot 0 of a CTA holds an item's beginning, the others what follows someone else's beginning.
@@ -146,6 +159,7 @@ struct TileRule {
   std::int32_t up_to_rows = 0x7FFFFFFF;
   // Batch-invariant mode: keys may be cut at chunks of the request's own; else not at all.
   bool chunks = false;
+  CostBuckets* buckets = nullptr;  // null: the kernel does not know ScheduleHeader::whole
   ScheduleHeader* header = nullptr;
   Tile* tiles = nullptr;
   CtaStart* starts = nullptr;

@@ -39,6 +39,7 @@ class HostTeam {
   std::int32_t size() const { return meeting_->size; }
   void sync() const { meeting_->barrier.arrive_and_wait(); }
   void add(std::int32_t* at, std::int32_t value) const { std::atomic_ref(*at) += value; }
+  std::int32_t take(std::int32_t* at) const { return std::atomic_ref(*at).fetch_add(1); }
   void lower(std::int32_t* at, std::int32_t value) const {
     std::atomic_ref<std::int32_t> here(*at);
     for (std::int32_t old = here; value < old && !here.compare_exchange_weak(old, value);) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/sm80/attention_decode.cuh"
-#include "cuda/sm80/attention_mma.cuh"
+#include "cuda/sm80/attention_prefill.cuh"
 #include "cuda/sm80/table.h"
 
 namespace quire::cuda::sm80 {
@@ -26,11 +26,12 @@ MmaKernel describe_prefill(DType compute, const char* name) {
   MmaKernel kernel;
   kernel.key = {compute, C::kBytes, C::kHeadK, Requests::kMany, C::kGeneral};
   kernel.name = name;
-  kernel.function = reinterpret_cast<const void*>(&attention_mma<C>);
+  kernel.function = reinterpret_cast<const void*>(&attention_prefill<C>);
+  kernel.threads = C::kThreads;
   kernel.rows = C::kRows;
   kernel.columns = C::kHeadV;
   kernel.max_stages = C::kMaxStages;
-  kernel.shared_bytes = [](int stages) { return mma_shared_bytes<C>(stages); };
+  kernel.shared_bytes = [](int stages) { return prefill_shared_bytes<C>(stages); };
   return kernel;
 }
 
@@ -44,10 +45,10 @@ MmaKernel describe_prefill(DType compute, const char* name) {
         dtype, "sm80::attention_decode<" #function ">");                          \
   }                                                                               \
   }
-#define QUIRE_MMA_INSTANCE(function, dtype, type, bytes, head, few, general)   \
-  namespace quire::cuda::sm80 {                                                \
-  MmaKernel function() {                                                       \
-    return describe_prefill<MmaConfig<tile::type, bytes, head, few, general>>( \
-        dtype, "sm80::attention_mma<" #function ">");                          \
-  }                                                                            \
+#define QUIRE_PREFILL_INSTANCE(function, dtype, type, bytes, head, general)   \
+  namespace quire::cuda::sm80 {                                               \
+  MmaKernel function() {                                                      \
+    return describe_prefill<PrefillConfig<tile::type, bytes, head, general>>( \
+        dtype, "sm80::attention_prefill<" #function ">");                     \
+  }                                                                           \
   }

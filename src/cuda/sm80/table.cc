@@ -98,7 +98,7 @@ MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block) {
                                launch.shared_bytes),
           kernel.name);
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-              &launch.ctas_per_sm, kernel.function, 128,
+              &launch.ctas_per_sm, kernel.function, kernel.threads,
               static_cast<std::size_t>(launch.shared_bytes)),
           kernel.name);
     if (launch.ctas_per_sm == 0) break;
@@ -120,13 +120,13 @@ void allow_shared_bytes(const MmaKernel& kernel, int shared_bytes) {
 
 void launch_attention_mma(const MmaKernel& kernel, const MmaLaunch& launch,
                           const KernelParams& params, int grid, cudaStream_t stream) {
-  constexpr int kThreads = 128;
   void* arguments[] = {const_cast<KernelParams*>(&params)};
   const auto shared_bytes = static_cast<std::size_t>(launch.shared_bytes);
   const dim3 shape(static_cast<unsigned>(grid));
   const cudaError_t error =
-      cudaLaunchKernel(kernel.function, shape, dim3(kThreads), arguments, shared_bytes, stream);
-  if (error != cudaSuccess) check_launch(kernel.name, shape, kThreads, shared_bytes);
+      cudaLaunchKernel(kernel.function, shape, dim3(static_cast<unsigned>(kernel.threads)),
+                       arguments, shared_bytes, stream);
+  if (error != cudaSuccess) check_launch(kernel.name, shape, kernel.threads, shared_bytes);
 }
 
 }  // namespace quire::cuda::sm80

@@ -34,6 +34,7 @@ struct MmaKernel {
   MmaKey key;
   const char* name = nullptr;
   const void* function = nullptr;
+  int threads = 128;
   int rows = 0;        // of a query tile
   int columns = 0;     // of V a pass
   int max_stages = 0;  // of the K and V pipeline

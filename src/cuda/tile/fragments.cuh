@@ -32,13 +32,13 @@ __device__ __forceinline__ std::uint32_t opaque(std::uint32_t x) {
 // Bases for load_matrices, at row `row` (a multiple of 8) of a tile:
 // 16 rows x 16 columns as the A operand;
 __device__ __forceinline__ std::uint32_t a_base(std::uint32_t tile, int row, int pitch) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto lane = static_cast<int>(opaque(threadIdx.x) % 32);
   return tile + piece_offset(row + lane % 16, lane / 16, pitch);
 }
 
 // 16 keys x 16 columns of K as two B operands (keys 0-7: b[0], b[1]; keys 8-15: b[2], b[3]);
 __device__ __forceinline__ std::uint32_t b_base(std::uint32_t tile, int row, int pitch) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto lane = static_cast<int>(opaque(threadIdx.x) % 32);
   return tile + piece_offset(row + lane % 8 + lane / 16 * 8, lane / 8 % 2, pitch);
 }
 

@@ -67,6 +67,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The two 16-bit types that tensor cores multiply here, with fp32 sums.
 struct Half {
   // c += a (16 x 16, rows) * b (16 x 8, columns)

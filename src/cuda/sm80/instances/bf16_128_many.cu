@@ -1,3 +1,3 @@
 #include "cuda/sm80/instance.cuh"
 
-QUIRE_MMA_INSTANCE(bf16_128_many, DType::kBFloat16, BFloat16, false, 128, false, false)
+QUIRE_PREFILL_INSTANCE(bf16_128_many, DType::kBFloat16, BFloat16, false, 128, false)

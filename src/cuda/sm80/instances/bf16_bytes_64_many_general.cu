@@ -1,3 +1,3 @@
 #include "cuda/sm80/instance.cuh"
 
-QUIRE_MMA_INSTANCE(bf16_bytes_64_many_general, DType::kBFloat16, BFloat16, true, 64, false, true)
+QUIRE_PREFILL_INSTANCE(bf16_bytes_64_many_general, DType::kBFloat16, BFloat16, true, 64, true)

@@ -1,3 +1,3 @@
 #include "cuda/sm80/instance.cuh"
 
-QUIRE_MMA_INSTANCE(fp16_576_many_general, DType::kFloat16, Half, false, 576, false, true)
+QUIRE_PREFILL_INSTANCE(fp16_576_many_general, DType::kFloat16, Half, false, 576, true)

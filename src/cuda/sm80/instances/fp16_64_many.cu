@@ -1,3 +1,3 @@
 #include "cuda/sm80/instance.cuh"
 
-QUIRE_MMA_INSTANCE(fp16_64_many, DType::kFloat16, Half, false, 64, false, false)
+QUIRE_PREFILL_INSTANCE(fp16_64_many, DType::kFloat16, Half, false, 64, false)

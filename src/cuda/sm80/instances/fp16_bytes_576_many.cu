@@ -1,3 +1,3 @@
 #include "cuda/sm80/instance.cuh"
 
-QUIRE_MMA_INSTANCE(fp16_bytes_576_many, DType::kFloat16, Half, true, 576, false, false)
+QUIRE_PREFILL_INSTANCE(fp16_bytes_576_many, DType::kFloat16, Half, true, 576, false)
