@@ -21,7 +21,7 @@ __device__ __forceinline__ bool next_whole_item(const ScheduleView& schedule, bo
   }
   if (item >= items) return false;
   const int tile = item / schedule.heads;
-  copy_tile(schedule.tiles + tile, &segment->tile);
+  segment->tile = schedule.tiles[tile];
   segment->head = item - tile * schedule.heads;
   segment->unit_begin = 0;
   segment->unit_end = segment->tile.num_units();
