@@ -164,6 +164,8 @@ void add_options(CLI::App* command, Arguments* arguments) {
   command->add_flag("--hnd", options->heads_first, "Pages with heads first instead of slots first");
   command->add_flag("--batch-invariant", options->batch_invariant,
                     "Results that do not depend on the rest of the batch");
+  command->add_flag("!--no-cascade", options->cascade,
+                    "Announce no shared prefixes: each sequence reads its own keys");
   command->add_option("--seed", options->seed, "Of page order and data")->capture_default_str();
   command->add_option("--json", arguments->json_file, "Write everything, all samples included");
 }

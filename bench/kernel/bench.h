@@ -23,6 +23,7 @@ struct Options {
   bool heads_first = false;  // HND pages instead of NHD ones
   std::int64_t block_size = 16;
   bool batch_invariant = false;
+  bool cascade = true;  // shared prefixes are announced; else read by each sequence for itself
   int min_repeats = 3;
   double min_time_ms = 300.0;
   int num_threads = 0;  // 0: one for each CPU

@@ -18,6 +18,7 @@ Cache::Cache(const Model& model, const Options& options, std::int64_t num_blocks
 CpuLayer::CpuLayer(const Workload& workload, const Options& options, std::int64_t num_caches,
                    ThreadPool& threads)
     : options_(options),
+      announced_prefix_(options.cascade ? workload.shared_prefix : 0),
       batch_(make_paged_batch(workload, options.block_size, options.seed)),
       plan_(layer_config(workload.model, options, sinks_of(workload.model))) {
   context_.threads = &threads;
@@ -37,7 +38,7 @@ CpuLayer::CpuLayer(const Workload& workload, const Options& options, std::int64_
   }
 }
 
-void CpuLayer::plan() { plan_.update(batch_.metadata(), 0, context_); }
+void CpuLayer::plan() { plan_.update(batch_.metadata(), announced_prefix_, context_); }
 
 void CpuLayer::write(std::size_t call) {
   write_kv_cache(key_, value_, cache(call), batch_.metadata().slot_mapping, context_);

@@ -53,6 +53,7 @@ class CpuLayer {
   void fill(const Cache& target);
 
   const Options& options_;
+  std::int64_t announced_prefix_;
   PagedBatch batch_;
   Context context_;
   std::vector<float> sinks_;

@@ -29,8 +29,9 @@ std::int64_t count_blocks(const Workload& workload, std::int64_t block_size) {
   std::int64_t count = 0;
   for (const Sequence& s : workload.batch) {
     count += blocks_of(s, block_size) - first_needed_block(s, workload.model, block_size);
+    count -= workload.shared_prefix / block_size;
   }
-  return count;
+  return count + workload.shared_prefix / block_size;
 }
 
 PagedBatch make_paged_batch(const Workload& workload, std::int64_t block_size, std::uint64_t seed) {
@@ -49,15 +50,21 @@ PagedBatch make_paged_batch(const Workload& workload, std::int64_t block_size, s
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random);
 
-  std::size_t next = 0;
+  // The first of them are shared.
+  const std::int64_t shared = workload.shared_prefix / block_size;
+  auto next = static_cast<std::size_t>(shared);
   batch.query_start_loc.push_back(0);
   for (const Sequence& s : workload.batch) {
     const std::size_t row = batch.block_table.size();
     batch.block_table.resize(row + static_cast<std::size_t>(batch.max_blocks), 0);
     const std::int64_t first = first_needed_block(s, workload.model, block_size);
     for (std::int64_t b = 0; b < blocks_of(s, block_size); ++b) {
-      batch.block_table[row + static_cast<std::size_t>(b)] =
-          b < first ? order[random() % order.size()] : order[next++];
+      std::int32_t& block = batch.block_table[row + static_cast<std::size_t>(b)];
+      if (b < shared) {
+        block = order[static_cast<std::size_t>(b)];
+      } else {
+        block = b < first ? order[random() % order.size()] : order[next++];
+      }
     }
     for (std::int64_t pos = s.seq_len - s.query_len; pos < s.seq_len; ++pos) {
       const std::int64_t block =

@@ -102,6 +102,7 @@ Json options_json(const Options& options) {
           {"kv_layout", options.heads_first ? "HND" : "NHD"},
           {"block_size", options.block_size},
           {"batch_invariant", options.batch_invariant},
+          {"cascade", options.cascade},
           {"min_repeats", options.min_repeats},
           {"min_time_ms", options.min_time_ms},
           {"seed", options.seed}};

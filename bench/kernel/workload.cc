@@ -102,6 +102,12 @@ std::vector<Sequence> parse_batch(const Json& json, const std::string& where) {
   return batch;
 }
 
+std::int64_t shortest_context(const std::vector<Sequence>& batch) {
+  std::int64_t shortest = kMaxLength;
+  for (const Sequence& s : batch) shortest = std::min(shortest, s.seq_len - s.query_len);
+  return shortest;
+}
+
 void check_stored(const Json& json, const char* key, std::int64_t computed,
                   const std::string& where) {
   const std::int64_t stored = integer_member(json, key, 0, INT64_MAX, where);
@@ -171,7 +177,10 @@ std::int64_t flops(const Workload& workload) {
 std::int64_t bytes(const Workload& workload, const ElementBytes& element) {
   const Model& model = workload.model;
   std::int64_t keys = 0;
-  for (const Sequence& s : workload.batch) keys += needed_keys(s, model.sliding_window);
+  for (const Sequence& s : workload.batch) {
+    keys += needed_keys(s, model.sliding_window) - workload.shared_prefix;
+  }
+  keys += workload.shared_prefix;
   const std::int64_t kv_row = model.head_size * element.kv + element.kv_scale;
   const std::int64_t query_row = model.head_size * element.query;
   return 2 * keys * model.num_kv_heads * kv_row +
@@ -199,6 +208,13 @@ std::vector<Workload> load_workloads(const std::string& path) {
     if (found == models.end()) fail(where + ".model", "no model has the name \"" + model + "\"");
     workload.model = found->second;
     workload.batch = parse_batch(member(list[i], "batch", where), where + ".batch");
+    if (list[i].contains("shared_prefix")) {
+      if (workload.model.sliding_window > 0) {
+        fail(where + ".shared_prefix", "expected a model without a sliding window");
+      }
+      workload.shared_prefix =
+          integer_member(list[i], "shared_prefix", 0, shortest_context(workload.batch), where);
+    }
     check_stored(list[i], "flops", flops(workload), where);
     check_stored(list[i], "bytes", bytes(workload), where);
     workloads.push_back(std::move(workload));
@@ -302,6 +318,8 @@ Workload scaled(const Workload& workload, double scale) {
   out.scale = scale;
   out.batch.clear();
   for (const auto& [index, sequence] : kept) out.batch.push_back(sequence);
+  out.shared_prefix = std::min(workload.shared_prefix * out.max_seq_len() / workload.max_seq_len(),
+                               shortest_context(out.batch));
   return out;
 }
 

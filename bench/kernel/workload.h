@@ -29,6 +29,7 @@ struct Workload {
   std::string name;
   Model model;
   std::vector<Sequence> batch;
+  std::int64_t shared_prefix = 0;  // first keys that all sequences have in common, in their past
   double scale = 1.0;
 
   std::int64_t num_tokens() const;     // query rows

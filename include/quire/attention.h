@@ -47,7 +47,9 @@ struct AttentionConfig {
   bool batch_invariant = false;
 
   // Look for shared prefixes in the block tables and read them once (cascade), also when nobody
-  // announced one. Never done when batch_invariant is set.
+  // announced one. Never done when batch_invariant is set. CUDA: found on the device, where they
+  // save enough to pay for a launch of their own on every call; neither found nor announced ones
+  // are used with a window, in a captured graph's plan, and in batches planned in its buffers.
   bool auto_cascade = true;
 
   // "" picks the best backend of the device ("cpu", "cuda"); "reference" is float64 plain loops.
@@ -81,7 +83,8 @@ class Plan {
   const char* backend_name() const;
 
   // Bytes of workspace held now. Bounded by threads x tile, whatever the sequence lengths; cascade
-  // adds num_tokens x num_heads x (head_size_v + 2) floats for the tokens that share a prefix.
+  // adds num_tokens x num_heads x (head_size_v + 2) floats for the tokens that share a prefix. CUDA:
+  // for up to 2048 tokens, of sequences of few query rows, from the first batch on that may share.
   std::int64_t workspace_bytes() const;
 
   // One line per piece of work, for people and for tests.

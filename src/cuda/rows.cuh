@@ -117,7 +117,7 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
     table.position[r] = static_cast<std::int32_t>(position);
     table.token[r] = static_cast<std::int32_t>(place.token);
     table.head[r] = static_cast<std::int32_t>(place.head);
-    // Keys of a shared prefix are older than every query: no bias there.
+    // Query-query bias is about keys behind every shared prefix: with index 0 it stays there.
     table.query_index[r] = shared_rows != nullptr ? 0 : tile.first_index + place.index;
     table.slope[r] = p.layer.alibi_slopes != nullptr ? p.layer.alibi_slopes[place.head] : 0.0F;
   }

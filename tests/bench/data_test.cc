@@ -94,6 +94,23 @@ TEST(PagedBatch, GivesEachSequenceBlocksOfItsOwn) {
   EXPECT_EQ(batch.metadata().num_seqs(), 4);
 }
 
+TEST(PagedBatch, SharesTheBlocksOfThePrefix) {
+  Workload workload = make_workload(0);
+  workload.batch.pop_back();
+  workload.shared_prefix = 32;
+  const PagedBatch batch = make_paged_batch(workload, 16, 3);
+  EXPECT_EQ(batch.num_blocks, 2 + 1 + 2 + 11);
+  EXPECT_EQ(count_blocks(workload, 16), batch.num_blocks);
+  std::set<std::int32_t> used;
+  const std::vector<int> counts = {3, 4, 13};
+  for (std::size_t s = 0; s < counts.size(); ++s) {
+    for (int b = 0; b < counts[s]; ++b) used.insert(batch.block_table[s * 13 + b]);
+    EXPECT_EQ(batch.block_table[s * 13], batch.block_table[0]);
+    EXPECT_EQ(batch.block_table[s * 13 + 1], batch.block_table[1]);
+  }
+  EXPECT_EQ(used.size(), 16U);
+}
+
 TEST(PagedBatch, AllocatesNothingInFrontOfTheWindow) {
   const Workload workload = make_workload(20);
   const PagedBatch batch = make_paged_batch(workload, 16, 3);

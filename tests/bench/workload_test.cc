@@ -51,6 +51,21 @@ TEST(Workload, FormulasReproduceTheStoredCosts) {
   EXPECT_EQ(bytes(workloads[0]), 33570816);
 }
 
+TEST(Workload, SharedPrefixesCountOnce) {
+  const std::vector<Workload> workloads =
+      load_workloads(QUIRE_SOURCE_DIR "/bench/cases/shared_prefix.json");
+  for (const Workload& workload : workloads) {
+    EXPECT_GT(workload.shared_prefix, 0) << workload.name;
+    Workload plain = workload;
+    plain.shared_prefix = 0;
+    EXPECT_GT(bytes(plain), bytes(workload)) << workload.name;
+    const Workload small = scaled(workload, 0.1);
+    for (const Sequence& s : small.batch) {
+      EXPECT_LE(small.shared_prefix, s.seq_len - s.query_len) << workload.name;
+    }
+  }
+}
+
 TEST(Workload, ElementSizesCount) {
   Workload workload;
   workload.model = {.name = "m", .num_heads = 4, .num_kv_heads = 2, .head_size = 8};

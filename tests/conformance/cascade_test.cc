@@ -53,7 +53,7 @@ TEST_P(CascadeTest, ScoresAndMasks) {
     // Rows that see nothing behind the prefix: all their own keys are hidden.
     spec = decode_spec(dtype, 400);
     spec.sequences.assign(9, {1, 401});
-    spec.qq_bias_size = 1;
+    spec.qq_bias_size = 16;
     spec.qq_bias_per_sequence = spec.qq_bias_has_infinity = true;
     compare_with_plain(spec);
     spec = decode_spec(dtype, 400);
