@@ -12,6 +12,7 @@
 // Bytes of a unit at d128: 32 KiB; flops 4 * 64 * 128 * 16 for every 16 rows.
 #pragma once
 
+#include "cuda/sm80/absent.cuh"
 #include "cuda/sm80/decode_stream.cuh"
 
 namespace quire::cuda::sm80 {
@@ -251,7 +252,11 @@ class DecodeAttention : DecodeStream<C> {
     if (!all_visible) mask<kTiles>(table, first, s);
     if constexpr (C::kAbsentApart) {
       const std::uint32_t absent = shared().absent[warp_][stage_];
-      if (absent != 0) set_absent_apart<kTiles>(absent, s);
+      constexpr int kState = C::kStates - kDecodeWarps;
+      if (absent != 0) {
+        set_absent_apart(absent, C::kGeneral ? 1.0F : score_scale_, s, shared().max[kState + warp_],
+                         shared().sum[kState + warp_]);
+      }
     }
     const float to_log2 = C::kGeneral ? kLog2E : score_scale_ * kLog2E;
     float shift[kTiles][2];
@@ -312,47 +317,6 @@ class DecodeAttention : DecodeStream<C> {
 #pragma unroll
           for (int e = 0; e < 4; ++e) rows.o[mt][n][e] *= alpha[mt][e / 2];
         }
-      }
-    }
-  }
-
-  // Keys whose block does not exist weigh like a sink: they have no value. In fp16 they must not set
-  // the maximum: the weights of all others could vanish, and with them the whole output. So they
-  // get a state of their own that is merged at the end, in fp32.
-  template <int kTiles>
-  __device__ __forceinline__ void set_absent_apart(std::uint32_t absent, Scores<kTiles>& s) {
-    const float to_natural = C::kGeneral ? 1.0F : score_scale_;
-    const std::uint32_t mine = absent >> (lane_ % 4 * 2);
-#pragma unroll
-    for (int mt = 0; mt < kTiles; ++mt) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float apart[4];
-        float max = -INFINITY;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& score = s[mt][i / 2][2 * h + i % 2];
-          const bool is_absent = ((mine >> (i / 2 * 8 + i % 2)) & 1U) != 0;
-          apart[i] = is_absent ? score * to_natural : -INFINITY;
-          max = fmaxf(max, apart[i]);
-          if (is_absent) score = -INFINITY;
-        }
-        max = fmaxf(max, __shfl_xor_sync(~0U, max, 1));
-        max = fmaxf(max, __shfl_xor_sync(~0U, max, 2));
-        const float shift = semantics::softmax_shift(max);
-        float sum = 0.0F;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum += tile::exp2_approx((apart[i] - shift) * kLog2E);
-        sum += __shfl_xor_sync(~0U, sum, 1);
-        sum += __shfl_xor_sync(~0U, sum, 2);
-        if (lane_ % 4 != 0) continue;
-        const int row = mt * 16 + h * 8 + lane_ / 4;
-        float& state_max = shared().max[C::kStates - kDecodeWarps + warp_][row];
-        float& state_sum = shared().sum[C::kStates - kDecodeWarps + warp_][row];
-        Fold fold{state_max, state_sum};
-        fold.add(max, sum);
-        state_max = fold.max;
-        state_sum = fold.sum;
       }
     }
   }
@@ -544,6 +508,7 @@ class DecodeAttention : DecodeStream<C> {
 template <class C>
 __global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
     attention_decode(const __grid_constant__ KernelParams p) {
+  tile::wait_for_predecessors();
   DecodeAttention<C>(p).run();
 }
 

@@ -16,6 +16,7 @@
 // Bytes per tile of 64 keys at d128: 32 KiB in; flops 4 * 64 * 128 * rows.
 #pragma once
 
+#include "cuda/sm80/absent.cuh"
 #include "cuda/sm80/prefill_rows.cuh"
 
 namespace quire::cuda::sm80 {
@@ -142,6 +143,13 @@ class PrefillAttention : PrefillRows<C> {
     if (C::kBytes && p_.call.k.token_scales != nullptr) this->scale_columns(scales, s);
     if constexpr (C::kGeneral) this->modify(shared_.task[slot].segment, keys.first + first, s);
     if (keys.masked) this->mask(keys.first + first, s);
+    if constexpr (C::kAbsentApart) {
+      const auto absent = static_cast<std::uint32_t>(keys.absent >> first);
+      if (absent != 0) {
+        set_absent_apart(absent, C::kGeneral ? 1.0F : score_scale_, s,
+                         shared_.absent_max + warp_row(), shared_.absent_sum + warp_row());
+      }
+    }
     this->softmax(s);
     if (C::kBytes && kScaleWeights && p_.call.v.token_scales != nullptr) {
       this->scale_columns(scales + C::kKeys, s);
@@ -271,6 +279,7 @@ class PrefillAttention : PrefillRows<C> {
       sum += __shfl_xor_sync(~0U, sum, 2);
       max_[i / 2][i % 2] *= to_natural;
     }
+    if constexpr (C::kAbsentApart) join_absent();
     Finisher<C::kRows, C::kThreads> finisher(p_, shared_.rows, shared_.finish);
     finisher.set_pass(task.first_column, task.columns);
     const Segment& segment = task.segment;
@@ -287,6 +296,27 @@ class PrefillAttention : PrefillRows<C> {
       finisher.write(segment, result);
     } else {
       finisher.arrive(shared_.walker.sharers(segment), segment);
+    }
+  }
+
+  // What absent keys weigh, to the rows' states.
+  __device__ __forceinline__ void join_absent() {
+#pragma unroll
+    for (int i = 0; i < C::kMTiles * 2; ++i) {
+      const int r = warp_row() + i * 8 + lane() / 4;
+      float& max = max_[i / 2][i % 2];
+      float& sum = sum_[i / 2][i % 2];
+      const float absent_max = shared_.absent_max[r];
+      if (absent_max == -INFINITY) continue;
+      Fold fold{max, sum};
+      fold.add(absent_max, shared_.absent_sum[r]);
+      max = fold.max;
+      sum = fold.sum;
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        o_[i / 2][n][i % 2 * 2] *= fold.weight_before;
+        o_[i / 2][n][i % 2 * 2 + 1] *= fold.weight_before;
+      }
     }
   }
 
@@ -341,6 +371,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     attention_prefill(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(128) char memory[];
+  tile::wait_for_predecessors();
   PrefillAttention<C>(p, memory).run();
 }
 

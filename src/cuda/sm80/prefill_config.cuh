@@ -15,6 +15,7 @@ struct PrefillConfig {
   using Type = Type_;
   static constexpr bool kBytes = kBytes_;      // K and V are stored in 8 bits
   static constexpr bool kGeneral = kGeneral_;  // soft cap, ALiBi, query-query bias
+  static constexpr bool kAbsentApart = std::is_same_v<Type, tile::Half>;
   static constexpr int kHeadK = kHead_;
   static constexpr int kHeadV = kHead_ > 256 ? 256 : kHead_;
   // 32 rows a warp where O's registers allow: each K and V fragment read from shared memory then
@@ -69,6 +70,7 @@ template <class C>
 struct alignas(16) KeyTile {
   const char* group[2][C::kGroups];  // K and V: address of each group's first row
   std::uint64_t present;             // a bit a key; absent ones read as zeros
+  std::uint64_t absent;              // visible or not, their block does not exist (see absent.cuh)
   std::int32_t first;                // key
   bool masked;                       // some row does not see some key
   bool whole;                        // both sides are kWhole
@@ -97,6 +99,8 @@ struct PrefillShared {
   PrefillTask task[2];
   KeyTile<C> ring[2][C::kRing];
   float scale[C::kBytes ? C::kMaxStages : 1][2][C::kKeys];  // of tokens
+  float absent_max[C::kAbsentApart ? C::kRows : 1];         // see absent.cuh
+  float absent_sum[C::kAbsentApart ? C::kRows : 1];
   Walker walker;
 };
 

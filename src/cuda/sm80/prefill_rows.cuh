@@ -49,6 +49,15 @@ class PrefillRows : protected PrefillLoader<C> {
       max_[mt][0] = max_[mt][1] = -INFINITY;
       sum_[mt][0] = sum_[mt][1] = 0.0F;
     }
+    if constexpr (C::kAbsentApart) {
+      __syncwarp();
+      const int row = lane();
+      if (row < 16 * C::kMTiles) {
+        shared_.absent_max[warp_row() + row] = -INFINITY;
+        shared_.absent_sum[warp_row() + row] = 0.0F;
+      }
+      __syncwarp();
+    }
   }
 
   // Multiplies each key's column of S or P.

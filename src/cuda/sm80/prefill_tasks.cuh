@@ -75,9 +75,19 @@ __device__ __forceinline__ void look_up(const KernelParams& p, PrefillShared<C>&
   std::uint32_t present = bits_between(0, task.keys.kv_len - key) &
                           ~bits_between(task.keys.hidden_begin - key, task.keys.hidden_end - key);
   KvRow row;
+  std::uint32_t absent = 0;
   if (present != 0 && in_groups(p)) {
     row = kv_row(p, tile, key);
-    if (row.block < 0) present = 0;
+    if (row.block < 0) {
+      absent = present;
+      present = 0;
+    }
+  } else if (C::kAbsentApart) {
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) {
+      const bool is_present = (present >> i & 1U) != 0;
+      if (is_present && kv_row(p, tile, key + i).block < 0) absent |= 1U << i;
+    }
   }
   const bool found = row.block >= 0;
 #pragma unroll
@@ -92,6 +102,7 @@ __device__ __forceinline__ void look_up(const KernelParams& p, PrefillShared<C>&
     to.slot[g] = static_cast<std::int32_t>(row.slot);
   }
   reinterpret_cast<std::uint16_t*>(&to.present)[g] = static_cast<std::uint16_t>(present);
+  reinterpret_cast<std::uint16_t*>(&to.absent)[g] = static_cast<std::uint16_t>(absent);
   const std::uint32_t full = __ballot_sync(lanes, present == 0xFFFFU);
   if (g == 0) {
     constexpr std::uint32_t kAll = (1U << C::kGroups) - 1;
