@@ -5,6 +5,7 @@
 
 #include "cuda/walk.cuh"
 #include "semantics/host_device.h"
+#include "semantics/quant.h"
 
 namespace quire::cuda {
 
@@ -54,9 +55,7 @@ struct RowTable {
   }
 };
 
-__device__ __forceinline__ float value_of(const Scale& scale) {
-  return scale.data != nullptr ? *scale.data : scale.value;
-}
+using semantics::value_of;
 
 __device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const Tile& tile) {
   if (p.layer.paged) return tile.kv_len;

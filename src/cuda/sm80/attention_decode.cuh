@@ -131,9 +131,11 @@ class DecodeAttention : DecodeStream<C> {
       rows.max[mt][0] = rows.max[mt][1] = -INFINITY;
       rows.sum[mt][0] = rows.sum[mt][1] = 0.0F;
     }
-    if (C::kAbsentApart && lane_ < C::kRows) {
-      shared().max[C::kStates - kDecodeWarps + warp_][lane_] = -INFINITY;
-      shared().sum[C::kStates - kDecodeWarps + warp_][lane_] = 0.0F;
+    if constexpr (C::kAbsentApart) {
+      if (lane_ < C::kRows) {
+        shared().max[C::kStates - kDecodeWarps + warp_][lane_] = -INFINITY;
+        shared().sum[C::kStates - kDecodeWarps + warp_][lane_] = 0.0F;
+      }
       __syncwarp();
     }
 #pragma unroll 1
@@ -141,13 +143,15 @@ class DecodeAttention : DecodeStream<C> {
       const int first = segment.tile.unit(unit) * kUnitKeys + warp_ * C::kKeys;
       Scores<kTiles> s;
       this->wait_oldest();
+      // Read before fetch() writes down the same of the stage's next unit.
+      const std::uint32_t absent = C::kAbsentApart ? shared().absent[warp_][stage_] : 0U;
       multiply_keys<kTiles>(ready<0>(), s);
       __syncwarp();
       const float* scales = C::kBytes ? shared().scale[C::kBytes ? warp_ : 0][stage_][0] : nullptr;
       if (C::kBytes && p_.call.k.token_scales != nullptr) scale_columns<kTiles>(scales, s);
       __syncwarp();
       this->template fetch<0>();
-      softmax<kTiles>(segment, first, s, rows);
+      softmax<kTiles>(segment, first, absent, s, rows);
       this->wait_oldest();
       if (C::kBytes && kScaleWeights && p_.call.v.token_scales != nullptr) {
         scale_columns<kTiles>(scales + C::kKeys, s);
@@ -242,8 +246,8 @@ class DecodeAttention : DecodeStream<C> {
   // S -> P in place; updates and rescales `rows`. Maxima are in units of S: raw dot
   // products, or natural logits where scores are modified.
   template <int kTiles>
-  __device__ __forceinline__ void softmax(const Segment& segment, int first, Scores<kTiles>& s,
-                                          Rows& rows) {
+  __device__ __forceinline__ void softmax(const Segment& segment, int first, std::uint32_t absent,
+                                          Scores<kTiles>& s, Rows& rows) {
     const RowTable<C::kRows>& table = shared().rows[segment_ & 1];
     const int4 common = *reinterpret_cast<const int4*>(table.common);
     const bool all_visible = (first >= common.z && first + C::kKeys <= common.w) ||
@@ -251,7 +255,6 @@ class DecodeAttention : DecodeStream<C> {
     if constexpr (C::kGeneral) modify<kTiles>(segment, table, first, s);
     if (!all_visible) mask<kTiles>(table, first, s);
     if constexpr (C::kAbsentApart) {
-      const std::uint32_t absent = shared().absent[warp_][stage_];
       constexpr int kState = C::kStates - kDecodeWarps;
       if (absent != 0) {
         set_absent_apart(absent, C::kGeneral ? 1.0F : score_scale_, s, shared().max[kState + warp_],
