@@ -511,7 +511,6 @@ class DecodeAttention : DecodeStream<C> {
 template <class C>
 __global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
     attention_decode(const __grid_constant__ KernelParams p) {
-  tile::wait_for_predecessors();
   DecodeAttention<C>(p).run();
 }
 

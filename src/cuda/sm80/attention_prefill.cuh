@@ -371,7 +371,6 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     attention_prefill(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(128) char memory[];
-  tile::wait_for_predecessors();
   PrefillAttention<C>(p, memory).run();
 }
 

@@ -105,10 +105,6 @@ MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block) {
     if (best.stages == 0 || launch.ctas_per_sm * 2 > best.ctas_per_sm) best = launch;
   }
   if (best.stages > 0) {
-    // What was compiled for older GPUs does not wait for its predecessors.
-    cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, kernel.function), kernel.name);
-    best.overlaps = attributes.ptxVersion >= 90;
     check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                best.shared_bytes),
           kernel.name);
@@ -127,17 +123,9 @@ void launch_attention_mma(const MmaKernel& kernel, const MmaLaunch& launch,
   void* arguments[] = {const_cast<KernelParams*>(&params)};
   const auto shared_bytes = static_cast<std::size_t>(launch.shared_bytes);
   const dim3 shape(static_cast<unsigned>(grid));
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = shape;
-  config.blockDim = dim3(static_cast<unsigned>(kernel.threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = launch.overlaps ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
+  const cudaError_t error =
+      cudaLaunchKernel(kernel.function, shape, dim3(static_cast<unsigned>(kernel.threads)),
+                       arguments, shared_bytes, stream);
   if (error != cudaSuccess) check_launch(kernel.name, shape, kernel.threads, shared_bytes);
 }
 

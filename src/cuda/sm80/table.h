@@ -45,7 +45,6 @@ struct MmaLaunch {
   int stages = 0;  // 0: does not fit on this device
   int shared_bytes = 0;
   int ctas_per_sm = 0;
-  bool overlaps = false;  // may start before its predecessor has ended, see tile/ptx.cuh
 };
 
 const std::vector<MmaKernel>& mma_kernels();

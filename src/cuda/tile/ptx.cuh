@@ -61,16 +61,6 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&r)[4],
                : "memory");
 }
 
-// Programmatic dependent launch, from sm_90 on: the kernel may have been started while those before
-// it in its stream still run. Waits for them, and lets the next kernel be started likewise. Kernels
-// that are launched so (MmaLaunch::overlaps) call it before they touch memory.
-__device__ __forceinline__ void wait_for_predecessors() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
