@@ -49,7 +49,7 @@ struct Fold {
   }
 };
 
-// Out of line: none of this is in a loop over keys, and its registers must not count there.
+// In line but for finish(): around a call registers are set aside, in loops over keys too.
 template <int kRows, int kThreads>
 class Finisher {
  public:
@@ -134,31 +134,6 @@ class Finisher {
       to.max[r] = result.max[r];
       to.sum[r] = result.sum[r];
     }
-  }
-
-  // into = fold(into, result): the next chunk of an item whose beginning this CTA has.
-  __device__ __noinline__ void fold_into(const Segment& segment, const Result& result,
-                                         const Result& into) {
-    __syncthreads();
-    const int groups = (columns_ + 3) / 4;
-    for (int i = static_cast<int>(threadIdx.x); i < segment.tile.rows * groups; i += kThreads) {
-      const int r = i / groups;
-      const int c = i % groups * 4;
-      Fold fold{into.max[r], into.sum[r]};
-      fold.add(result.max[r], result.sum[r]);
-      auto* before = reinterpret_cast<float4*>(into.o + std::int64_t{r} * into.pitch + c);
-      *before = fold_values(
-          fold, *before,
-          *reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c));
-    }
-    __syncthreads();
-    for (int r = static_cast<int>(threadIdx.x); r < segment.tile.rows; r += kThreads) {
-      Fold fold{into.max[r], into.sum[r]};
-      fold.add(result.max[r], result.sum[r]);
-      into.max[r] = fold.max;
-      into.sum[r] = fold.sum;
-    }
-    __syncthreads();
   }
 
   // After this CTA's slots of an item are written: if all others' are too, folds and writes.
