@@ -338,7 +338,7 @@ void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
   }
   if (p.block_output != nullptr) {
     launch_block_quantize(
-        p, static_cast<int>(std::min<std::int64_t>(p.batch.num_tokens, info_.sm_count * 4)),
+        p, static_cast<int>(std::min(p.batch.num_tokens, std::int64_t{info_.sm_count} * 4)),
         stream);
   }
 }
