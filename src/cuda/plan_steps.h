@@ -54,6 +54,8 @@ QUIRE_DEVICE void set_units(const LayerParams& layer, const TileRule& rule,
   tile->prefix_count = units.prefix_count;
   tile->main_first = units.main_first;
   tile->main_count = units.main_count;
+  tile->visible_end =
+      static_cast<std::int32_t>(semantics::max_of(visible.prefix.end, visible.main.end));
   const std::int32_t count = units.count();
   if (!layer.batch_invariant) {
     tile->chunk_units = count > kMaxWholeUnits || count == 0 ? 1 : count;

@@ -47,6 +47,7 @@ struct alignas(16) Tile {
   // Keys in front of every row's window.
   std::int32_t hidden_begin;
   std::int32_t hidden_end;
+  std::int32_t visible_end;  // no row sees keys from here on
 
   QUIRE_HOST_DEVICE std::int32_t num_units() const { return prefix_count + main_count; }
   QUIRE_HOST_DEVICE std::int32_t unit(std::int32_t i) const {

@@ -107,7 +107,9 @@ class PrefillAttention : PrefillRows<C> {
       if (ahead > 0) copy_ahead(slot, i + ahead, count, runs_on);
       const KeyTile<C>& keys = shared_.ring[slot][i % C::kRing];
 #pragma unroll 1
-      for (int first = 0; first < C::kKeys; first += C::kStepKeys) step(slot, keys, first);
+      for (int first = 0; first < C::kKeys; first += C::kStepKeys) {
+        if (step(slot, keys, first)) break;
+      }
       if (++stage_ == p_.stages) stage_ = 0;
     }
     if (count == 0 && warp() == 0) prepare(p_, shared_, slot ^ 1, false);
@@ -135,9 +137,10 @@ class PrefillAttention : PrefillRows<C> {
     }
   }
 
-  // Keys [first, first + kStepKeys) of the tile at stage_.
-  __device__ __forceinline__ void step(int slot, const KeyTile<C>& keys, int first) {
+  // Keys [first, first + kStepKeys) of the tile at stage_. Returns whether no row sees more of it.
+  __device__ __forceinline__ bool step(int slot, const KeyTile<C>& keys, int first) {
     Scores s;
+    const bool last = keys.count <= C::kStepKeys;
     multiply_keys(first, s);
     const float* scales = shared_.scale[C::kBytes ? stage_ : 0][0] + first;
     if (C::kBytes && p_.call.k.token_scales != nullptr) this->scale_columns(scales, s);
@@ -157,6 +160,7 @@ class PrefillAttention : PrefillRows<C> {
     Weights weights;
     this->pack(s, weights);
     multiply_values(first, weights);
+    return last;
   }
 
   // Keys of the batch after the one that tile i is in.

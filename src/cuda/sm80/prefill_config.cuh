@@ -72,6 +72,7 @@ struct alignas(16) KeyTile {
   std::uint64_t present;             // a bit a key; absent ones read as zeros
   std::uint64_t absent;              // visible or not, their block does not exist (see absent.cuh)
   std::int32_t first;                // key
+  std::int32_t count;                // of keys from the first on that some row may see
   bool masked;                       // some row does not see some key
   bool whole;                        // both sides are kWhole
   Copy how[2];

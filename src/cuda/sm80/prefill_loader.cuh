@@ -237,16 +237,23 @@ class PrefillLoader {
   // Whether copy_queries() does, which does not wait.
   __device__ __forceinline__ bool copies_queries() const { return p_.query_aligned && !negate_; }
 
+  // Each warp those of its own rows. A lane finds one row's address: a division, too many for every
+  // piece.
   __device__ __forceinline__ void copy_queries(const PrefillTask& task) const {
     constexpr int kPieces = C::kHeadK / 8;
-    const int head_size = p_.layer.head_size;
+    constexpr int kWarpRows = 16 * C::kMTiles;
+    const int first = warp() * kWarpRows;
+    const auto mine = reinterpret_cast<std::uintptr_t>(
+        query_row(p_, task, first + lane() % kWarpRows));
+    const int rows = task.segment.tile.rows - first;
 #pragma unroll 2
-    for (int i = thread(); i < C::kRows * kPieces; i += C::kThreads) {
+    for (int i = lane(); i < kWarpRows * kPieces; i += 32) {
       const int r = i / kPieces;
       const int c = i - r * kPieces;
-      const int valid = r < task.segment.tile.rows ? min(max((head_size - c * 8) * 2, 0), 16) : 0;
-      tile::copy_async<16>(query_ + tile::piece_offset(r, c, C::kPitchK),
-                           query_row(p_, task, r) + (valid > 0 ? c * 16 : 0), valid);
+      const auto* row = reinterpret_cast<const char*>(__shfl_sync(~0U, mine, r));
+      const int valid = r < rows ? min(max((p_.layer.head_size - c * 8) * 2, 0), 16) : 0;
+      tile::copy_async<16>(query_ + tile::piece_offset(first + r, c, C::kPitchK),
+                           row + (valid > 0 ? c * 16 : 0), valid);
     }
   }
 

@@ -112,6 +112,7 @@ __device__ __forceinline__ void look_up(const KernelParams& p, PrefillShared<C>&
     to.whole = to.how[0] == Copy::kWhole && to.how[1] == Copy::kWhole;
     const int end = first_key + C::kKeys;
     to.first = first_key;
+    to.count = min(tile.visible_end - first_key, C::kKeys);
     to.masked = !((first_key >= tile.common[2] && end <= min(tile.common[3], task.keys.kv_len)) ||
                   (first_key >= tile.common[0] && end <= min(tile.common[1], task.keys.kv_len)));
   }
