@@ -50,7 +50,8 @@ struct Fold {
 };
 
 // In line but for finish(): around a call registers are set aside, in loops over keys too.
-template <int kRows, int kThreads>
+// `kPartsAhead`: parts that a fold of many loads together; as many as there are registers for.
+template <int kRows, int kThreads, int kPartsAhead = 8>
 class Finisher {
  public:
   struct Shared {
@@ -138,17 +139,20 @@ class Finisher {
 
   // After this CTA's slots of an item are written: if all others' are too, folds and writes.
   __device__ __forceinline__ void arrive(const Sharers& sharers, const Segment& segment) {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
       std::int32_t* counter = p_.schedule.arrivals + sharers.first;
-      const bool is_last = atomicAdd(counter, 1) == sharers.count - 1;
+      const bool is_last = tile::count_arrival(counter) == sharers.count - 1;
       if (is_last) *counter = 0;
       shared_.last = is_last ? 1 : 0;
     }
     __syncthreads();
     if (shared_.last == 0) return;
-    __threadfence();
+    const std::int32_t count = sharers.last + 1 - sharers.first;
+    if (!p_.layer.batch_invariant && count > kAhead && count == sharers.count) {
+      fold_rows(segment, sharers.first, count);
+      return;
+    }
     for (std::int32_t c = sharers.first + static_cast<std::int32_t>(threadIdx.x); c <= sharers.last;
          c += kThreads) {
       shared_.parts[c - sharers.first] =
@@ -165,7 +169,7 @@ class Finisher {
     const bool has_sink = p_.layer.sinks != nullptr;
     const int head = table_.head[r];
     const auto finished = semantics::finish(semantics::SoftmaxState<float>{max, sum}, has_sink,
-                                            has_sink ? p_.layer.sinks[head] : 0.0F);
+                                            has_sink ? table_.sink[r] : 0.0F);
     if (writes_lse && p_.call.lse != nullptr && first_column_ == 0) {
       p_.call.lse[head * p_.call.lse_head_stride + table_.token[r] * p_.call.lse_token_stride] =
           finished.lse;
@@ -216,12 +220,89 @@ class Finisher {
       Fold fold;
       float4 o = make_float4(0, 0, 0, 0);
       if (i < work) fold_columns(first, last, r, c, &fold, &o);
-      // Two threads' columns are stored together.
-      const float4 other =
-          make_float4(__shfl_down_sync(~0U, o.x, 1), __shfl_down_sync(~0U, o.y, 1),
-                      __shfl_down_sync(~0U, o.z, 1), __shfl_down_sync(~0U, o.w, 1));
-      if (i < work && c % 8 == 0) finish(segment.tile, r, c, fold.max, fold.sum, o, other);
+      finish_pair(segment.tile, r, c, i < work, fold, o);
     }
+  }
+
+  // The same of many CTAs that left one part each. A warp a row: while the first parts' columns are
+  // on their way its lanes find the weights together. Then each lane sums up its own columns.
+  __device__ __forceinline__ void fold_rows(const Segment& segment, std::int32_t first,
+                                            std::int32_t count) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int blocks = (columns_ + 127) / 128;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x / 32); i < segment.tile.rows * blocks;
+         i += kThreads / 32) {
+      const int r = i / blocks;
+      const int c = (i - r * blocks) * 128 + lane * 4;
+      Fold fold;
+      float4 o = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+      for (std::int32_t base = 0; base < count; base += 32) {
+        float max = -INFINITY;
+        float sum = 0.0F;
+        if (base + lane < count) {
+          const Result part = part_of(first, base + lane);
+          max = __ldcg(part.max + r);
+          sum = __ldcg(part.sum + r);
+        }
+        fold_32(first, base, min(count - base, 32), r, c, max, sum, &fold, &o);
+      }
+      for (int d = 16; d > 0; d /= 2) fold.sum += __shfl_xor_sync(~0U, fold.sum, d);
+      finish_pair(segment.tile, r, c, c < columns_, fold, o);
+    }
+  }
+
+  // Folds in `count` parts from `base` on, of which lane i knows maximum and sum of the i-th. Leaves
+  // the sum spread over the lanes.
+  __device__ __forceinline__ void fold_32(std::int32_t first, std::int32_t base, int count, int r,
+                                          int c, float max, float sum, Fold* fold,
+                                          float4* o) const {
+    float weight = 0.0F;
+#pragma unroll 1
+    for (int j = 0; j < count; j += kPartsAhead) {
+      float4 part[kPartsAhead];
+#pragma unroll
+      for (int u = 0; u < kPartsAhead; ++u) {
+        part[u] = make_float4(0, 0, 0, 0);
+        if (j + u < count && c < columns_) {
+          const Result from = part_of(first, base + j + u);
+          part[u] =
+              __ldcg(reinterpret_cast<const float4*>(from.o + std::int64_t{r} * from.pitch + c));
+        }
+      }
+      if (j == 0) {
+        float most = max;
+        for (int d = 16; d > 0; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0U, most, d));
+        most = fmaxf(most, fold->max);
+        const float shift = semantics::softmax_shift(most);
+        const float before = expf(fold->max - shift);
+        weight = expf(max - shift);
+        fold->max = most;
+        fold->sum = fmaf(sum, weight, fold->sum * before);
+        *o = make_float4(o->x * before, o->y * before, o->z * before, o->w * before);
+      }
+#pragma unroll
+      for (int u = 0; u < kPartsAhead; ++u) {
+        const float w = __shfl_sync(~0U, weight, j + u);
+        *o = make_float4(fmaf(part[u].x, w, o->x), fmaf(part[u].y, w, o->y),
+                         fmaf(part[u].z, w, o->z), fmaf(part[u].w, w, o->w));
+      }
+    }
+  }
+
+  // The i-th part from CTA `first` on, which began the item.
+  __device__ __forceinline__ Result part_of(std::int32_t first, std::int32_t i) const {
+    return slot(first + i, i == 0 ? 0 : 1);
+  }
+
+  // Two threads' columns are stored together. All threads of a warp.
+  __device__ __forceinline__ void finish_pair(const Tile& tile, int r, int c, bool exists,
+                                              const Fold& fold, const float4& o) const {
+    const float4 other =
+        make_float4(__shfl_down_sync(~0U, o.x, 1), __shfl_down_sync(~0U, o.y, 1),
+                    __shfl_down_sync(~0U, o.z, 1), __shfl_down_sync(~0U, o.w, 1));
+    if (exists && c % 8 == 0) finish(tile, r, c, fold.max, fold.sum, o, other);
   }
 
   __device__ __forceinline__ void fold_columns(std::int32_t first, std::int32_t last, int r, int c,

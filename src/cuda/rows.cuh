@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/tile/ptx.cuh"
 #include "cuda/walk.cuh"
 #include "semantics/host_device.h"
 #include "semantics/quant.h"
@@ -48,6 +49,7 @@ struct RowTable {
   std::int32_t head[kRows];
   std::int32_t query_index[kRows];
   float slope[kRows];
+  float sink[kRows];  // if there are sinks; see fill_rows
   alignas(16) std::int32_t common[4];  // spans that all rows see
   LoadableKeys keys;
   __device__ __forceinline__ bool may_read(std::int32_t key) const {
@@ -88,9 +90,9 @@ __device__ __forceinline__ int4 visible_keys(const semantics::Spans& spans) {
                    static_cast<int>(spans.main.begin), static_cast<int>(spans.main.end));
 }
 
-// Fills the table for a segment; callers synchronise after it. Rows of a shared prefix are of
-// several sequences: those keys lie in everybody's past and there is no window
-// (CudaPlan::cascade_rule), so every row sees them all.
+// Fills the table for a segment; callers wait for this thread's copies (sinks) and synchronise after
+// it. Rows of a shared prefix are of several sequences: those keys lie in everybody's past and there
+// is no window (CudaPlan::cascade_rule), so every row sees them all.
 template <int kRows, int kThreads>
 __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& segment,
                                        std::int32_t kv_head, RowTable<kRows>& table) {
@@ -119,6 +121,9 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
     // Query-query bias is about keys behind every shared prefix: with index 0 it stays there.
     table.query_index[r] = shared_rows != nullptr ? 0 : tile.first_index + place.index;
     table.slope[r] = p.layer.alibi_slopes != nullptr ? p.layer.alibi_slopes[place.head] : 0.0F;
+    if (p.layer.sinks != nullptr) {
+      tile::copy_async<4>(tile::shared_address(&table.sink[r]), p.layer.sinks + place.head, 4);
+    }
   }
   if (threadIdx.x == kThreads - 1) {
     *reinterpret_cast<int4*>(table.common) = common;

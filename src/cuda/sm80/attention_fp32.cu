@@ -167,6 +167,8 @@ __global__ void __launch_bounds__(kThreads)
     const int kv_head = segment.head;
     __syncthreads();
     fill_rows<kRows, kThreads>(p, segment, kv_head, shared.rows);
+    tile::commit_copies();
+    tile::wait_copies<0>();
     if (threadIdx.x < kRows) {
       shared.max[threadIdx.x] = -INFINITY;
       shared.sum[threadIdx.x] = 0.0F;

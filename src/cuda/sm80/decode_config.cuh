@@ -63,9 +63,12 @@ struct WarpStream {
 };
 
 template <class C>
+using DecodeFinisher = Finisher<C::kRows, kDecodeThreads, C::kMinCtas == 4 ? 6 : 12>;
+
+template <class C>
 struct DecodeShared {
   RowTable<C::kRows> rows[2];  // of the segment at work and the next
-  typename Finisher<C::kRows, kDecodeThreads>::Shared finish;
+  typename DecodeFinisher<C>::Shared finish;
   // Of each warp's keys; from [kDecodeWarps] on, of those that are absent (see set_absent_apart).
   float max[C::kStates][C::kRows];
   float sum[C::kStates][C::kRows];

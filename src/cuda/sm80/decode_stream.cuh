@@ -225,15 +225,19 @@ class DecodeStream {
     tile::commit_copies();
   }
 
+  // If the ring has room and nothing is left to load of what is known: the next unit, and asks where
+  // its keys are.
+  __device__ __forceinline__ void find_next_if_idle() {
+    if (left_ > 0 || fetched_ - consumed_ == p_.stages) return;
+    go_on();
+    look_up();
+  }
+
   // Fills what is free of the ring: at the start, and where segments are so short that the ring
   // could not be kept full across them.
   __device__ __forceinline__ void refill() {
 #pragma unroll 1
     for (int n = fetched_ - consumed_; n < p_.stages; ++n) {
-      if (left_ == 0) {
-        go_on();
-        look_up();
-      }
       const bool live = left_ > 0;
       const int stage = stage_ + n < p_.stages ? stage_ + n : stage_ + n - p_.stages;
       if (live) fetch_into<0>(stage);
