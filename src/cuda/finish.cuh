@@ -299,9 +299,8 @@ class Finisher {
   // Two threads' columns are stored together. All threads of a warp.
   __device__ __forceinline__ void finish_pair(const Tile& tile, int r, int c, bool exists,
                                               const Fold& fold, const float4& o) const {
-    const float4 other =
-        make_float4(__shfl_down_sync(~0U, o.x, 1), __shfl_down_sync(~0U, o.y, 1),
-                    __shfl_down_sync(~0U, o.z, 1), __shfl_down_sync(~0U, o.w, 1));
+    const float4 other = make_float4(__shfl_down_sync(~0U, o.x, 1), __shfl_down_sync(~0U, o.y, 1),
+                                     __shfl_down_sync(~0U, o.z, 1), __shfl_down_sync(~0U, o.w, 1));
     if (exists && c % 8 == 0) finish(tile, r, c, fold.max, fold.sum, o, other);
   }
 

@@ -49,7 +49,7 @@ struct RowTable {
   std::int32_t head[kRows];
   std::int32_t query_index[kRows];
   float slope[kRows];
-  float sink[kRows];  // if there are sinks; see fill_rows
+  float sink[kRows];                   // if there are sinks; see fill_rows
   alignas(16) std::int32_t common[4];  // spans that all rows see
   LoadableKeys keys;
   __device__ __forceinline__ bool may_read(std::int32_t key) const {

@@ -394,6 +394,7 @@ std::string CudaPlan::to_string() const {
                   stage.grid, stage.mma_launch.stages, stage.passes);
     text += line;
   }
+  if (shares_) text += "find_partners: shared prefixes are looked for\n";
   return text;
 }
 

@@ -243,8 +243,8 @@ class PrefillLoader {
     constexpr int kPieces = C::kHeadK / 8;
     constexpr int kWarpRows = 16 * C::kMTiles;
     const int first = warp() * kWarpRows;
-    const auto mine = reinterpret_cast<std::uintptr_t>(
-        query_row(p_, task, first + lane() % kWarpRows));
+    const auto mine =
+        reinterpret_cast<std::uintptr_t>(query_row(p_, task, first + lane() % kWarpRows));
     const int rows = task.segment.tile.rows - first;
 #pragma unroll 2
     for (int i = lane(); i < kWarpRows * kPieces; i += 32) {
