@@ -352,8 +352,9 @@ class Visits {
  private:
   void add_units(const Tile& tile, std::int32_t first, std::int32_t count, std::int64_t row) {
     const std::int64_t begin = std::max<std::int64_t>(first * kUnitKeys, tile.kv_begin);
-    const std::int64_t end = std::min<std::int64_t>((first + count) * kUnitKeys, tile.kv_len);
-    if (count > 0) keys_[row].emplace_back(begin, end);
+    const std::int64_t end = std::min<std::int64_t>((first + count) * kUnitKeys,
+                                                    std::min(tile.kv_len, tile.visible_end));
+    if (begin < end) keys_[row].emplace_back(begin, end);
   }
 
   const Batch& batch_;
