@@ -30,18 +30,21 @@ step() {
   exit 1
 }
 
-# The random cases, in four processes: most of the time goes into the reference on the host.
+# The random cases, in as many processes as there are processors: most of the time goes into the
+# reference on the host. A log of an earlier run must not count.
 random_cases() {
-  local pids=() status=0 seed
-  for seed in 1 2 3 4; do
-    "$bin/quire" verify --device cuda --cases $((cases / 4)) --seed "$seed" \
+  local pids=() status=0 seed count
+  count=$(nproc)
+  rm -f "$logs"/gpu_seed*.log
+  for seed in $(seq "$count"); do
+    "$bin/quire" verify --device cuda --cases $(((cases + count - 1) / count)) --seed "$seed" \
       > "$logs/gpu_seed$seed.log" 2>&1 &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || status=1; done
-  grep -h -A 2 FAILED "$logs"/gpu_seed[1-4].log
+  grep -h -A 2 FAILED "$logs"/gpu_seed*.log
   awk '/ passed, / { passed += $1; failed += $3 } END { print passed " passed, " failed " failed" }' \
-    "$logs"/gpu_seed[1-4].log
+    "$logs"/gpu_seed*.log
   return "$status"
 }
 export -f random_cases
@@ -57,7 +60,7 @@ done
 if [ -x "$bin/conformance_test" ]; then
   step conformance 120 "$bin/conformance_test" --gtest_filter='*/cuda' --gtest_brief=1
 fi
-step random $((60 + cases / 40)) bash -c random_cases
+step random $((60 + cases / 10 / $(nproc))) bash -c random_cases
 [ "$mode" = full ] || exit 0
 for tool in memcheck racecheck initcheck synccheck; do
   step "$tool" 240 compute-sanitizer --tool "$tool" --error-exitcode 9 \
