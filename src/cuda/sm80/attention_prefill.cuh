@@ -217,8 +217,7 @@ class PrefillAttention : PrefillRows<C> {
     std::uint32_t query = tile::opaque(tile::a_base(query_, warp_row(), C::kPitchK));
     std::uint32_t key = tile::opaque(tile::b_base(keys, 0, C::kPitchK)) +
                         static_cast<std::uint32_t>(first * C::kPitchK);
-    // Four steps of 16 columns: 128 bytes, where addresses repeat. Past the last column the load
-    // ahead reads something that nobody uses.
+    // Four steps of 16 columns: 128 bytes, where addresses repeat.
     const int rounds = (p_.layer.head_size + 63) / 64;
     KeyOperands operands[2];
     operands[0].load(query, key, 0);
@@ -227,7 +226,7 @@ class PrefillAttention : PrefillRows<C> {
     for (int round = 0; round < (C::kHeadK <= 128 ? kUnroll : rounds); ++round) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (C::kHeadK > 128 || round * 4 + k < C::kHeadK / 16 - 1) {
+        if (C::kHeadK > 128 ? k < 3 || round + 1 < rounds : round * 4 + k < C::kHeadK / 16 - 1) {
           operands[(k + 1) % 2].load(query, key, 2 * k + 2);
         }
         operands[k % 2].multiply(s);
