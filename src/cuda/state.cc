@@ -258,6 +258,14 @@ void CudaPlan::update(const LayerParams& layer, const BatchParams& batch, cudaSt
   args.batch = batch;
   std::copy(current_->rules, current_->rules + kNumRules, args.rules);
   share_out(args.rules, num_used_);
+  // Requests of one length are one kernel's: the others need not be launched. A graph serves batches
+  // of any composition.
+  first_used_ = 0;
+  if (!capturing && batch.num_tokens == batch.num_seqs * batch.max_query_len) {
+    first_used_ = num_used_ - 1;
+    for (int i = 0; i < first_used_; ++i) args.rules[i].up_to_rows = 0;
+    args.rules[first_used_].above_rows = 0;
+  }
   args.shared = current_->shared;
   args.prefixes = current_->prefixes;
   args.prefixes.rule = rule;
@@ -322,7 +330,8 @@ void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
     }
     p.block_output = reinterpret_cast<float*>(workspace.block_output.data());
   }
-  if (is_capturing(stream)) {
+  const bool capturing = is_capturing(stream);
+  if (capturing) {
     workspace.captured = true;
     workspace.captured_plain = workspace.captured_plain || !shares_;
     num_captured_ = std::min(num_captured_, num_used_);
@@ -332,7 +341,7 @@ void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
     shared.shared_rows = workspace.prefixes.rows;
     launch(many(), shared, p, stream);
   }
-  for (int i = 0; i < num_used_; ++i) {
+  for (int i = capturing ? 0 : first_used_; i < num_used_; ++i) {
     const Stage& stage = stages_[i];
     if (stage.tile_rows > 0) launch(stage, view_of(stage, workspace.rules[i]), p, stream);
   }

@@ -97,7 +97,9 @@ class CudaPlan final : public PlanState {
   Device device_;
   const DeviceInfo& info_;
   Stage stages_[kNumRules];
-  int num_used_ = kNumRules;      // stages of the planned batch, by its bound on query lengths
+  // Stages that have work in the planned batch, by its bound on query lengths.
+  int first_used_ = 0;
+  int num_used_ = kNumRules;
   int num_captured_ = kNumRules;  // stages that all graphs launch
   bool shares_ = false;           // the planned batch may have shared prefixes
   DeviceBuffer slots_;

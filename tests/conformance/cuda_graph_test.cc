@@ -274,6 +274,41 @@ TEST_F(CudaGraphTest, CaptureOfDecodeServesEveryDecodeBatch) {
   replay(&step, {{1, 5}, {1, 9}}, steps);
 }
 
+// A batch that says that all its requests are of one length is one kernel's; a graph that was captured
+// after it serves others too.
+TEST_F(CudaGraphTest, CaptureAfterRequestsOfOneLength) {
+  Step step;
+  Plan plan(step.config(true));
+  const auto eager = [&](std::int64_t max_query_len, const Lengths& lengths, const char* what) {
+    step.max_query_len = max_query_len;
+    step.set(lengths);
+    step.upload();
+    step.run(true, &plan, ctx_);
+    check(cudaStreamSynchronize(stream_));
+    step.expect_same(what);
+  };
+  const std::int64_t equal_share = kTokens / kSeqs;
+  eager(kTokens, {{1, 5}, {1, 9}}, "any length");
+  eager(equal_share, {{16, 700}, {16, 16}, {16, 90}, {16, 2000}, {16, 64}, {16, 17}}, "one length");
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+  step.work(true, plan, ctx_);
+  check(cudaStreamEndCapture(stream_, &graph));
+  check(cudaGraphInstantiate(&executable, graph, 0));
+  std::mt19937 random(19);
+  for (int i = 0; i < 12; ++i) {
+    // Every other time the batch's padding makes it look like one of equal lengths.
+    eager(i % 2 == 0 ? equal_share : kTokens, random_lengths(&random, 16), "between");
+    step.upload();
+    check(cudaGraphLaunch(executable, stream_));
+    check(cudaStreamSynchronize(stream_));
+    step.expect_same("graph");
+  }
+  cudaGraphExecDestroy(executable);
+  cudaGraphDestroy(graph);
+}
+
 // Announced prefixes come and go; before a capture, in one, and between the launches of its graph.
 TEST_F(CudaGraphTest, CascadeBesideGraphs) {
   const std::vector<std::pair<int, int>> sharing = {{1, 1100}, {2, 1200}, {1, 2000}, {1, 1030}};
