@@ -258,10 +258,12 @@ void CudaPlan::update(const LayerParams& layer, const BatchParams& batch, cudaSt
   args.batch = batch;
   std::copy(current_->rules, current_->rules + kNumRules, args.rules);
   share_out(args.rules, num_used_);
-  // Requests of one length are one kernel's: the others need not be launched. A graph serves batches
-  // of any composition.
+  // Requests of one length are one kernel's: the others need not be launched. Not in a graph, which
+  // serves batches of any composition, nor where bits must not depend on padding, which can make
+  // other batches look like this.
   first_used_ = 0;
-  if (!capturing && batch.num_tokens == batch.num_seqs * batch.max_query_len) {
+  if (!capturing && !layer.batch_invariant &&
+      batch.num_tokens == batch.num_seqs * batch.max_query_len) {
     first_used_ = num_used_ - 1;
     for (int i = 0; i < first_used_; ++i) args.rules[i].up_to_rows = 0;
     args.rules[first_used_].above_rows = 0;

@@ -62,6 +62,8 @@ struct WarpStream {
   int first_kv_row;           // of direct attention
 };
 
+// Parts ahead: 48 registers' worth, or 24 where four CTAs leave a thread 128. With more, the loop over
+// keys spills.
 template <class C>
 using DecodeFinisher = Finisher<C::kRows, kDecodeThreads, C::kMinCtas == 4 ? 6 : 12>;
 
