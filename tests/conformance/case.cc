@@ -44,8 +44,8 @@ void make_query(Case* c, Rng* rng) {
   c->query = make_tensor(config.dtype, {spec.num_rows(), config.num_heads, config.head_size},
                          query_layout(spec, rng));
   const Amplitude amplitude = amplitude_of(spec);
-  const std::int64_t first = spec.leading_rows;
-  for (std::int64_t row = first; row < spec.num_actual_tokens(); ++row) {
+  const std::int64_t end = std::min(spec.num_actual_tokens(), spec.num_rows() - spec.padded_rows);
+  for (std::int64_t row = spec.leading_rows; row < end; ++row) {
     for (std::int64_t h = 0; h < config.num_heads; ++h) {
       for (std::int64_t d = 0; d < config.head_size; ++d) {
         double x = amplitude.query * rng->normal() / c->q_scale();
@@ -165,7 +165,7 @@ std::int64_t CaseSpec::num_rows() const {
 }
 
 std::int64_t CaseSpec::num_actual_tokens() const {
-  return std::max<std::int64_t>(num_rows() - padded_rows - cut_rows, 0);
+  return std::max<std::int64_t>(num_rows() - padded_rows + counted_rows - cut_rows, 0);
 }
 
 Amplitude amplitude_of(const CaseSpec& spec) {

@@ -67,10 +67,12 @@ struct CaseSpec {
 
   // Padding and dirt.
   std::int64_t leading_rows = 0;  // rows of the query before the first sequence's
-  std::int64_t padded_rows = 0;   // rows past num_actual_tokens
+  std::int64_t padded_rows = 0;   // rows behind the last sequence's
+  std::int64_t counted_rows = 0;  // of these, the ones that num_actual_tokens counts
   std::int64_t cut_rows = 0;      // rows of the last sequences that num_actual_tokens cuts off
   std::int64_t padded_sequences = 0;
-  std::int64_t extra_blocks = 1;  // of the cache, used by nobody
+  std::int64_t max_query_len = 0;  // what the batch says
+  std::int64_t extra_blocks = 1;   // of the cache, used by nobody
   std::int64_t extra_table_width = 1;
   std::int64_t wild_blocks = 0;  // table entries that name no block of the cache
 

@@ -356,8 +356,10 @@ std::string describe(const CaseSpec& spec) {
   number("announced", spec.announced_prefix_len);
   number("leading_rows", spec.leading_rows);
   number("padded_rows", spec.padded_rows);
+  number("counted_rows", spec.counted_rows);
   number("cut_rows", spec.cut_rows);
   number("padded_sequences", spec.padded_sequences);
+  number("max_query_len", spec.max_query_len);
   number("wild_blocks", spec.wild_blocks);
   flag("block_scale", spec.block_scale);
   flag("batch_invariant", config.batch_invariant);

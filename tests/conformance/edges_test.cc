@@ -1,6 +1,7 @@
 // "Edges that every backend must get right" of semantics.md, and the forms of outputs.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -95,6 +96,25 @@ TEST_P(EdgeTest, RowsPastNumActualTokensAreNotTouched) {
 TEST_P(EdgeTest, RowsOfNoSequenceAreNotTouched) {
   CaseSpec spec = small_spec();
   spec.leading_rows = 2;
+  check(spec);
+  spec.leading_rows = 0;
+  spec.padded_rows = 4;
+  spec.counted_rows = 3;
+  check(spec);
+}
+
+// Whether or not padding makes the lengths look equal.
+TEST_P(EdgeTest, LongestQuerySaidByTheCaller) {
+  CaseSpec spec = small_spec();
+  for (const SequenceSpec& sequence : spec.sequences) {
+    spec.max_query_len = std::max(spec.max_query_len, sequence.query_len);
+  }
+  check(spec);
+  const auto num_seqs = static_cast<std::int64_t>(spec.sequences.size());
+  spec.padded_rows = spec.counted_rows = num_seqs * spec.max_query_len - spec.num_rows();
+  check(spec);
+  spec = small_spec({{4, 300}, {4, 4}, {4, 77}});
+  spec.max_query_len = 4;
   check(spec);
 }
 

@@ -36,18 +36,19 @@ class InvarianceTest : public ConformanceTest {
     return rows;
   }
 
-  // Puts the query, K and V of sequence 0 of `from` in place of those of sequence `s` of `to`.
-  static void transplant(const Case& from, const Case& to, std::int64_t s) {
-    const SequenceSpec& sequence = from.spec.sequences[0];
+  // Puts the query, K and V of sequence `r` of `from` in place of those of sequence `s` of `to`.
+  static void transplant(const Case& from, std::int64_t r, const Case& to, std::int64_t s) {
+    const SequenceSpec& sequence = from.spec.sequences[static_cast<std::size_t>(r)];
+    const auto first = static_cast<std::int64_t>(from.query_start_loc.get({r}));
     const auto row = static_cast<std::int64_t>(to.query_start_loc.get({s}));
     const AttentionConfig& config = from.spec.config;
     for (std::int64_t i = 0; i < sequence.query_len; ++i) {
-      std::memcpy(to.query.at({row + i, 0, 0}), from.query.at({i, 0, 0}),
+      std::memcpy(to.query.at({row + i, 0, 0}), from.query.at({first + i, 0, 0}),
                   config.num_heads * config.head_size * size_of(config.dtype));
     }
     for (std::int64_t j = 0; j < sequence.seq_len; ++j) {
       const std::int64_t block_size = config.block_size;
-      const auto source = static_cast<std::int64_t>(from.block_table.get({0, j / block_size}));
+      const auto source = static_cast<std::int64_t>(from.block_table.get({r, j / block_size}));
       const auto target = static_cast<std::int64_t>(to.block_table.get({s, j / block_size}));
       for (std::int64_t h = 0; h < config.num_kv_heads; ++h) {
         for (const auto& [a, b] : {std::pair{&from.key_cache, &to.key_cache},
@@ -90,13 +91,31 @@ TEST_P(InvarianceTest, OutputBitsDependOnTheSequenceAlone) {
           spec.extra_table_width = seed % 7;
           spec.threads = seed % 4;
           const Case c = build_case(spec);
-          transplant(alone, c, place);
+          transplant(alone, 0, c, place);
           const auto row = static_cast<std::int64_t>(c.query_start_loc.get({place}));
           const Rows got = rows_of(c, DeviceCase(c, backend()).attend(), row, query_len);
           EXPECT_TRUE(got == wanted) << query_len << "/" << seq_len << " in " << describe(spec);
         }
       }
     }
+  }
+}
+
+// Padding inside num_actual_tokens makes batches of several lengths look like batches of one.
+TEST_P(InvarianceTest, CountedPaddingAndTheLongestQueryChangeNoBits) {
+  for (const std::int64_t max_query_len : {5, 20, 90}) {
+    CaseSpec spec = invariant_spec(DType::kBFloat16, {{1, 2600}, {5, 2111}, {3, 700}}, 7);
+    const Case plain = build_case(spec);
+    const Rows wanted = rows_of(plain, DeviceCase(plain, backend()).attend(), 0, 9);
+    spec.max_query_len = max_query_len;
+    spec.padded_sequences = 1;
+    spec.counted_rows = 4 * max_query_len - spec.num_rows();
+    spec.padded_rows = spec.counted_rows + 2;
+    const Case padded = build_case(spec);
+    for (std::int64_t s = 0; s < 3; ++s) transplant(plain, s, padded, s);
+    const Rows got = rows_of(padded, DeviceCase(padded, backend()).attend(), 0, 9);
+    EXPECT_TRUE(got == wanted) << describe(spec);
+    check(padded);
   }
 }
 

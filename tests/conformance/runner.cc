@@ -51,6 +51,7 @@ CommonAttentionMetadata DeviceCase::batch() {
   batch.block_table = buffers_.view(c_.block_table);
   batch.slot_mapping = buffers_.view(c_.slot_mapping);
   batch.num_actual_tokens = c_.spec.num_actual_tokens();
+  batch.max_query_len = c_.spec.max_query_len;
   batch.causal = buffers_.view(c_.causal);
   batch.mm_prefix_range = buffers_.view(c_.mm_prefix_range);
   batch.visible_prefix_lens = buffers_.view(c_.visible_prefix_lens);
