@@ -96,18 +96,21 @@ class Finisher {
       const Seeds& seeds = p_.schedule.seeds;
       const std::int64_t token = tile.seed + (tile.first_sub + r) / p_.layer.group;
       const std::int64_t row = token * p_.layer.num_heads + table_.head[r];
-      auto* seed = reinterpret_cast<float4*>(seeds.o + row * seeds.pitch + first_column_ + c);
+      const int column = first_column_ + c;
+      auto* seed = reinterpret_cast<float4*>(seeds.o + row * seeds.pitch + column);
+      // Each pass over a row's columns is relative to a maximum of its own: they may have been cut
+      // at other keys, and the prefill kernel's maximum depends on the cuts.
+      const std::int64_t state = row * seeds.passes + column / seeds.columns;
       if (p_.schedule.shared_rows != nullptr) {
         seed[0] = low;
         seed[1] = high;
-        // All passes over a row's columns find the same maximum, and sums that differ in rounding.
-        if (first_column_ + c == 0) {
-          seeds.max[row] = max;
-          seeds.sum[row] = sum;
+        if (c == 0) {
+          seeds.max[state] = max;
+          seeds.sum[state] = sum;
         }
         return;
       }
-      Fold fold{seeds.max[row], seeds.sum[row]};
+      Fold fold{seeds.max[state], seeds.sum[state]};
       fold.add(max, sum);
       max = fold.max;
       sum = fold.sum;

@@ -31,9 +31,10 @@ namespace score {
 #include "semantics/score.inc"
 }
 
-// The keys of a tile that may be read: those below kv_len, but for [hidden_begin, hidden_end). These
-// lie in front of every row's window: their blocks may have been freed and hold anything, so they
-// count as absent.
+// The keys of a tile that may be read: those below kv_len, but for [hidden_begin, hidden_end). No row
+// of the tile sees any other, and those that no row of the sequence sees (before every window, the
+// dead middle behind a visible prefix, behind the last row's window) may lie in blocks that have been
+// freed and hold NaN, which a weight of 0 does not hide: they count as absent and read as zeros.
 struct LoadableKeys {
   std::int32_t kv_len;
   std::int32_t hidden_begin;
@@ -66,7 +67,7 @@ __device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const Til
 }
 
 __device__ __forceinline__ LoadableKeys loadable_keys(const KernelParams& p, const Tile& tile) {
-  const std::int32_t kv_len = keys_of(p, tile);
+  const std::int32_t kv_len = min(keys_of(p, tile), tile.visible_end);
   return {kv_len, tile.hidden_begin, min(tile.hidden_end, kv_len)};
 }
 

@@ -217,6 +217,8 @@ void CudaPlan::allocate_cascade(const LayerParams& layer, Workspace* workspace,
   const std::int64_t seed_rows = std::int64_t{prefixes.max_rows} * layer.num_heads;
   Seeds& seeds = workspace->seeds;
   seeds.pitch = (layer.head_size_v + 7) / 8 * 8;
+  seeds.columns = many().columns;
+  seeds.passes = many().passes;
 
   Carver carver;
   std::size_t lists[6];
@@ -224,8 +226,8 @@ void CudaPlan::allocate_cascade(const LayerParams& layer, Workspace* workspace,
   const std::size_t groups = carver.take<PrefixGroup>(kMaxPrefixGroups);
   const std::size_t rows = carver.take<SharedRow>(prefixes.max_rows);
   const std::size_t o = carver.take<float>(seed_rows * seeds.pitch);
-  const std::size_t max = carver.take<float>(seed_rows);
-  const std::size_t sum = carver.take<float>(seed_rows);
+  const std::size_t max = carver.take<float>(seed_rows * seeds.passes);
+  const std::size_t sum = carver.take<float>(seed_rows * seeds.passes);
   const RuleOffsets tiles = carve(&carver, rule, 0);
   workspace->cascade.allocate(carver.size(), stream);
 

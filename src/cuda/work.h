@@ -44,7 +44,7 @@ struct alignas(16) Tile {
   std::int32_t cost;  // of one head
   // Keys that every row sees, as two spans; exact where all rows are of one token.
   std::int32_t common[4];
-  // Keys in front of every row's window.
+  // Keys between the rows' visible prefixes and their windows: no row sees them.
   std::int32_t hidden_begin;
   std::int32_t hidden_end;
   std::int32_t visible_end;  // no row sees keys from here on
@@ -107,12 +107,15 @@ struct SharedPrefixes {
 };
 
 // What the queries of SharedPrefixes::rows saw in their prefixes, unnormalised: [rows, num_heads]
-// times `pitch` floats, a maximum and a sum. Items of the same queries start from it.
+// times `pitch` floats, and for each of `passes` passes of `columns` of them a maximum and a sum.
+// Items of the same queries start from it.
 struct Seeds {
   float* o = nullptr;
   float* max = nullptr;
   float* sum = nullptr;
   std::int32_t pitch = 0;
+  std::int32_t columns = 0;
+  std::int32_t passes = 1;
 };
 
 struct ScheduleHeader {

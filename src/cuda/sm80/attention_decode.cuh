@@ -5,7 +5,8 @@
 //   at an item's end: the four warps' (m, l, O) -> shared memory -> merged -> output or a slot
 //
 // Warps wait for each other only at the end of an item. Copies for the next items go on meanwhile:
-// their queries and row tables are prepared an item ahead, in the other of two buffers.
+// their queries and row tables are prepared an item ahead, in the other of two buffers. So an item's
+// end must have a barrier behind the last use of its row table: merge() has, folds get one in work().
 // 8-bit caches: the lane that copied bytes widens them. A token's own K scale multiplies its column
 // of S in fp32 (rounded into K it would cost a bit of every logit). Its V scale multiplies P in
 // bf16, which holds every product; in fp16 tiny ones would be lost, so there it goes into V.
@@ -101,11 +102,15 @@ class DecodeAttention : DecodeMerge<C> {
       this->merge(finisher, segment, emit, rows);
       unit = end;
     } while (unit < segment.unit_end);
-    if (!segment.whole()) {
-      finisher.arrive(this->stream().walker.sharers(segment), segment);
-    } else if (!one_run) {
+    if (segment.whole() && one_run) return;  // written between merge()'s barriers
+    if (segment.whole()) {
       finisher.write(segment, finisher.slot(cta, 0));
+    } else {
+      finisher.arrive(this->stream().walker.sharers(segment), segment);
     }
+    // Warps that are done would prepare the segment after the next one, whose row table takes the
+    // place of this one's, while others still store rows by it: rows went to other rows' places.
+    __syncthreads();
   }
 
   // ---- the loop -------------------------------------------------------------------------------
