@@ -33,7 +33,7 @@ struct DirectRows {
 
 // Asks for the lines of `ahead` that begin in the vector at element i. Into L2 only (locality 2):
 // asked into L1 they occupy its few miss buffers and hold up the loads of the current unit, which
-// made decode 1.3 times slower (docs/performance.md).
+// made decode 1.3 times slower (docs/experiments.md).
 template <DType kDType>
 HWY_INLINE void prefetch_ahead(const char* ahead, std::int32_t i) {
   constexpr std::int64_t kBytes = size_of(kDType);

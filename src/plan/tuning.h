@@ -20,7 +20,7 @@ struct TilePolicy {
 
 // Up to this many rows the CPU kernel reads K and V straight from the cache, widening each vector
 // once per 4 rows; above it, transposing K once per tile for all rows is cheaper. At 20 rows the
-// direct way was 1.2 times faster (docs/performance.md).
+// direct way was 1.2 times faster (docs/experiments.md).
 inline constexpr std::int32_t kCpuFewRows = 32;
 
 // Rows of a prefill tile: 96 = 16 blocks of the 6-row micro-kernel; Q, S, O and a K and V tile of
@@ -56,7 +56,7 @@ inline TilePolicy cpu_shared_prefix_policy(const LayerParams& layer) {
 
 // Most kv heads that one item of few rows takes together. All heads of a token lie side by side in
 // the NHD cache, so reading them together walks memory in order: one head at a time reached 18 of
-// 38 GB/s, all together 31 (docs/performance.md). Their widened K and V stay within 256 KiB of L2.
+// 38 GB/s, all together 31 (docs/experiments.md). Their widened K and V stay within 256 KiB of L2.
 inline std::int32_t cpu_most_heads(const LayerParams& layer, std::int32_t kv_tile) {
   const std::int64_t floats = std::int64_t{kv_tile} * (layer.head_size + layer.head_size_v);
   const auto fit = static_cast<std::int32_t>(std::max<std::int64_t>(65536 / floats, 1));
