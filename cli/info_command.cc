@@ -95,6 +95,7 @@ void print_json() {
   }
   const Json info = {{"version", QUIRE_VERSION_STRING},
                      {"threads", default_thread_pool().num_threads()},
+                     {"threads_asked_for", default_num_threads()},
                      {"backends", backends}};
   std::printf("%s\n", info.dump(2).c_str());
 }
@@ -144,7 +145,12 @@ void add_property(Table& table, const char* name, const Cell& cell) {
 }
 
 void print_text() {
-  std::printf("quire %s, %d threads\n", QUIRE_VERSION_STRING, default_thread_pool().num_threads());
+  const int num_threads = default_thread_pool().num_threads();
+  std::printf("quire %s, %d threads", QUIRE_VERSION_STRING, num_threads);
+  if (num_threads < default_num_threads()) {
+    std::printf(" (asked for %d, which the system does not start)", default_num_threads());
+  }
+  std::printf("\n");
   for (const AttentionBackend* backend : attention_backends()) {
     const std::string text = backend->instruction_set();
     std::printf("backend %s: %s\n", backend->name(),

@@ -50,8 +50,8 @@ typedef int32_t quire_status;
 enum {
   QUIRE_OK = 0,
   QUIRE_INVALID_ARGUMENT = 1, /* a mistake of the caller: quire::Error, or a null pointer */
-  QUIRE_OUT_OF_MEMORY = 2,
-  QUIRE_INTERNAL = 3 /* a device failed, or Quire did */
+  QUIRE_OUT_OF_MEMORY = 2,    /* of memory, or of threads that the system starts */
+  QUIRE_INTERNAL = 3          /* a device failed, or Quire did */
 };
 
 /* "0.1.0" */
@@ -120,14 +120,17 @@ typedef struct quire_scale {
 typedef struct quire_thread_pool quire_thread_pool;
 
 /* One piece of work: to be called once for each index in [0, num_tasks); `worker` is in
- * [0, num_threads) and differs between calls that run at the same time. */
+ * [0, num_threads) and differs between calls of one run that run at the same time. */
 typedef void (*quire_task)(void* task_context, int64_t index, int32_t worker);
 
 /* Runs a task on threads of the caller's: returns when all num_tasks calls have returned, and
- * blocks rather than spins. */
+ * blocks rather than spins. Called from inside a task it must not wait for the run which that task
+ * is part of: see quire::ThreadPool. */
 typedef void (*quire_run_tasks)(void* user, int64_t num_tasks, quire_task task, void* task_context);
 
-/* A pool of Quire's own: num_threads - 1 threads are started, the calling thread is the last. */
+/* A pool of Quire's own: num_threads - 1 threads are started, the calling thread is the last.
+ * QUIRE_OUT_OF_MEMORY if the system does not start them all; the text says how many it would.
+ * quire/types.h says what holds after fork() and for calls from inside a task. */
 QUIRE_C_API quire_status quire_thread_pool_create(int32_t num_threads, quire_thread_pool** pool);
 
 /* A pool over threads of the caller's: at most `num_threads` tasks run at a time. */

@@ -84,23 +84,45 @@ class ThreadPool {
  public:
   virtual ~ThreadPool() = default;
 
-  // How many calls of a task may run at the same time, the calling thread included; at least 1.
+  // How many calls of a task may run at the same time, the calling thread included; at least 1 and
+  // the same for the pool's whole life.
   virtual int num_threads() const = 0;
 
   // Calls task(context, index, worker) once for each index in [0, num_tasks), on any threads in
   // any order, and returns when all have returned. `worker` is in [0, num_threads()) and no two
-  // calls running at the same time share one. Tasks do not throw. Implementations block rather
-  // than spin while they wait.
+  // calls of this run that are under way at the same time share one. Tasks do not throw.
+  // Implementations block rather than spin while they wait.
+  //
+  // Calls may come from several threads, and from inside a task. One from inside a task must not
+  // wait for the run which that task is part of: that would never end. Quire's pools then run it on
+  // the calling thread, as worker 0 of its own run, and so do they with a call from inside a task
+  // of another of Quire's pools while they are busy. Of a task that runs on a thread of somebody
+  // else's they cannot know: it must not call a pool of Quire's whose run waits for it.
   using Task = void (*)(void* context, std::int64_t index, int worker);
   virtual void run(std::int64_t num_tasks, Task task, void* context) = 0;
 };
 
-// The process-wide pool, one thread for each CPU this process may run on (or QUIRE_NUM_THREADS
-// from the environment), started on first use. Calls from several threads take turns.
+// Quire's pools and fork(): threads do not survive it, so a pool starts new ones at its first run
+// in the child (fewer, if the system starts no more), also where another thread was inside a run
+// at the time of the fork. Destroying a pool in the child ends nothing of the parent's. In the child
+// a task that forked must not return, a plan that another thread was using must not be used, and
+// the process's very first call of Quire must not have been under way on another thread. CUDA does
+// not survive a fork: a child of a process that used CUDA gets errors from it.
+
+// The process-wide pool, started on first use with default_num_threads() threads. Where the system
+// cannot start so many, with half of those that it could, which leaves something to the rest of
+// the process; the calling thread alone is always there. Calls from several threads take turns.
 ThreadPool& default_thread_pool();
 
+// What default_thread_pool() asks for: QUIRE_NUM_THREADS from the environment, or one thread for
+// each CPU that this process may run on. Throws Error if QUIRE_NUM_THREADS is no number from 1 to
+// 4096.
+int default_num_threads();
+
 // A pool of the caller's own: num_threads - 1 threads are started, the calling thread is the last.
-// Throws Error if num_threads < 1.
+// Throws Error unless num_threads is 1 to 4096; std::system_error with the code
+// std::errc::resource_unavailable_try_again, saying how many it could start, if the system does not
+// start them all (limits of processes or of address space). None is left running then.
 std::unique_ptr<ThreadPool> make_thread_pool(int num_threads);
 
 // Where and how a call runs. The default: the CPU, on the default thread pool.

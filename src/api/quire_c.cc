@@ -12,6 +12,7 @@
 #include <new>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -59,6 +60,10 @@ quire_status guarded(Body&& body) noexcept {
     return fail(QUIRE_INVALID_ARGUMENT, error.what(), error.argument());
   } catch (const std::bad_alloc&) {
     return fail(QUIRE_OUT_OF_MEMORY, "out of memory");
+  } catch (const std::system_error& error) {
+    // A thread pool that the system does not start: see make_thread_pool().
+    const bool no_threads = error.code() == std::errc::resource_unavailable_try_again;
+    return fail(no_threads ? QUIRE_OUT_OF_MEMORY : QUIRE_INTERNAL, error.what());
   } catch (const std::exception& error) {
     return fail(QUIRE_INTERNAL, error.what());
   } catch (...) {
