@@ -1,15 +1,12 @@
 // quire bench: how fast attention runs over a set of workloads, beside the limits of the machine
 // measured in the same run.
-#include <unistd.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
-#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -19,6 +16,8 @@
 #include "bench/kernel/report.h"
 #include "bench/kernel/workload.h"
 #include "cli/commands.h"
+#include "cli/common/options.h"
+#include "cli/common/output.h"
 #include "quire/quire.h"
 
 namespace quire::cli {
@@ -31,6 +30,7 @@ struct Arguments {
   std::string device = "cpu";
   std::string workload_file;
   std::vector<std::string> only;
+  std::string dtype = "bfloat16";
   std::string kv_cache_dtype = "auto";
   std::string json_file;
   bench::Options options;
@@ -87,18 +87,11 @@ void set_device(Arguments* arguments) {
   }
 }
 
-// Before the benchmark, so that a mistyped path does not cost a run.
-std::ofstream open_output(const std::string& path) {
-  std::ofstream file(path);
-  if (!file) throw std::runtime_error("--json: cannot write " + path);
-  return file;
-}
+constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32};
 
-// One line that is overwritten, if people look at it.
-void show_progress(int index, int count, const bench::Workload& workload) {
-  if (isatty(STDERR_FILENO) == 0) return;
-  std::fprintf(stderr, "\r\x1b[K[%d/%d] %s", index + 1, count, workload.name.c_str());
-  std::fflush(stderr);
+DType dtype_of(const std::string& name) {
+  return *std::find_if(std::begin(kDTypes), std::end(kDTypes),
+                       [&](DType dtype) { return to_string(dtype) == name; });
 }
 
 void run_bench(Arguments arguments) {
@@ -106,34 +99,38 @@ void run_bench(Arguments arguments) {
   if (arguments.options.scale == 0.0) {
     arguments.options.scale = arguments.options.device == DeviceType::kCpu ? kDefaultCpuScale : 1.0;
   }
+  arguments.options.dtype = dtype_of(arguments.dtype);
   arguments.options.kv_cache_dtype = parse_kv_cache_dtype(arguments.kv_cache_dtype);
   const std::string path =
       arguments.workload_file.empty() ? find_default_workloads() : arguments.workload_file;
   const std::vector<bench::Workload> workloads =
       select(bench::load_workloads(path), arguments.only);
-  std::ofstream json;
-  if (!arguments.json_file.empty()) json = open_output(arguments.json_file);
+  std::optional<OutputFile> json;
+  if (!arguments.json_file.empty()) json.emplace("--json", arguments.json_file);
 
-  const bench::Report report = bench::run(workloads, arguments.options, show_progress);
-  if (isatty(STDERR_FILENO) != 0) std::fputs("\r\x1b[K", stderr);
+  ProgressLine progress;
+  const bench::Report report = bench::run(
+      workloads, arguments.options, [&](int index, int count, const bench::Workload& workload) {
+        progress.show("[" + std::to_string(index + 1) + "/" + std::to_string(count) + "] " +
+                      workload.name);
+      });
+  progress.clear();
   std::fputs(bench::to_table(report).c_str(), stdout);
-  if (json.is_open()) {
-    json << bench::to_json(report).dump(1) << '\n';
-    if (!json.flush()) throw std::runtime_error("--json: writing " + arguments.json_file);
-  }
+  flush_stdout();
+  if (json) json->write(bench::to_json(report).dump(1) + '\n');
 }
 
 void add_options(CLI::App* command, Arguments* arguments) {
-  const std::map<std::string, DType> dtypes = {
-      {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}, {"float32", DType::kFloat32}};
   bench::Options* options = &arguments->options;
   options->scale = 0.0;  // 0: the device's own
   command
       ->add_option("--device", arguments->device, "cpu, cuda, or reference for its float64 loops")
       ->check(CLI::IsMember({"cpu", "cuda", "reference"}))
       ->capture_default_str();
-  command->add_option("--workload", arguments->workload_file,
-                      "Workload file; default: bench/cases/workloads.json");
+  command
+      ->add_option("--workload", arguments->workload_file,
+                   "Workload file; default: bench/cases/workloads.json")
+      ->check(not_empty());
   command->add_option("--only", arguments->only, "Run these workloads only: NAME,...")
       ->delimiter(',');
   command
@@ -141,22 +138,25 @@ void add_options(CLI::App* command, Arguments* arguments) {
           "--scale", options->scale,
           "Shrink each workload to about this part of its flops, in (0, 1]; default 0.25 on "
           "the CPU, 1 on CUDA")
-      ->check(CLI::Range(1e-6, 1.0));
+      ->check(number_in(1e-6, 1.0));
   command->add_option("--repeat", options->min_repeats, "Timed calls, at least")
       ->check(CLI::Range(1, 10'000))
       ->capture_default_str();
   command->add_option("--min-time", options->min_time_ms, "Milliseconds of timed calls, at least")
-      ->check(CLI::Range(0.0, 1e6))
+      ->check(number_in(0.0, 1e6))
       ->capture_default_str();
   command->add_option("--threads", options->num_threads, "Threads; 0: one for each CPU")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
-  command->add_option("--dtype", options->dtype, "bfloat16, float16 or float32; default bfloat16")
-      ->transform(CLI::CheckedTransformer(dtypes));
+  std::vector<std::string> dtypes;
+  for (const DType dtype : kDTypes) dtypes.emplace_back(to_string(dtype));
+  command->add_option("--dtype", arguments->dtype, "Of query, key and value")
+      ->check(CLI::IsMember(dtypes))
+      ->capture_default_str();
   command
       ->add_option("--kv-cache-dtype", arguments->kv_cache_dtype,
-                   "auto, float16, bfloat16, float32, fp8_e4m3, fp8_e5m2, "
-                   "int8_per_token_head, fp8_per_token_head")
+                   "Of the paged cache; auto: that of key and value")
+      ->check(kv_cache_dtype_name())
       ->capture_default_str();
   command->add_option("--block-size", options->block_size, "Tokens of a block")
       ->check(CLI::Range(1, 65'536))
@@ -166,8 +166,9 @@ void add_options(CLI::App* command, Arguments* arguments) {
                     "Results that do not depend on the rest of the batch");
   command->add_flag("!--no-cascade", options->cascade,
                     "Announce no shared prefixes: each sequence reads its own keys");
-  command->add_option("--seed", options->seed, "Of page order and data")->capture_default_str();
-  command->add_option("--json", arguments->json_file, "Write everything, all samples included");
+  add_seed_option(*command, options->seed, "Of page order and data");
+  command->add_option("--json", arguments->json_file, "Write everything, all samples included")
+      ->check(not_empty());
 }
 
 }  // namespace

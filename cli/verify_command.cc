@@ -1,6 +1,5 @@
 // quire verify: random cases of the conformance suite, or stored outputs of vLLM's Triton kernel,
 // on a device of this machine.
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +10,8 @@
 #include <vector>
 
 #include "cli/commands.h"
+#include "cli/common/options.h"
+#include "cli/common/output.h"
 #include "quire/quire.h"
 #include "tests/conformance/covering.h"
 #include "tests/conformance/golden.h"
@@ -31,7 +32,7 @@ struct Options {
   std::vector<std::string> golden;
 };
 
-// Counts verdicts and says now and then how far it is.
+// Counts verdicts and shows people who look on how far it is.
 class Tally {
  public:
   explicit Tally(std::int64_t total) : total_(total) {}
@@ -41,28 +42,32 @@ class Tally {
       ++passed_;
     } else {
       ++failed_;
+      progress_.clear();
       std::printf("FAILED %s\n", problem.c_str());
-      std::fflush(stdout);
+      flush_stdout();
     }
-    const auto now = std::chrono::steady_clock::now();
-    if (now - last_report_ < std::chrono::seconds(5)) return;
-    last_report_ = now;
-    std::fprintf(stderr, "%lld of %lld, %lld failed\n", static_cast<long long>(passed_ + failed_),
-                 static_cast<long long>(total_), static_cast<long long>(failed_));
+    if (progress_.due()) {
+      progress_.show(std::to_string(passed_ + failed_) + " of " + std::to_string(total_) + ", " +
+                     std::to_string(failed_) + " failed");
+    }
   }
 
-  void finish() const {
+  void clear_progress() { progress_.clear(); }
+
+  // `all_well` false: something that is no case's fault is wrong.
+  void finish(bool all_well = true) {
+    progress_.clear();
     std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed_),
                 static_cast<long long>(failed_));
-    std::fflush(stdout);
-    if (failed_ > 0) throw CLI::RuntimeError(1);
+    flush_stdout();
+    if (failed_ > 0 || !all_well) throw CLI::RuntimeError(1);
   }
 
  private:
   std::int64_t total_;
   std::int64_t passed_ = 0;
   std::int64_t failed_ = 0;
-  std::chrono::steady_clock::time_point last_report_ = std::chrono::steady_clock::now();
+  ProgressLine progress_;
 };
 
 // The library reads these when it is first used, which is after this.
@@ -116,25 +121,21 @@ void verify_random(const AttentionBackend& backend, const Options& options) {
 // Fails too if a kernel of the backend's table was never launched. Names differ: the table's are
 // short, the device's are C++.
 void verify_covering(const AttentionBackend& backend) {
-  Tally tally(static_cast<std::int64_t>(conformance::covering_specs().size()));
+  Tally tally(conformance::num_covering_cases());
   const std::set<std::string> reached =
       conformance::run_covering(backend, [&](const std::string& problem) { tally.add(problem); });
-  const std::vector<KernelInfo> table = backend.kernel_table();
+  tally.clear_progress();
   for (const std::string& kernel : reached) std::printf("reached %s\n", kernel.c_str());
-  if (!table.empty()) {
-    tally.add(reached.size() == table.size()
-                  ? ""
-                  : "reached " + std::to_string(reached.size()) + " kernels of the " +
-                        std::to_string(table.size()) + " in this build");
-  }
-  tally.finish();
+  const std::size_t in_build = backend.kernel_table().size();
+  if (in_build > 0) std::printf("%zu of %zu kernels reached\n", reached.size(), in_build);
+  tally.finish(in_build == 0 || reached.size() == in_build);
 }
 
 void run(const Options& options) {
   set_environment(options);
   const AttentionBackend& backend = backend_of(options);
   std::printf("backend %s on %s\n", backend.name(), backend.instruction_set().c_str());
-  std::fflush(stdout);
+  flush_stdout();
   if (options.covering) {
     verify_covering(backend);
   } else if (options.golden.empty()) {
@@ -154,21 +155,29 @@ void add_verify_command(CLI::App& app) {
       "outputs of vLLM's Triton kernel");
   command->add_option("--device", options->device, "Backend to check: cpu, reference, ...")
       ->capture_default_str();
-  command->add_option("--cases", options->cases, "How many random cases")
-      ->capture_default_str()
-      ->check(CLI::Range(std::int64_t{0}, kMostCases));
-  command->add_option("--seed", options->seed, "Seed of the random cases")->capture_default_str();
-  command->add_option("--case", options->only_case, "Run this one case of the seed only")
-      ->check(CLI::Range(std::int64_t{0}, kMostCases));
-  command->add_flag("--covering", options->covering,
-                    "Run a few small cases that reach every kernel instead of random ones, and "
-                    "name the CUDA kernels that were reached");
-  command->add_option("--isa", options->isa,
-                      "Instruction set of the CPU backend: AVX3, AVX2, NEON, SCALAR, ...");
+  CLI::Option* cases = command->add_option("--cases", options->cases, "How many random cases")
+                           ->capture_default_str()
+                           ->check(CLI::Range(std::int64_t{0}, kMostCases));
+  CLI::Option* seed = add_seed_option(*command, options->seed, "Seed of the random cases");
+  CLI::Option* one = command
+                         ->add_option("--case", options->only_case,
+                                      "Run this one case of the seed only, and describe it")
+                         ->check(CLI::Range(std::int64_t{0}, kMostCases))
+                         ->excludes(cases);
+  CLI::Option* covering =
+      command->add_flag("--covering", options->covering,
+                        "Run a few small cases that reach every kernel instead of random ones, and "
+                        "name the CUDA kernels that were reached");
   command
-      ->add_option("--golden", options->golden,
-                   "Stored cases to run instead of random ones (safetensors)")
-      ->check(CLI::ExistingFile);
+      ->add_option("--isa", options->isa,
+                   "Instruction set of the CPU backend: AVX3, AVX2, NEON, SCALAR, ...")
+      ->check(not_empty());
+  CLI::Option* golden = command
+                            ->add_option("--golden", options->golden,
+                                         "Stored cases to run instead of random ones (safetensors)")
+                            ->check(CLI::ExistingFile);
+  for (CLI::Option* random : {cases, seed, one}) random->excludes(covering)->excludes(golden);
+  golden->excludes(covering);
   command->callback([options] { run(*options); });
 }
 

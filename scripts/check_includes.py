@@ -34,13 +34,14 @@ LAYERS = [
     ("generate", r"examples/llm/generate_command\.h$"),
     ("llm", r"examples/llm/"),
     ("examples", r"examples/"),
+    ("command", r"cli/common/"),
     ("cli", r"cli/"),
     ("bench", r"bench/"),
     ("python", r"python/"),
 ]
 
 CORE = {"public", "semantics", "plan", "params"}
-LLM = {"llm", "generate"}
+LLM = {"llm", "generate", "command"}
 ANY = {name for name, _ in LAYERS}
 
 # layer -> layers it may include
@@ -62,7 +63,8 @@ ALLOWED = {
     "generate": {"public"} | LLM,
     "llm": {"public"} | LLM,
     "examples": {"public", "examples"},
-    "cli": {"public", "cli", "generate", "conformance", "bench"},
+    "command": {"public", "command"},
+    "cli": {"public", "cli", "command", "generate", "conformance", "bench"},
     "bench": {"public", "bench"},
     "python": {"public", "python"},
 }
@@ -76,6 +78,7 @@ THIRD_PARTY = {
     "llm": r"",
     "generate": r"CLI/",
     "examples": r"",
+    "command": r"CLI/",
     "cli": r"CLI/|nlohmann/",
     "bench": r"",
     "python": r"",
@@ -84,7 +87,7 @@ THIRD_PARTY = {
 }
 # Operating-system headers: the thread pool and CPU detection need them, the edge may use them.
 SYSTEM = r"(sys|linux)/|unistd\.h$|pthread\.h$|sched\.h$|fcntl\.h$|cpuid\.h$|immintrin\.h$"
-SYSTEM_LAYERS = {"api", "cpu", "src", "llm", "cli", "bench", "tests", "conformance", "examples"}
+SYSTEM_LAYERS = {"api", "cpu", "src", "llm", "command", "cli", "bench", "tests", "conformance", "examples"}
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 

@@ -122,7 +122,7 @@ Json parse_file(const std::string& path) {
   if (!file) fail(path, "cannot be opened");
   try {
     return Json::parse(file);
-  } catch (const Json::exception& error) {
+  } catch (const std::exception& error) {  // of JSON, or of reading, as a directory is
     fail(path, error.what());
   }
 }

@@ -5,11 +5,14 @@
 #include <cstdio>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "chat_template.h"
+#include "cli/common/options.h"
+#include "cli/common/output.h"
 #include "device_ops.h"
 #include "engine.h"
 #include "find_model.h"
@@ -149,6 +152,8 @@ std::vector<Answer> add_requests(const Options& options, const PromptEncoder& en
 void run(Options options) {
   choose_prompts(options);
   check(options.sampling);  // now rather than after loading the model
+  std::optional<cli::OutputFile> json;
+  if (!options.json.empty()) json.emplace("--json", options.json);
   const auto load_start = Clock::now();
   const DeviceType device = options.device == "cuda" ? DeviceType::kCuda : DeviceType::kCpu;
   const std::unique_ptr<DeviceOps> ops = make_ops(device, options.threads);
@@ -195,19 +200,22 @@ void run(Options options) {
     if (answers.size() == 1) std::printf("\n");
     print_table(report);
   }
-  if (!options.json.empty()) write_json(options.json, report, answers, engine);
+  if (json) json->write(to_json(report, answers, engine));
 }
 
 CLI::Validator whole_number_from_1() { return CLI::Range(std::int64_t{1}, std::int64_t{1} << 40); }
 
 void add_prompt_options(CLI::App& command, Options& options) {
-  command.add_option("--model", options.model,
-                     "GGUF file of a Llama-architecture model (default: $QUIRE_MODEL, else what "
-                     "scripts/fetch_model.sh fetched)");
+  command
+      .add_option("--model", options.model,
+                  "GGUF file of a Llama-architecture model (default: $QUIRE_MODEL, else what "
+                  "scripts/fetch_model.sh fetched)")
+      ->check(cli::not_empty());
   command.add_option("--prompt", options.prompts, "A prompt; may be given several times")
       ->take_all()
       ->expected(1);
-  command.add_option("--prompts-file", options.prompts_file, "A file with a prompt on each line");
+  command.add_option("--prompts-file", options.prompts_file, "A file with a prompt on each line")
+      ->check(cli::not_empty());
   CLI::Option* system = command.add_option_function<std::string>(
       "--system",
       [&options](const std::string& text) {
@@ -227,8 +235,7 @@ void add_prompt_options(CLI::App& command, Options& options) {
       .add_option("--top-p", options.sampling.top_p,
                   "Sample from the likeliest tokens that hold this probability together")
       ->capture_default_str();
-  command.add_option("--seed", options.sampling.seed, "Seed; request i has seed + i")
-      ->capture_default_str();
+  cli::add_seed_option(command, options.sampling.seed, "Seed; request i has seed + i");
 }
 
 void add_engine_options(CLI::App& command, Options& options) {
@@ -241,8 +248,8 @@ void add_engine_options(CLI::App& command, Options& options) {
   count("--max-seqs", options.max_seqs, "Requests that run at the same time at most");
   command
       .add_option("--kv-cache-dtype", options.kv_cache_dtype,
-                  "auto, float16, bfloat16, float32, fp8_e4m3, fp8_e5m2, int8_per_token_head or "
-                  "fp8_per_token_head")
+                  "Of the paged cache; auto: that of the model's computations")
+      ->check(cli::kv_cache_dtype_name())
       ->capture_default_str();
   command.add_option("--threads", options.threads, "CPU threads (0: one for each CPU)")
       ->check(CLI::Range(0, 4096))
@@ -253,7 +260,8 @@ void add_engine_options(CLI::App& command, Options& options) {
                   "plain loops")
       ->check(CLI::IsMember({"cpu", "cuda", "reference"}))
       ->capture_default_str();
-  command.add_option("--json", options.json, "Write token ids, texts and figures to this file");
+  command.add_option("--json", options.json, "Write token ids, texts and figures to this file")
+      ->check(cli::not_empty());
   command.add_flag("--quiet", options.quiet, "Print the answers only");
 }
 

@@ -1,12 +1,8 @@
 #include "generate_output.h"
 
-#include <unistd.h>
-
 #include <cstdio>
-#include <filesystem>
-#include <fstream>
-#include <stdexcept>
-#include <system_error>
+#include <nlohmann/json.hpp>
+#include <string_view>
 
 namespace quire::llm {
 namespace {
@@ -36,11 +32,7 @@ void put(std::string_view text) { std::fwrite(text.data(), 1, text.size(), stdou
 }  // namespace
 
 AnswerPrinter::AnswerPrinter(std::vector<Answer>& answers, const Tokenizer& tokenizer, bool quiet)
-    : answers_(answers),
-      tokenizer_(tokenizer),
-      quiet_(quiet),
-      terminal_(isatty(STDERR_FILENO) == 1),
-      start_(Clock::now()) {}
+    : answers_(answers), tokenizer_(tokenizer), quiet_(quiet), start_(Clock::now()) {}
 
 void AnswerPrinter::add(const NewToken& token) {
   const auto index = static_cast<std::size_t>(token.request);
@@ -57,7 +49,7 @@ void AnswerPrinter::add(const NewToken& token) {
   if (answers_.size() == 1) {
     put(text);
     if (complete) put("\n");
-    std::fflush(stdout);
+    cli::flush_stdout();
   } else if (complete) {
     print_whole(index);
   }
@@ -65,35 +57,25 @@ void AnswerPrinter::add(const NewToken& token) {
 
 void AnswerPrinter::print_whole(std::size_t index) {
   const Answer& answer = answers_[index];
-  clear_progress();
+  progress_.clear();
   put("[" + std::to_string(index + 1) + "/" + std::to_string(answers_.size()) + "] " +
       sanitize_utf8(answer.prompt) + "\n");
   put(answer.text);
   put(answer.finish == FinishReason::kLength ? " [...]\n\n" : "\n\n");
-  std::fflush(stdout);
+  cli::flush_stdout();
 }
 
 void AnswerPrinter::show_progress(const Engine& engine) {
-  constexpr auto kInterval = std::chrono::milliseconds(100);
-  const auto now = Clock::now();
-  if (quiet_ || !terminal_ || answers_.size() == 1 || now - last_progress_ < kInterval) return;
-  last_progress_ = now;
-  const double seconds = std::chrono::duration<double>(now - start_).count();
-  std::fprintf(stderr,
-               "\r\x1b[K%zu of %zu answered, %lld running, %lld waiting; %lld tokens, %.0f/s; "
-               "%lld blocks used",
-               num_complete_, answers_.size(), static_cast<long long>(engine.num_running()),
-               static_cast<long long>(engine.num_waiting()), static_cast<long long>(num_tokens_),
-               rate(num_tokens_, seconds), static_cast<long long>(engine.block_stats().used));
-  std::fflush(stderr);
-  progress_shown_ = true;
-}
-
-void AnswerPrinter::clear_progress() {
-  if (!progress_shown_) return;
-  std::fputs("\r\x1b[K", stderr);
-  std::fflush(stderr);
-  progress_shown_ = false;
+  if (quiet_ || answers_.size() == 1 || !progress_.due()) return;
+  const double seconds = std::chrono::duration<double>(Clock::now() - start_).count();
+  char line[256];
+  std::snprintf(line, sizeof line,
+                "%zu of %zu answered, %lld running, %lld waiting; %lld tokens, %.0f/s; "
+                "%lld blocks used",
+                num_complete_, answers_.size(), static_cast<long long>(engine.num_running()),
+                static_cast<long long>(engine.num_waiting()), static_cast<long long>(num_tokens_),
+                rate(num_tokens_, seconds), static_cast<long long>(engine.block_stats().used));
+  progress_.show(line);
 }
 
 void print_table(const RunReport& report) {
@@ -125,8 +107,8 @@ void print_table(const RunReport& report) {
               static_cast<long long>(engine.num_steps), report.load_seconds);
 }
 
-void write_json(const std::string& file, const RunReport& report,
-                const std::vector<Answer>& answers, const Engine& engine) {
+std::string to_json(const RunReport& report, const std::vector<Answer>& answers,
+                    const Engine& engine) {
   using Json = nlohmann::ordered_json;
   Json requests = Json::array();
   for (std::size_t i = 0; i < answers.size(); ++i) {
@@ -168,13 +150,7 @@ void write_json(const std::string& file, const RunReport& report,
         {"blocks_reused", report.blocks.reused},
         {"cache_bytes", report.cache_bytes}}},
   };
-  const std::string partial = file + ".partial";
-  std::ofstream out(partial, std::ios::binary | std::ios::trunc);
-  out << document.dump(2) << '\n';
-  out.close();
-  std::error_code error;
-  if (out) std::filesystem::rename(partial, file, error);
-  if (!out || error) throw std::runtime_error("cannot write " + file);
+  return document.dump(2) + '\n';
 }
 
 }  // namespace quire::llm

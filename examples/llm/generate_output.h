@@ -3,10 +3,10 @@
 
 #include <chrono>
 #include <cstdint>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "cli/common/output.h"
 #include "engine.h"
 #include "tokenizer.h"
 #include "utf8.h"
@@ -38,7 +38,7 @@ struct RunReport {
   BlockStats blocks;
 };
 
-// Writes answers to stdout. A single one appears token by token. Of several, each appears whole
+// Writes answers to stdout, and throws as soon as that fails. A single one appears token by token. Of several, each appears whole
 // when it is complete; meanwhile a line on stderr, if that is a terminal, says how far they are.
 class AnswerPrinter {
  public:
@@ -49,23 +49,20 @@ class AnswerPrinter {
 
  private:
   void print_whole(std::size_t index);
-  void clear_progress();
 
   std::vector<Answer>& answers_;
   const Tokenizer& tokenizer_;
   bool quiet_;
-  bool terminal_;
-  bool progress_shown_ = false;
+  cli::ProgressLine progress_;
   std::int64_t num_tokens_ = 0;
   std::size_t num_complete_ = 0;
   std::chrono::steady_clock::time_point start_;
-  std::chrono::steady_clock::time_point last_progress_;
 };
 
 void print_table(const RunReport& report);
 
-// `file` is written whole or not at all. Throws std::runtime_error if it cannot be.
-void write_json(const std::string& file, const RunReport& report,
-                const std::vector<Answer>& answers, const Engine& engine);
+// Everything of the run as a JSON document.
+std::string to_json(const RunReport& report, const std::vector<Answer>& answers,
+                    const Engine& engine);
 
 }  // namespace quire::llm

@@ -93,16 +93,25 @@ std::string shape_string(const std::vector<std::int64_t>& shape) {
   return result + "]";
 }
 
+const char* kind_of_file(mode_t mode) {
+  if (S_ISDIR(mode)) return "a directory";
+  if (S_ISFIFO(mode)) return "a FIFO";
+  return S_ISSOCK(mode) ? "a socket" : "a device";
+}
+
 std::shared_ptr<const void> map_file(const std::string& path, std::span<const std::byte>& bytes) {
   const auto fail = [&](const char* action) -> void {
     throw ModelError(path + ": cannot " + action + ": " + std::system_category().message(errno));
   };
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // Without O_NONBLOCK opening a FIFO would wait for its writer.
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) fail("open");
   const std::shared_ptr<void> closer(nullptr, [fd](void*) { ::close(fd); });
   struct stat status {};
   if (::fstat(fd, &status) != 0) fail("read its size");
-  if (!S_ISREG(status.st_mode)) throw ModelError(path + ": expected a GGUF file, got no file");
+  if (!S_ISREG(status.st_mode)) {
+    throw ModelError(path + ": expected a GGUF file, got " + kind_of_file(status.st_mode));
+  }
   const auto size = static_cast<std::size_t>(status.st_size);
   if (size == 0) {
     bytes = {};

@@ -2,6 +2,7 @@
 """quire verify as a user meets it: verify_test.py QUIRE GOLDEN."""
 
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -33,10 +34,22 @@ class VerifyTest(unittest.TestCase):
         self.assertIn("case 4: ", done.stdout)
         self.assertEqual(last_line(done), "1 passed, 0 failed")
 
-    def test_covering(self):
-        done = verify("--covering")
-        self.assertEqual(done.returncode, 0, done.stdout)
-        self.assertRegex(last_line(done), r"^\d\d passed, 0 failed$")
+    def test_covering_counts_its_cases(self):
+        terminal, other_end = pty.openpty()
+        process = subprocess.Popen([QUIRE, "verify", "--covering"], stdout=subprocess.PIPE,
+                                   stderr=other_end, text=True)
+        os.close(other_end)
+        progress = b""
+        try:
+            while data := os.read(terminal, 4096):
+                progress += data
+        except OSError:
+            pass  # the program has ended
+        os.close(terminal)
+        out, _ = process.communicate()
+        self.assertEqual(process.returncode, 0, out)
+        passed = re.fullmatch(r"(\d\d) passed, 0 failed", out.splitlines()[-1]).group(1)
+        self.assertEqual(set(re.findall(rb" of (\d+), ", progress)), {passed.encode()})
 
     def test_isa(self):
         done = verify("--isa", "SCALAR", "--cases", "3")

@@ -1,5 +1,9 @@
 #include "tests/conformance/covering.h"
 
+#include <iterator>
+#include <vector>
+
+#include "tests/conformance/case.h"
 #include "tests/conformance/merge_case.h"
 #include "tests/conformance/runner.h"
 
@@ -114,6 +118,8 @@ void add_plans_and_outputs(std::vector<CaseSpec>* specs) {
   specs->back().shared_prefix_len = 5760;
 }
 
+constexpr DType kMergeDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+
 // The kernel that looks for shared prefixes runs outside graphs only, so a capture does not show it:
 // the plan says whether it ran.
 void add_uncaptured(const Plan& plan, std::set<std::string>* kernels) {
@@ -131,8 +137,6 @@ void launch(DeviceCase* on_device, Plan* plan, const Case& c, const Context& con
   attention(*plan, args, context);
 }
 
-}  // namespace
-
 std::vector<CaseSpec> covering_specs() {
   std::vector<CaseSpec> specs;
   add_instances(&specs);
@@ -140,6 +144,12 @@ std::vector<CaseSpec> covering_specs() {
   add_masks(&specs);
   add_plans_and_outputs(&specs);
   return specs;
+}
+
+}  // namespace
+
+std::int64_t num_covering_cases() {
+  return static_cast<std::int64_t>(covering_specs().size() + std::size(kMergeDTypes));
 }
 
 std::set<std::string> run_covering(const AttentionBackend& backend,
@@ -158,7 +168,7 @@ std::set<std::string> run_covering(const AttentionBackend& backend,
     kernels.merge(memory.launched_kernels(
         [&](const Context& context) { launch(&on_device, &plan, c, context); }));
   }
-  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+  for (const DType dtype : kMergeDTypes) {
     MergeCase merge({.dtype = dtype}, &memory);
     merge.merge({});
     tell(merge.problem());

@@ -2,18 +2,19 @@
 // compute-sanitizer does.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <set>
 #include <string>
-#include <vector>
 
-#include "tests/conformance/case.h"
+#include "quire/quire.h"
 
 namespace quire::conformance {
 
-std::vector<CaseSpec> covering_specs();
+// How many cases run_covering() runs.
+std::int64_t num_covering_cases();
 
-// Runs them and merge_states(); `tell` gets the verdict of each, "" or what is wrong. Returns the
+// Runs the cases, merge_states() among them; `tell` gets the verdict of each, "" or what is wrong. Returns the
 // names of the device's kernels that were launched.
 std::set<std::string> run_covering(const AttentionBackend& backend,
                                    const std::function<void(const std::string&)>& tell);

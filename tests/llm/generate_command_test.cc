@@ -46,11 +46,13 @@ class GenerateCommand : public testing::Test {
         "--prompt", "good day",   "--prompt",
         "hell",     "--max-seqs", "2"};
     std::reverse(arguments.begin(), arguments.end());  // as CLI11 wants a vector
+    fs::create_symlink(device + ".target.json", json);
     CLI::App app;
     add_generate_command(app);
     testing::internal::CaptureStdout();  // random bytes, for the most part
     app.parse(arguments);
     EXPECT_NE(testing::internal::GetCapturedStdout().find("[1/3] hello\n"), std::string::npos);
+    EXPECT_TRUE(fs::is_symlink(json)) << "written to what it leads to";
     std::ifstream in(json);
     return nlohmann::json::parse(in);
   }
