@@ -8,6 +8,7 @@
 #include <exception>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "cli/commands.h"
 #include "cli/common/output.h"
@@ -62,6 +63,15 @@ int run(int argc, char** argv) {
     quire::cli::flush_stdout();
   } catch (const CLI::RuntimeError& error) {
     return error.get_exit_code();
+  } catch (const CLI::RequiredError& error) {
+    // Rather than that a subcommand is missing beside it.
+    const std::vector<std::string> unknown = app.remaining();
+    if (unknown.empty()) {
+      app.exit(error);
+    } else {
+      app.exit(CLI::ExtrasError(unknown));
+    }
+    return kUsage;
   } catch (const CLI::ParseError& error) {
     std::ostringstream out;
     const bool asked_for = app.exit(error, out) == 0;  // --help, --version

@@ -38,8 +38,7 @@ thread_local LastError last_error;
 
 template <std::size_t n>
 void copy_text(std::string_view text, std::array<char, n>* out) noexcept {
-  const std::size_t length = std::min(text.size(), n - 1);
-  std::memcpy(out->data(), text.data(), length);
+  const std::size_t length = text.copy(out->data(), n - 1);
   (*out)[length] = '\0';
 }
 

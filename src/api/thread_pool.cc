@@ -26,7 +26,7 @@ constexpr int kMostThreads = 4096;
 // Threads do not survive fork(): a team started under another count is gone. Counted by a handler,
 // since comparing getpid() would cost a system call for every run.
 std::atomic<std::uint64_t> num_forks{0};
-[[maybe_unused]] const int fork_handler =
+[[maybe_unused]] const int kForkHandler =
     pthread_atfork(nullptr, nullptr, [] { num_forks.fetch_add(1, std::memory_order_relaxed); });
 
 // How many tasks of any of these pools the current thread is inside of.

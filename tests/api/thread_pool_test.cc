@@ -24,8 +24,6 @@
 
 #if defined(__SANITIZE_THREAD__)
 constexpr bool kThreadSanitizer = true;
-// Else it ends a child that starts threads.
-extern "C" const char* __tsan_default_options() { return "die_after_fork=0"; }  // NOLINT
 #else
 constexpr bool kThreadSanitizer = false;
 #endif
@@ -192,9 +190,10 @@ TEST(ThreadPool, CallsFromSeveralThreadsTakeTurns) {
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 4; ++caller) {
     callers.emplace_back([&] {
-      for (int i = 0; i < 100; ++i) {
+      for (int i = 0; i < 50; ++i) {
         if (!runs_right(*pool, 1 + i % 5, [&](std::int64_t) {
               if (++under_way > 3) ++wrong;
+              std::this_thread::sleep_for(50us);
               --under_way;
             })) {
           ++wrong;
@@ -236,7 +235,16 @@ std::string in_child(const std::function<bool()>& body, unsigned seconds = 60) {
   return WEXITSTATUS(status) == 0 ? "" : "exit status " + std::to_string(WEXITSTATUS(status));
 }
 
-TEST(ThreadPoolFork, StartsAnewInTheChild) {
+class ThreadPoolFork : public testing::Test {
+ protected:
+  void SetUp() override {
+    // It takes the parent's threads for alive in the child, and ends it ("dup thread with used id")
+    // when a new one gets the address of one of them.
+    if (kThreadSanitizer) GTEST_SKIP() << "ThreadSanitizer does not know threads after fork()";
+  }
+};
+
+TEST_F(ThreadPoolFork, StartsAnewInTheChild) {
   const std::unique_ptr<ThreadPool> pool = make_thread_pool(3);
   ASSERT_TRUE(runs_right(*pool, 20));
   ASSERT_TRUE(runs_right(default_thread_pool(), 20));
@@ -250,7 +258,7 @@ TEST(ThreadPoolFork, StartsAnewInTheChild) {
   EXPECT_TRUE(both()) << "the parent afterwards";
 }
 
-TEST(ThreadPoolFork, AttentionInTheChild) {
+TEST_F(ThreadPoolFork, AttentionInTheChild) {
   const AttentionBackend& cpu = attention_backend("cpu");
   const auto attend = [&] {
     for (std::int64_t index = 0; index < 8; ++index) {
@@ -264,7 +272,7 @@ TEST(ThreadPoolFork, AttentionInTheChild) {
   EXPECT_EQ(in_child(attend, 300), "");
 }
 
-TEST(ThreadPoolFork, FromSeveralThreadsOfTheChild) {
+TEST_F(ThreadPoolFork, FromSeveralThreadsOfTheChild) {
   const std::unique_ptr<ThreadPool> pool = make_thread_pool(3);
   ASSERT_TRUE(runs_right(*pool, 20));
   EXPECT_EQ(in_child([&] {
@@ -282,7 +290,7 @@ TEST(ThreadPoolFork, FromSeveralThreadsOfTheChild) {
 }
 
 // The fork finds the pool's locks held by a thread that the child does not have.
-TEST(ThreadPoolFork, WhileAnotherThreadRunsJobs) {
+TEST_F(ThreadPoolFork, WhileAnotherThreadRunsJobs) {
   const std::unique_ptr<ThreadPool> pool = make_thread_pool(3);
   std::atomic<bool> stop{false};
   std::atomic<int> jobs{0};
@@ -297,7 +305,7 @@ TEST(ThreadPoolFork, WhileAnotherThreadRunsJobs) {
     }
   });
   while (jobs == 0) std::this_thread::yield();
-  const int forks = kThreadSanitizer || kAddressSanitizer ? 5 : 30;
+  const int forks = kAddressSanitizer ? 5 : 30;
   for (int i = 0; i < forks; ++i) {
     EXPECT_EQ(in_child([&] { return runs_two_at_a_time(*pool) && runs_right(*pool, 20); }), "");
   }
@@ -306,16 +314,18 @@ TEST(ThreadPoolFork, WhileAnotherThreadRunsJobs) {
 }
 
 // From inside a task the child may go on as it likes; it must not return from the task.
-TEST(ThreadPoolFork, InsideATask) {
+TEST_F(ThreadPoolFork, InsideATask) {
   const std::unique_ptr<ThreadPool> pool = make_thread_pool(3);
   std::atomic<int> wrong{0};
   run(*pool, 6, [&](std::int64_t, int) {
-    if (!in_child([&] { return runs_right(*pool, 20); }).empty()) ++wrong;
+    if (!in_child([&] { return runs_two_at_a_time(*pool) && runs_right(*pool, 20); }).empty()) {
+      ++wrong;
+    }
   });
   EXPECT_EQ(wrong, 0);
 }
 
-TEST(ThreadPoolFork, TheChildDestroysWhatItInherited) {
+TEST_F(ThreadPoolFork, TheChildDestroysWhatItInherited) {
   std::unique_ptr<ThreadPool> unused = make_thread_pool(3);
   std::unique_ptr<ThreadPool> used = make_thread_pool(3);
   EXPECT_EXIT(

@@ -127,6 +127,10 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual(self.refused(word),
                              f"quire: error: unknown subcommand '{word}'; one of {commands}\n")
 
+    def test_unknown_options_are_named(self):
+        for args in (["--foo"], ["--foo", "3"], ["info", "--foo"], ["info", "foo"]):
+            self.assertIn(args[-1], self.refused(*args))
+
     def test_seeds(self):
         for command in ["verify", "bench"] + (["generate"] if has_generate() else []):
             for seed in ("-1", "", "1.5", "0x", "ten", "1 ", "+1", "18446744073709551616"):

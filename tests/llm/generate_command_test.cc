@@ -5,9 +5,13 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -75,6 +79,33 @@ TEST_F(GenerateCommand, GivesTheSameTokensByFloat64Attention) {
   EXPECT_EQ(reference.at("backend"), "reference");
   ASSERT_EQ(tokens(cpu).size(), 3U);
   EXPECT_EQ(tokens(cpu), tokens(reference));
+}
+
+TEST_F(GenerateCommand, EndsWhereItsAnswersCannotBeWritten) {
+  const std::string json = (folder_ / "old.json").string();
+  std::ofstream(json) << "old";
+  // Of the many tokens only the first would be computed.
+  std::vector<std::string> arguments = {json,          "--json",  "hello",
+                                        "--prompt",    "2000",    "--max-tokens",
+                                        "--threads=1", "--raw",   (folder_ / "model.gguf").string(),
+                                        "--model",     "generate"};
+  EXPECT_EXIT(
+      {
+        CLI::App app;
+        add_generate_command(app);
+        std::string error;
+        if (std::freopen("/dev/full", "w", stdout) != nullptr) {
+          try {
+            app.parse(arguments);
+          } catch (const std::runtime_error& thrown) {
+            error = thrown.what();
+          }
+        }
+        std::_Exit(error == "cannot write to standard output: No space left on device" ? 0 : 1);
+      },
+      testing::ExitedWithCode(0), "");
+  std::ifstream in(json);
+  EXPECT_EQ(std::string(std::istreambuf_iterator<char>(in), {}), "old");
 }
 
 #if QUIRE_CUDA
