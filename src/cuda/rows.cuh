@@ -71,6 +71,21 @@ __device__ __forceinline__ LoadableKeys loadable_keys(const KernelParams& p, con
   return {kv_len, tile.hidden_begin, min(tile.hidden_end, kv_len)};
 }
 
+// What becomes of the 16-bit elements of queries, two a word, where the factor of their scores is
+// below 0 (kernels multiply by its magnitude) or NaN (which in the factor would also turn the -inf of
+// keys that a row does not see into NaN).
+struct QueryChange {
+  std::uint32_t flip = 0;
+  std::uint32_t set = 0;
+  __device__ bool any() const { return (flip | set) != 0; }
+  __device__ std::uint32_t operator()(std::uint32_t word) const { return (word ^ flip) | set; }
+};
+
+__device__ __forceinline__ QueryChange query_change(const KernelParams& p) {
+  const float scale = p.layer.softmax_scale * value_of(p.call.q_scale) * value_of(p.call.k.scale);
+  return {scale < 0 ? 0x80008000U : 0U, isnan(scale) ? 0x7FFF7FFFU : 0U};
+}
+
 // Which token (row of the query; of the tile, from 0) and query head row `r` is.
 struct RowPlace {
   std::int64_t token;

@@ -41,7 +41,7 @@ CudaPlan::Stage CudaPlan::make_stage(const LayerParams& layer, const sm80::MmaKe
     stage.mma = kernel;
     stage.general = general;
     stage.mma_launch = sm80::mma_launch(*kernel, info_.shared_bytes_per_block);
-    sm80::allow_shared_bytes(*general, stage.mma_launch.shared_bytes);
+    sm80::allow_shared_bytes(*general, info_.shared_bytes_per_block);
     if (stage.mma_launch.stages == 0) return {};
     stage.tile_rows = kernel->rows;
     stage.columns = kernel->columns;
@@ -49,7 +49,7 @@ CudaPlan::Stage CudaPlan::make_stage(const LayerParams& layer, const sm80::MmaKe
     ctas_per_sm = stage.mma_launch.ctas_per_sm;
     stage.chunks = kernel->key.requests != sm80::Requests::kMany;
   } else {
-    stage.fp32_launch = sm80::fp32_launch(layer);
+    stage.fp32_launch = sm80::fp32_launch(layer, info_.shared_bytes_per_block);
     stage.tile_rows = sm80::kFp32Rows;
     stage.columns = (layer.head_size_v + 7) / 8 * 8;
     ctas_per_sm = std::max(stage.fp32_launch.ctas_per_sm, 1);

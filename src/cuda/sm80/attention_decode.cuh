@@ -36,7 +36,7 @@ class DecodeAttention : DecodeMerge<C> {
 
  public:
   __device__ __forceinline__ explicit DecodeAttention(const KernelParams& p) : Base(p) {
-    negate_ = p.layer.softmax_scale * value_of(p.call.q_scale) * value_of(p.call.k.scale) < 0;
+    changes_queries_ = query_change(p).any();
   }
 
   __device__ __forceinline__ void run() {
@@ -67,7 +67,7 @@ class DecodeAttention : DecodeMerge<C> {
   __device__ __forceinline__ void prepare(int n) {
     const Segment& segment = this->segment_at(n);
     if (warp_ == 0) fill_rows<C::kRows, 32>(p_, segment, segment.head, shared().rows[n & 1]);
-    this->load_queries(segment, this->query_at(n), negate_);
+    this->load_queries(segment, this->query_at(n), changes_queries_);
   }
 
   __device__ __forceinline__ void work(const Segment& segment) {
@@ -379,7 +379,7 @@ class DecodeAttention : DecodeMerge<C> {
     }
   }
 
-  bool negate_ = false;  // the softmax scale is negative: queries change their sign
+  bool changes_queries_ = false;  // see QueryChange
 };
 
 template <class C>

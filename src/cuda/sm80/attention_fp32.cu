@@ -231,13 +231,14 @@ Kernel kernel_of(const LayerParams& layer) {
 
 }  // namespace
 
-Fp32Launch fp32_launch(const LayerParams& layer) {
+Fp32Launch fp32_launch(const LayerParams& layer, int shared_bytes_per_block) {
   Fp32Launch launch;
   launch.keys = std::max(layer.head_size, layer.head_size_v) <= 256 ? 32 : 16;
   launch.shared_bytes = shared_bytes(layer, launch.keys);
   const Kernel kernel = kernel_of(layer);
+  // For all plans of this process: see allow_shared_bytes() in table.h.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(launch.shared_bytes)),
+                             shared_bytes_per_block),
         "attention_fp32: shared memory");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&launch.ctas_per_sm, kernel, kThreads,
                                                       launch.shared_bytes),

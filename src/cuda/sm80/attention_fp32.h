@@ -20,7 +20,7 @@ struct Fp32Launch {
 };
 
 // Sizes for a layer on the current device.
-Fp32Launch fp32_launch(const LayerParams& layer);
+Fp32Launch fp32_launch(const LayerParams& layer, int shared_bytes_per_block);
 void launch_attention_fp32(const KernelParams& params, const Fp32Launch& launch, int grid,
                            cudaStream_t stream);
 

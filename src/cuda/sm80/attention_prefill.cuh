@@ -29,7 +29,6 @@ class PrefillAttention : PrefillRows<C> {
   using Base::kScaleWeights;
   using Base::lane;
   using Base::max_;
-  using Base::negate_;
   using Base::o_;
   using Base::p_;
   using Base::query_;
@@ -57,7 +56,7 @@ class PrefillAttention : PrefillRows<C> {
       fill_rows<C::kRows, C::kThreads>(p_, task.segment, task.kv_head, shared_.rows);
       if (!primed) prime(slot);
       if (!this->copies_queries()) {
-        this->load_queries(p_, task, query_, negate_);
+        this->load_queries(p_, task, query_);
       } else if (!primed) {
         this->copy_queries(task);
       }

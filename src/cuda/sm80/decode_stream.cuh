@@ -97,7 +97,7 @@ static __device__ __forceinline__ void seek(const KernelParams& p, WarpStream& s
 // Up to 8 elements of a query row from element `first` on.
 template <class Type>
 __device__ __forceinline__ void store_query(DType dtype, std::uint32_t to, const char* row,
-                                            int first, int elements, bool negate) {
+                                            int first, int elements, const QueryChange& change) {
   std::uint32_t words[4] = {};
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
@@ -108,8 +108,7 @@ __device__ __forceinline__ void store_query(DType dtype, std::uint32_t to, const
                             : Type::pack(semantics::load_element(row, dtype, first + e), 0.0F);
     words[e / 2] |= bits << (e % 2 * 16);
   }
-  const std::uint32_t sign = negate ? 0x80008000U : 0U;
-  tile::store_piece(to, words[0] ^ sign, words[1] ^ sign, words[2] ^ sign, words[3] ^ sign);
+  tile::store_piece(to, change(words[0]), change(words[1]), change(words[2]), change(words[3]));
 }
 
 // One piece of each of the lane's rows of a K or V tile, with absent rows (`bits` says which are
@@ -193,7 +192,7 @@ class DecodeStream {
 
   // Queries into shared memory; from 16-byte aligned rows asynchronously.
   __device__ __forceinline__ void load_queries(const Segment& segment, std::uint32_t to,
-                                               bool negate) const {
+                                               bool change) const {
     constexpr int kPieces = C::kPitch / 16;
     const int rows = (segment.tile.rows + 15) / 16 * 16;
 #pragma unroll 1
@@ -207,10 +206,10 @@ class DecodeStream {
               size_of(p_.layer.dtype);
       const int elements = r < segment.tile.rows ? min(p_.layer.head_size - c * 8, 8) : 0;
       const std::uint32_t at = to + tile::piece_offset(r, c, C::kPitch);
-      if (p_.query_aligned && !negate) {
+      if (p_.query_aligned && !change) {
         tile::copy_async<16>(at, elements > 0 ? row + c * 16 : row, max(elements, 0) * 2);
       } else {
-        store_query<typename C::Type>(p_.layer.dtype, at, row, c * 8, elements, negate);
+        store_query<typename C::Type>(p_.layer.dtype, at, row, c * 8, elements, query_change(p_));
       }
     }
   }

@@ -20,7 +20,7 @@ class PrefillLoader {
         shared_(*reinterpret_cast<PrefillShared<C>*>(memory)),
         query_(tile::shared_address(memory) +
                static_cast<std::uint32_t>((sizeof(PrefillShared<C>) + 127) / 128 * 128)) {
-    negate_ = p.layer.softmax_scale * value_of(p.call.q_scale) * value_of(p.call.k.scale) < 0;
+    changes_queries_ = query_change(p).any();
     // Columns that no copy writes.
     if (p.layer.head_size < C::kHeadK || p.layer.head_size_v < C::kHeadV) clear_stages();
   }
@@ -235,7 +235,9 @@ class PrefillLoader {
   }
 
   // Whether copy_queries() does, which does not wait.
-  __device__ __forceinline__ bool copies_queries() const { return p_.query_aligned && !negate_; }
+  __device__ __forceinline__ bool copies_queries() const {
+    return p_.query_aligned && !changes_queries_;
+  }
 
   // Each warp those of its own rows. A lane finds one row's address: a division, too many for every
   // piece.
@@ -259,20 +261,20 @@ class PrefillLoader {
 
   // Any dtype and alignment, either sign.
   static __device__ __noinline__ void load_queries(const KernelParams& p, const PrefillTask& task,
-                                                   std::uint32_t to, bool negate) {
+                                                   std::uint32_t to) {
     constexpr int kPieces = C::kHeadK / 8;
     for (int i = static_cast<int>(threadIdx.x); i < C::kRows * kPieces; i += C::kThreads) {
       const int r = i / kPieces;
       const int c = i - r * kPieces;
       const int count = r < task.segment.tile.rows ? min(max(p.layer.head_size - c * 8, 0), 8) : 0;
-      store_query_piece(query_row(p, task, r), c, count, p.layer.dtype, negate,
+      store_query_piece(query_row(p, task, r), c, count, p.layer.dtype, query_change(p),
                         to + tile::piece_offset(r, c, C::kPitchK));
     }
   }
 
   // Eight elements at any alignment, perhaps with their signs changed.
   static __device__ __forceinline__ void store_query_piece(const char* row, int c, int count,
-                                                           DType dtype, bool negate,
+                                                           DType dtype, const QueryChange& change,
                                                            std::uint32_t to) {
     std::uint32_t words[4] = {};
 #pragma unroll
@@ -285,14 +287,13 @@ class PrefillLoader {
                                      : C::Type::pack(semantics::load_element(row, dtype, d), 0.0F);
       words[e / 2] |= bits << (e % 2 * 16);
     }
-    const std::uint32_t sign = negate ? 0x80008000U : 0U;
-    tile::store_piece(to, words[0] ^ sign, words[1] ^ sign, words[2] ^ sign, words[3] ^ sign);
+    tile::store_piece(to, change(words[0]), change(words[1]), change(words[2]), change(words[3]));
   }
 
   const KernelParams& p_;
   PrefillShared<C>& shared_;
   const std::uint32_t query_;  // shared address of Q, stages of K, stages of V, widened K and V
-  bool negate_;                // the softmax scale is negative: queries change their sign
+  bool changes_queries_;       // see QueryChange
 };
 
 }  // namespace quire::cuda::sm80

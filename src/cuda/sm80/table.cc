@@ -87,6 +87,7 @@ MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block) {
   // More stages keep more copies under way; fewer are better where that doubles the CTAs of a
   // multiprocessor, which cover for each other.
   MmaLaunch best;
+  allow_shared_bytes(kernel, shared_bytes_per_block);
   // Decode kernels wait for powers of two only.
   for (int stages = 1; stages <= kernel.max_stages;
        stages += kernel.key.requests != Requests::kMany ? stages : 1) {
@@ -94,9 +95,6 @@ MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block) {
     launch.stages = stages;
     launch.shared_bytes = kernel.shared_bytes(stages);
     if (launch.shared_bytes > shared_bytes_per_block) break;
-    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               launch.shared_bytes),
-          kernel.name);
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
               &launch.ctas_per_sm, kernel.function, kernel.threads,
               static_cast<std::size_t>(launch.shared_bytes)),
@@ -104,17 +102,12 @@ MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block) {
     if (launch.ctas_per_sm == 0) break;
     if (best.stages == 0 || launch.ctas_per_sm * 2 > best.ctas_per_sm) best = launch;
   }
-  if (best.stages > 0) {
-    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               best.shared_bytes),
-          kernel.name);
-  }
   return best;
 }
 
-void allow_shared_bytes(const MmaKernel& kernel, int shared_bytes) {
+void allow_shared_bytes(const MmaKernel& kernel, int shared_bytes_per_block) {
   check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             shared_bytes),
+                             shared_bytes_per_block),
         kernel.name);
 }
 

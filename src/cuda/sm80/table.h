@@ -56,8 +56,9 @@ const MmaKernel* find_mma_kernel(DType query, DType kv, int head_size, int head_
 
 // The pipeline depth that suits the current device.
 MmaLaunch mma_launch(const MmaKernel& kernel, int shared_bytes_per_block);
-// Lets a kernel take as much as its plain counterpart.
-void allow_shared_bytes(const MmaKernel& kernel, int shared_bytes);
+// Lets a kernel take whatever a block may. The limit belongs to the process, not to a plan: set to
+// what one plan needs, it made launches of another plan fail, or of another thread meanwhile.
+void allow_shared_bytes(const MmaKernel& kernel, int shared_bytes_per_block);
 void launch_attention_mma(const MmaKernel& kernel, const MmaLaunch& launch,
                           const KernelParams& params, int grid, cudaStream_t stream);
 
