@@ -50,13 +50,21 @@ struct BatchParams {
   const std::int32_t* ranges = nullptr;        // [num_seqs, num_ranges, 2]
   std::int32_t num_ranges = 0;
   const std::int32_t* visible_prefix_lens = nullptr;  // [num_seqs]
-  const float* qq_bias = nullptr;                     // [(num_seqs,) qq_size, qq_size]
+  const std::int32_t* kv_offset = nullptr;            // [num_seqs] positions of keys and queries,
+  const std::int32_t* kv_stride = nullptr;            // where they are not 0, 1 and context_len
+  const std::int32_t* q_offset = nullptr;
+  const float* qq_bias = nullptr;  // [(num_seqs,) qq_size, qq_size]
   std::int64_t qq_size = 0;
   std::int64_t qq_seq_stride = 0;  // 0: one for all sequences
   std::int64_t qq_row_stride = 0;
   std::int64_t common_prefix_len = 0;
   std::int64_t max_query_len = 0;
   std::int64_t max_seq_len = 0;
+
+  // Positions are not simply the indices of keys.
+  QUIRE_HOST_DEVICE bool has_positions() const {
+    return kv_offset != nullptr || kv_stride != nullptr || q_offset != nullptr;
+  }
 };
 
 // One side of the KV store. Paged: strides.block etc. of [num_blocks, block_size, heads, size].
@@ -144,17 +152,23 @@ struct MergeParams {
   std::int32_t head_size_v = 0;
 };
 
+// Keys of a sequence; more are not looked at. The rest of 2^31 lets kernels round key indices up in
+// 32 bits.
+inline constexpr std::int64_t kMostKeys = 0x7FFFFC00;
+
 // One sequence of the batch with everything resolved and clamped: whatever the index tensors hold,
-// rows lie in [0, num_tokens) and keys in what the block table (or key tensor) has.
+// rows lie in [0, num_tokens), keys in what the block table (or key tensor) has, and every position
+// of a row in 32 bits.
 struct Sequence {
   std::int64_t first_row = 0;
   std::int64_t query_len = 0;
-  std::int64_t context_len = 0;   // position of row i is context_len + i
+  std::int64_t context_len = 0;   // index of this step's first key, where keys are its own tokens
+  std::int64_t first_pos = 0;     // position of the first row
   std::int64_t first_kv_row = 0;  // direct attention: row of key 0
   semantics::SequenceMask mask;
 
   QUIRE_HOST_DEVICE std::int64_t position(std::int64_t row) const {
-    return context_len + (row - first_row);
+    return first_pos + (row - first_row);
   }
 };
 
@@ -163,14 +177,26 @@ QUIRE_HOST_DEVICE std::int64_t clamp_index(std::int64_t value, std::int64_t low,
   return value < low ? low : (value > high ? high : value);
 }
 
+// Entries s and s + 1 of an offset tensor: not negative and in order.
+QUIRE_HOST_DEVICE semantics::Span offsets_at(const std::int32_t* start_loc, std::int32_t s) {
+  const std::int64_t begin = semantics::max_of(start_loc[s], 0);
+  return {begin, semantics::max_of(start_loc[s + 1], begin)};
+}
+
 // What sequence `s` of the batch may see of its `kv_len` keys.
 QUIRE_HOST_DEVICE semantics::SequenceMask sequence_mask(const LayerParams& layer,
                                                         const BatchParams& batch, std::int32_t s,
                                                         std::int64_t kv_len) {
   semantics::SequenceMask mask;
   mask.kv_len = kv_len;
-  mask.causal = batch.causal ? batch.causal[s] != 0 : layer.mask.causal;
+  if (batch.kv_offset != nullptr) mask.kv_offset = batch.kv_offset[s];
+  if (batch.kv_stride != nullptr) {
+    mask.kv_stride = batch.kv_stride[s] > 1 ? batch.kv_stride[s] : 1;
+  }
+  mask.causal = layer.mask.causal && (batch.causal == nullptr || batch.causal[s] != 0);
+  mask.clamp_ranges = layer.mask.clamp_ranges;
   mask.window = layer.mask.window;
+  if (mask.window == WindowKind::kLeft && !mask.causal) mask.window = WindowKind::kBoth;
   mask.window_size = layer.mask.window_size;
   mask.chunk_lookback = layer.mask.chunk_lookback;
   mask.visible_prefix = batch.visible_prefix_lens ? batch.visible_prefix_lens[s] : 0;
@@ -185,10 +211,9 @@ QUIRE_HOST_DEVICE Sequence sequence_at(const LayerParams& layer, const BatchPara
   using semantics::max_of;
   using semantics::min_of;
   Sequence seq;
-  const std::int64_t row_begin = batch.query_start_loc[s];
-  const std::int64_t row_end = batch.query_start_loc[s + 1];
-  seq.first_row = clamp_index(row_begin, 0, batch.num_tokens);
-  seq.query_len = clamp_index(row_end, seq.first_row, batch.num_tokens) - seq.first_row;
+  const semantics::Span rows = offsets_at(batch.query_start_loc, s);
+  seq.first_row = min_of(rows.begin, batch.num_tokens);
+  seq.query_len = min_of(rows.end, batch.num_tokens) - seq.first_row;
 
   std::int64_t seq_len;
   std::int64_t reachable;
@@ -196,16 +221,19 @@ QUIRE_HOST_DEVICE Sequence sequence_at(const LayerParams& layer, const BatchPara
     seq_len = max_of(batch.seq_lens[s], 0);
     reachable = batch.table_width * layer.block_size;
   } else {
-    const std::int32_t* start = batch.kv_start_loc ? batch.kv_start_loc : batch.query_start_loc;
-    seq.first_kv_row = clamp_index(start[s], 0, num_kv_tokens);
-    seq_len = max_of(static_cast<std::int64_t>(start[s + 1]) - start[s], 0);
+    const semantics::Span keys =
+        offsets_at(batch.kv_start_loc ? batch.kv_start_loc : batch.query_start_loc, s);
+    seq_len = keys.end - keys.begin;
+    seq.first_kv_row = min_of(keys.begin, num_kv_tokens);
     reachable = num_kv_tokens - seq.first_kv_row;
   }
   // Rows cut off at num_tokens keep their positions: the full query length counts.
-  const std::int64_t full_query_len = max_of(row_end - row_begin, 0);
-  seq.context_len = seq_len - full_query_len + (seq.first_row - row_begin);
-
-  seq.mask = sequence_mask(layer, batch, s, min_of(seq_len, reachable));
+  seq.context_len = seq_len - (rows.end - rows.begin);
+  seq.first_pos = seq.context_len;
+  if (batch.q_offset != nullptr) {
+    seq.first_pos = min_of(batch.q_offset[s], 0x7FFFFFFF - seq.query_len);
+  }
+  seq.mask = sequence_mask(layer, batch, s, min_of(seq_len, min_of(reachable, kMostKeys)));
   return seq;
 }
 

@@ -148,7 +148,11 @@ void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx =
 // A part with lse = -inf contributes nothing, whatever its o holds. o: [num_tokens, num_heads,
 // head_size_v] fp16/bf16/fp32, one dtype for all three; lse: float32 [num_heads, num_tokens].
 // `output` may alias o_a or o_b, `lse` (optional) lse_a or lse_b. Attention sinks belong to exactly
-// one part. (Section 2.2 of FlashInfer, Ye et al., 2025; vLLM's merge_attn_states.)
+// one part. The result is attention over all the keys only if each part was computed with the
+// positions that keys and queries have in the whole sequence: where causality, windows or ALiBi go by
+// them, a part over the second half of a cache, or over every other key, needs
+// CommonAttentionMetadata's kv_offset, kv_stride and q_offset. (Section 2.2 of FlashInfer, Ye et al.,
+// 2025; vLLM's merge_attn_states.)
 void merge_states(const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b,
                   const TensorView& lse_b, const TensorView& output, const TensorView& lse = {},
                   const Context& ctx = {});

@@ -15,16 +15,19 @@ enum class AttentionType : std::uint8_t {
 
 enum class WindowKind : std::uint8_t {
   kNone = 0,
-  kLeft,     // keys j with p - j < size                     (sliding window of a decoder)
-  kBoth,     // keys j with |p - j| < size                   (sliding window of an encoder)
+  kLeft,     // keys j with p - j < size: a decoder's sliding window. Where nothing is causal (the
+             // layer or, by its flag, the sequence) it is kBoth, as in vLLM
+  kBoth,     // keys j with |p - j| < size: an encoder's sliding window
   kChunked,  // keys j with p / size - j / size <= lookback  (chunked local attention, Llama 4)
 };
 
-// The part of a mask that belongs to the layer. A key j is visible to a query at absolute position
-// p if j < seq_len and
+// The part of a mask that belongs to the layer. A key at position j is visible to a query at
+// position p if
 //     (base and window) or (p and j lie in one bidirectional range)
-// where base is `j <= p` if causal, else true. What belongs to the batch (per-sequence causality,
-// bidirectional ranges, visible prefixes) is in CommonAttentionMetadata.
+// where base is `j <= p` if causal, else true; with clamp_ranges and a sliding window, if
+//     window and (base or p and j lie in one bidirectional range)
+// What belongs to the batch (causality switched off, bidirectional ranges, visible prefixes,
+// positions that are not the keys' indices) is in CommonAttentionMetadata.
 struct Mask {
   // Encoder, encoder-only and cross attention are never causal, whatever this says.
   bool causal = true;
@@ -34,6 +37,11 @@ struct Mask {
   std::int64_t window_size = 0;
   // kChunked: how many earlier chunks stay visible (L >= 0; 0 is Llama 4's attention).
   std::int64_t chunk_lookback = 0;
+
+  // Bidirectional ranges end at the sliding window (Gemma 4; Gemma 3 in Hugging Face's
+  // transformers; vLLM's mm_prefix_clamp_sliding_window). Without a window it changes nothing; with
+  // kChunked it is refused: no model has such a rule.
+  bool clamp_ranges = false;
 
   friend constexpr bool operator==(const Mask&, const Mask&) = default;
 

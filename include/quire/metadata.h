@@ -13,7 +13,8 @@ class Plan;
 // One step's batch, as a scheduler hands it to every attention layer. All tensors are on the
 // layer's device; a view only, the memory must stay unchanged until the last attention call of the
 // step. Sequence s has the query rows [query_start_loc[s], query_start_loc[s + 1]); its row i sits
-// at absolute position seq_lens[s] - query_len + i.
+// at absolute position seq_lens[s] - query_len + i, its key j at position j, unless the batch gives
+// other positions (kv_offset and what follows it).
 //
 // Padding: padded sequences have seq_len 0 (or an empty row range) and any table entries, of which
 // none is read; rows they own below num_actual_tokens see no key and get 0. Padded tokens have slot
@@ -33,19 +34,37 @@ struct CommonAttentionMetadata {
   std::int64_t max_seq_len = 0;
 
   // Masks that belong to the batch; absent means none.
-  TensorView causal{};           // bool [num_seqs]: replaces Mask::causal for each sequence
+  TensorView causal{};           // bool [num_seqs]: 0 switches causality off for that sequence, and
+                                 // its left window then is on both sides. Never switches it on
+                                 // where the layer is not causal
   TensorView mm_prefix_range{};  // int32 [num_seqs, num_ranges, 2]: closed ranges [start, end] of
-                                 // positions that see each other; start >= end means none
-  TensorView visible_prefix_lens{};  // int32 [num_seqs]: keys before it escape the window (R-SWA)
+                                 // positions that see each other; start >= end means none. See
+                                 // Mask::clamp_ranges
+  TensorView visible_prefix_lens{};  // int32 [num_seqs]: keys at positions before it escape the
+                                     // window (R-SWA); 0 or less: none
 
   // Query-query bias of tree attention: float32 [m, m] for all sequences or [num_seqs, m, m].
-  // Query row i and this step's key row n of one sequence get qq_bias[i][n] added to their score
-  // (may be -inf); rows or keys at or past m get 0.
+  // Query row i and this step's key row n of one sequence (key seq_lens[s] - query_len + n) get
+  // qq_bias[i][n] added to their score (may be -inf); rows or keys at or past m get 0. Not used
+  // where no key is this step's own token: by cross attention and with kv_start_loc.
   TensorView qq_bias{};
 
   // Attention without a cache: key/value row offsets, int32 [num_seqs + 1]; absent means that keys
   // and queries are the same tokens (query_start_loc). seq_lens is not used then.
   TensorView kv_start_loc{};
+
+  // Positions, where they are not the indices of keys: a cache that starts in the middle of a
+  // sequence or holds a rank's shard of it (context parallelism). Key j of sequence s sits at
+  // position kv_offset[s] + j * kv_stride[s], its query row i at q_offset[s] + i. int32 [num_seqs];
+  // absent means 0, 1 and seq_lens[s] - query_len. Causality, windows, chunks, ranges, visible
+  // prefixes and ALiBi go by positions; block_table, seq_lens, slot_mapping and qq_bias by the keys'
+  // indices. With q_offset this step's tokens need not be among the keys. Positions are at least 0
+  // and below 2^31, strides at least 1; anything else gives wrong results, but never an access
+  // outside the caller's memory. Shared prefixes (cascade) are not used for a batch that has any of
+  // the three.
+  TensorView kv_offset{};
+  TensorView kv_stride{};
+  TensorView q_offset{};
 
   std::int64_t num_seqs() const { return query_start_loc ? query_start_loc.shape[0] - 1 : 0; }
 };

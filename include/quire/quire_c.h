@@ -213,6 +213,7 @@ typedef struct quire_attention_config {
   int32_t batch_invariant; /* default 0 */
   int32_t auto_cascade;    /* default 1 */
   const char* backend;     /* null or "": the best one of the device */
+  int32_t clamp_ranges;    /* 1: bidirectional ranges end at the sliding window; default 0 */
 } quire_attention_config;
 
 QUIRE_C_API quire_status quire_attention_config_init(quire_attention_config* config,
@@ -235,6 +236,9 @@ typedef struct quire_batch {
   quire_tensor visible_prefix_lens; /* int32 [num_seqs] or absent */
   quire_tensor qq_bias;             /* float32 [m, m] or [num_seqs, m, m] or absent */
   quire_tensor kv_start_loc;        /* int32 [num_seqs + 1] or absent */
+  quire_tensor kv_offset;           /* int32 [num_seqs] or absent: positions of keys, */
+  quire_tensor kv_stride;           /* int32 [num_seqs] or absent */
+  quire_tensor q_offset;            /* int32 [num_seqs] or absent: and of queries */
 } quire_batch;
 
 QUIRE_C_API quire_status quire_batch_init(quire_batch* batch, size_t struct_size);

@@ -88,7 +88,20 @@ void lower_masks(const CommonAttentionMetadata& batch, Device device, BatchParam
   }
 }
 
-void lower_qq_bias(const TensorView& bias, Device device, BatchParams* p) {
+void lower_positions(const CommonAttentionMetadata& batch, Device device, BatchParams* p) {
+  const auto lower = [&](std::string_view name, const TensorView& view) {
+    if (view) {
+      check::tensor(name, view, device, {DType::kInt32}, {p->num_seqs});
+      check::contiguous(name, view);
+    }
+    return check::data<const std::int32_t>(view);
+  };
+  p->kv_offset = lower("batch.kv_offset", batch.kv_offset);
+  p->kv_stride = lower("batch.kv_stride", batch.kv_stride);
+  p->q_offset = lower("batch.q_offset", batch.q_offset);
+}
+
+void lower_qq_bias(const TensorView& bias, Device device, bool has_own_keys, BatchParams* p) {
   if (!bias) return;
   if (bias.ndim == 3) {
     check::tensor("batch.qq_bias", bias, device, {DType::kFloat32}, {p->num_seqs, kAny, kAny});
@@ -99,6 +112,7 @@ void lower_qq_bias(const TensorView& bias, Device device, BatchParams* p) {
   check::that(bias.shape[bias.ndim - 1] == bias.shape[bias.ndim - 2], "batch.qq_bias",
               "a square [m, m] for each sequence", bias);
   check::unit_last_stride("batch.qq_bias", bias);
+  if (!has_own_keys) return;  // the bias is about this step's own tokens: here no key is one
   p->qq_bias = check::data<const float>(bias);
   p->qq_size = bias.shape[bias.ndim - 1];
   p->qq_row_stride = bias.strides[bias.ndim - 2];
@@ -160,7 +174,9 @@ BatchParams lower_batch(const AttentionConfig& config, const CommonAttentionMeta
   p.common_prefix_len = config.batch_invariant ? 0 : common_prefix_len;
   lower_keys(config, batch, &p);
   lower_masks(batch, device, &p);
-  lower_qq_bias(batch.qq_bias, device, &p);
+  lower_positions(batch, device, &p);
+  const bool has_own_keys = config.type != AttentionType::kEncoderDecoder && !p.kv_start_loc;
+  lower_qq_bias(batch.qq_bias, device, has_own_keys, &p);
   return p;
 }
 

@@ -174,6 +174,7 @@ AttentionConfig to_config(const quire_attention_config* from) {
   config.mask.window = to_enum(in.window, WindowKind::kChunked, "window");
   config.mask.window_size = in.window_size;
   config.mask.chunk_lookback = in.chunk_lookback;
+  config.mask.clamp_ranges = to_bool(in.clamp_ranges, "clamp_ranges");
   if (in.score != nullptr) config.score = to_score(in.score);
   config.block_size = in.block_size;
   config.kv_cache_dtype =
@@ -199,6 +200,9 @@ CommonAttentionMetadata to_batch(const quire_batch* from) {
   batch.visible_prefix_lens = to_view(in.visible_prefix_lens, "visible_prefix_lens");
   batch.qq_bias = to_view(in.qq_bias, "qq_bias");
   batch.kv_start_loc = to_view(in.kv_start_loc, "kv_start_loc");
+  batch.kv_offset = to_view(in.kv_offset, "kv_offset");
+  batch.kv_stride = to_view(in.kv_stride, "kv_stride");
+  batch.q_offset = to_view(in.q_offset, "q_offset");
   return batch;
 }
 

@@ -35,6 +35,11 @@ Enum to_enum(std::int32_t value, Enum last, std::string_view argument) {
 // What a structure was in its first release. Members that come later lie behind these sizes.
 template <class T>
 inline constexpr std::size_t kFirstSize = sizeof(T);
+template <>
+inline constexpr std::size_t kFirstSize<quire_attention_config> = offsetof(quire_attention_config,
+                                                                           clamp_ranges);
+template <>
+inline constexpr std::size_t kFirstSize<quire_batch> = offsetof(quire_batch, kv_offset);
 
 // What the _init function of a structure sets.
 template <class T>

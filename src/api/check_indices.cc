@@ -1,4 +1,5 @@
 // Context::check_indices: the data of index tensors, looked at before anything runs.
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,32 @@ std::vector<T> read(const Backend& backend, Device device, const T* from, std::i
   return values;
 }
 
+// Positions are at least 0 and below 2^31, those of all keys and rows; strides at least 1.
+void check_positions(const Backend& backend, const LayerParams& layer, const BatchParams& batch,
+                     const std::vector<std::int32_t>& start, const Context& ctx) {
+  const auto values = [&](const std::int32_t* from, std::int32_t absent) {
+    if (from == nullptr) return std::vector<std::int32_t>(batch.num_seqs, absent);
+    return read(backend, layer.device, from, batch.num_seqs, ctx);
+  };
+  if (!batch.has_positions()) return;
+  const std::vector<std::int32_t> kv_offset = values(batch.kv_offset, 0);
+  const std::vector<std::int32_t> kv_stride = values(batch.kv_stride, 1);
+  const std::vector<std::int32_t> q_offset = values(batch.q_offset, 0);
+  // Keys of attention without a cache are counted by kv_start_loc.
+  const std::vector<std::int32_t> seq_lens = values(layer.paged ? batch.seq_lens : nullptr, 0);
+  constexpr std::int64_t kEnd = std::int64_t{1} << 31;
+  for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
+    const std::int64_t last_key = std::max<std::int64_t>(std::int64_t{seq_lens[s]} - 1, 0);
+    const std::int64_t last_row = std::max(start[s + 1] - start[s] - 1, 0);
+    check::that(kv_stride[s] >= 1, entry("kv_stride", s), "at least 1", kv_stride[s]);
+    check::that(kv_offset[s] >= 0 && kv_offset[s] + last_key * kv_stride[s] < kEnd,
+                entry("kv_offset", s), "at least 0, and the last key's position below 2^31",
+                kv_offset[s]);
+    check::that(q_offset[s] >= 0 && q_offset[s] + last_row < kEnd, entry("q_offset", s),
+                "at least 0, and the last row's position below 2^31", q_offset[s]);
+  }
+}
+
 }  // namespace
 
 void check_batch_indices(const Backend& backend, const LayerParams& layer, const BatchParams& batch,
@@ -33,6 +60,7 @@ void check_batch_indices(const Backend& backend, const LayerParams& layer, const
                 "at least the entry before it, " + std::to_string(start[s]), start[s + 1]);
   }
   // Rows past num_actual_tokens are padding and may be named.
+  check_positions(backend, layer, batch, start, ctx);
   if (!layer.paged) return;
   const std::int64_t reachable = batch.table_width * layer.block_size;
   const std::vector<std::int32_t> seq_lens =
@@ -44,7 +72,8 @@ void check_batch_indices(const Backend& backend, const LayerParams& layer, const
     check::that(seq_len <= reachable, entry("seq_lens", s),
                 "at most block_table's width times block_size, " + std::to_string(reachable),
                 seq_len);
-    check::that(layer.cross || seq_len == 0 || query_len <= seq_len, entry("seq_lens", s),
+    const bool own_keys = !layer.cross && batch.q_offset == nullptr;
+    check::that(!own_keys || seq_len == 0 || query_len <= seq_len, entry("seq_lens", s),
                 "at least the query length " + std::to_string(query_len), seq_len);
   }
 }

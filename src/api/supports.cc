@@ -68,6 +68,8 @@ void check_mask(const AttentionConfig& c, const BackendCapabilities& caps, Reaso
   reasons.require(
       !chunked || (mask.chunk_lookback >= 0 && mask.chunk_lookback < (1LL << 31)),
       "mask.chunk_lookback must be 0 to 2^31 - 1, not " + std::to_string(mask.chunk_lookback));
+  reasons.require(!chunked || !mask.clamp_ranges,
+                  "mask.clamp_ranges is about sliding windows, not about chunks");
   reasons.require(!windowed || chunked || caps.sliding_window, "sliding windows are not supported");
   reasons.require(!chunked || caps.chunked, "chunked attention is not supported");
   const bool cross = c.type == AttentionType::kEncoderDecoder;

@@ -101,20 +101,22 @@ HWY_INLINE void add_qq_bias(const BatchParams& batch, const TileToken& token, st
   for (std::int32_t t = own.begin; t < own.end; ++t) s[t] += bias[first + t - token.context_len];
 }
 
-// Soft cap and ALiBi on one row of logits; mask and the rest follow.
-HWY_INLINE void modify_scores(const LayerParams& layer, std::int32_t head, std::int64_t distance,
-                              std::int32_t count, float* s) {
+// Soft cap and ALiBi on one row of logits, of keys [first, first + count); mask and the rest follow.
+HWY_INLINE void modify_scores(const LayerParams& layer, std::int32_t head, const TileToken& token,
+                              std::int64_t first, std::int32_t count, float* s) {
   const Df d;
   const VecOps ops;
   const Vf cap = hn::Set(d, layer.soft_cap);
   const Vf inverse_cap = hn::Set(d, layer.soft_cap > 0 ? 1.0F / layer.soft_cap : 0.0F);
   const Vf slope = hn::Set(d, layer.alibi_slopes != nullptr ? layer.alibi_slopes[head] : 0.0F);
+  const Vf lanes = hn::Mul(hn::Iota(d, 0.0F), hn::Set(d, static_cast<float>(token.kv_stride)));
   for (std::int32_t t = 0; t < count; t += kVec) {
     Vf x = hn::Load(d, s + t);
     if (layer.soft_cap > 0) x = soft_cap(ops, x, cap, inverse_cap);
     if (layer.alibi_slopes != nullptr) {
       // j - p is exact in fp32 up to 2^24; beyond, its rounding is far below the slope's effect.
-      const Vf j_minus_p = hn::Add(hn::Set(d, static_cast<float>(distance + t)), hn::Iota(d, 0.0F));
+      const std::int64_t distance = token.distance + (first + t) * token.kv_stride;
+      const Vf j_minus_p = hn::Add(hn::Set(d, static_cast<float>(distance)), lanes);
       x = layer.alibi_sqrt ? alibi_sqrt(ops, x, slope, j_minus_p) : alibi(ops, x, slope, j_minus_p);
     }
     hn::Store(x, d, s + t);
@@ -155,8 +157,8 @@ HWY_INLINE void finish_scores(const Item& item, std::int32_t h, std::int64_t fir
     const TileToken& token = scratch.tokens[r / layer.group];
     float* s = scratch.s + r * kMaxKvTile;
     if (modified) {
-      modify_scores(layer, (item.kv_head + h) * layer.group + r % layer.group, first - token.q_pos,
-                    padded, s);
+      modify_scores(layer, (item.kv_head + h) * layer.group + r % layer.group, token, first, padded,
+                    s);
     }
     if (p.batch->qq_bias != nullptr) add_qq_bias(*p.batch, token, first, count, s);
     scratch.new_max[r] = mask_and_max(columns_of(token.visible.prefix, first, count),

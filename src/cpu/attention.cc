@@ -104,10 +104,12 @@ class Call {
         token.row = row.row;
         seq = sequence_at(layer_, batch, p_.num_kv_tokens, row.seq);
       }
-      token.q_pos = seq.position(token.row);
+      const std::int64_t position = seq.position(token.row);
+      token.distance = seq.mask.kv_offset - position;
+      token.kv_stride = seq.mask.kv_stride;
       token.context_len = seq.context_len;
       token.query_index = token.row - seq.first_row;
-      token.visible = clip(semantics::row_spans(seq.mask, token.q_pos), tile.kv_begin, tile.kv_end);
+      token.visible = clip(semantics::row_spans(seq.mask, position), tile.kv_begin, tile.kv_end);
       for (const semantics::Span span : {token.visible.prefix, token.visible.main}) {
         if (span.empty()) continue;
         item.hull_begin = item.hull_end == 0 ? span.begin : std::min(item.hull_begin, span.begin);

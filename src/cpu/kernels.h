@@ -54,8 +54,9 @@ struct PartialRows {
 // A query token of the current tile, and what it sees (already clipped to the tile's keys).
 struct TileToken {
   std::int64_t row = 0;
-  std::int64_t q_pos = 0;
-  std::int64_t context_len = 0;
+  std::int64_t distance = 0;     // from its position to that of key 0
+  std::int64_t kv_stride = 1;    // and from each key to the next
+  std::int64_t context_len = 0;  // index of this step's first key
   std::int64_t query_index = 0;  // its row within its sequence
   std::int32_t seq = 0;
   semantics::Spans visible;

@@ -71,7 +71,7 @@ void add_sequence(const LayerParams& layer, const BatchParams& batch, std::int32
     tile.shared_first = shared_prefix > 0 ? plan->first_shared_row[s] + i : -1;
     tile.kv_begin = shared_prefix;
     tile.kv_end = seq.mask.kv_len;
-    const std::int64_t first_pos = seq.context_len + i;
+    const std::int64_t first_pos = seq.first_pos + i;
     const Spans visible =
         clip(semantics::union_spans(seq.mask, first_pos, first_pos + tile.num_tokens - 1),
              tile.kv_begin, tile.kv_end);

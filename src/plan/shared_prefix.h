@@ -25,6 +25,8 @@ inline PrefixRule prefix_rule(const LayerParams& layer, const BatchParams& batch
   if (!layer.paged || layer.batch_invariant || batch.table_width == 0 || batch.num_seqs < 2) {
     return rule;
   }
+  // The same blocks may then be at other positions for each sequence.
+  if (batch.has_positions()) return rule;
   if (batch.common_prefix_len > 0) {
     rule.announced = true;
     rule.min_blocks = std::min(batch.common_prefix_len / layer.block_size, batch.table_width);

@@ -117,7 +117,7 @@ class Row {
     }
     if (layer_.alibi_slopes != nullptr) {
       const double slope = layer_.alibi_slopes[head_];
-      const double distance = static_cast<double>(j - q_pos_);
+      const auto distance = static_cast<double>(seq_.mask.position(j) - q_pos_);
       s = layer_.alibi_sqrt ? alibi_sqrt(ops, s, slope, distance) : alibi(ops, s, slope, distance);
     }
     return s + qq_bias(j);

@@ -1,4 +1,4 @@
-// Masks as spans: which key positions a query position sees. Written once; the plan asks what a
+// Masks as spans: which keys a query position sees. Written once; the plan asks what a
 // tile must load, the main loops ask which tiles need no element mask, and the element masks ask
 // for one row. All three answers come from the same few lines.
 #pragma once
@@ -10,7 +10,7 @@
 
 namespace quire::semantics {
 
-// Half-open [begin, end) of key positions; empty if end <= begin.
+// Half-open [begin, end), of keys or of positions; empty if end <= begin.
 struct Span {
   std::int64_t begin = 0;
   std::int64_t end = 0;
@@ -31,16 +31,27 @@ struct Spans {
 QUIRE_HOST_DEVICE std::int64_t min_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 QUIRE_HOST_DEVICE std::int64_t max_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
-// The mask of one sequence, everything resolved.
+// Farther than any position; sums with positions stay inside 64 bits.
+inline constexpr std::int64_t kFarPosition = std::int64_t{1} << 62;
+
+// The mask of one sequence, everything resolved. Windows, ranges and the prefix are about positions;
+// what is seen is told in keys, by their index in the cache.
 struct SequenceMask {
-  std::int64_t kv_len = 0;  // keys that exist: seq_len, cut at what the block table can name
+  std::int64_t kv_len = 0;     // keys that exist: seq_len, cut at what the block table can name
+  std::int32_t kv_offset = 0;  // key j sits at position kv_offset + j * kv_stride
+  std::int32_t kv_stride = 1;
   bool causal = true;
-  WindowKind window = WindowKind::kNone;
+  bool clamp_ranges = false;
+  WindowKind window = WindowKind::kNone;  // kLeft only with causal: else it is kBoth here
   std::int64_t window_size = 0;
   std::int64_t chunk_lookback = 0;
-  std::int64_t visible_prefix = 0;
+  std::int32_t visible_prefix = 0;  // keys at positions before it escape the window; <= 0: none
   const std::int32_t* ranges = nullptr;  // [num_ranges, 2] closed ranges
   std::int32_t num_ranges = 0;
+
+  QUIRE_HOST_DEVICE std::int64_t position(std::int64_t key) const {
+    return kv_offset + key * kv_stride;
+  }
 };
 
 namespace detail {
@@ -49,84 +60,92 @@ QUIRE_HOST_DEVICE std::int64_t floor_div(std::int64_t a, std::int64_t b) {
   return a >= 0 ? a / b : -((-a + b - 1) / b);
 }
 
-// First visible key of the window at position p, ranges and prefix aside. Non-decreasing in p.
+// The window at position p, in positions; base, ranges and prefix aside. Both ends do not decrease
+// in p.
 QUIRE_HOST_DEVICE std::int64_t window_begin(const SequenceMask& mask, std::int64_t p) {
-  std::int64_t begin = 0;
-  if (mask.window == WindowKind::kLeft || mask.window == WindowKind::kBoth) {
-    begin = p - mask.window_size + 1;
-  } else if (mask.window == WindowKind::kChunked) {
-    begin = (floor_div(p, mask.window_size) - mask.chunk_lookback) * mask.window_size;
-  }
-  return max_of(begin, 0);
+  if (mask.window == WindowKind::kNone) return -kFarPosition;
+  if (mask.window != WindowKind::kChunked) return p - mask.window_size + 1;
+  return (floor_div(p, mask.window_size) - mask.chunk_lookback) * mask.window_size;
 }
-
-// End of the base mask at p. Non-decreasing in p.
-QUIRE_HOST_DEVICE std::int64_t base_end(const SequenceMask& mask, std::int64_t p) {
-  return mask.causal ? min_of(p + 1, mask.kv_len) : mask.kv_len;
-}
-
 QUIRE_HOST_DEVICE std::int64_t window_end(const SequenceMask& mask, std::int64_t p) {
-  const std::int64_t end = base_end(mask, p);
-  return mask.window == WindowKind::kBoth ? min_of(end, p + mask.window_size) : end;
+  return mask.window == WindowKind::kBoth ? p + mask.window_size : kFarPosition;
 }
 
-QUIRE_HOST_DEVICE std::int64_t prefix_end(const SequenceMask& mask, std::int64_t p) {
-  if (mask.visible_prefix <= 0) return 0;
-  return max_of(min_of(mask.visible_prefix, base_end(mask, p)), 0);
+// End of the base mask at p. Does not decrease in p.
+QUIRE_HOST_DEVICE std::int64_t base_end(const SequenceMask& mask, std::int64_t p) {
+  return mask.causal ? p + 1 : kFarPosition;
 }
 
-// Widens `span` by every bidirectional range that meets [first_p, last_p]. For one position the
-// result is exact: window and range both hold p itself (or both end at kv_len), so their union
-// is an interval.
-QUIRE_HOST_DEVICE Span widen_by_ranges(const SequenceMask& mask, Span span, std::int64_t first_p,
-                                       std::int64_t last_p) {
+// Positions that the ranges span which meet [first_p, last_p]; empty if none does.
+QUIRE_HOST_DEVICE Span hull_of_ranges(const SequenceMask& mask, std::int64_t first_p,
+                                      std::int64_t last_p) {
+  Span hull;
   for (std::int32_t r = 0; r < mask.num_ranges; ++r) {
     const std::int32_t* range_bounds = mask.ranges + std::int64_t{2} * r;
     const std::int64_t start = range_bounds[0];
     const std::int64_t last = range_bounds[1];
     if (start >= last || start > last_p || last < first_p) continue;
-    const Span range{max_of(start, 0), min_of(last + 1, mask.kv_len)};
-    if (range.empty()) continue;
-    span =
-        span.empty() ? range : Span{min_of(span.begin, range.begin), max_of(span.end, range.end)};
+    hull = hull.empty() ? Span{start, last + 1}
+                        : Span{min_of(hull.begin, start), max_of(hull.end, last + 1)};
   }
-  return span;
+  return hull;
 }
 
-QUIRE_HOST_DEVICE Spans join(std::int64_t prefix_end, Span main) {
-  if (main.empty()) return {{0, prefix_end}, {prefix_end, prefix_end}};
-  if (prefix_end >= main.begin) return {{0, 0}, {0, max_of(prefix_end, main.end)}};
-  return {{0, prefix_end}, main};
+// How many keys sit before `position`: also the first key at or behind it.
+QUIRE_HOST_DEVICE std::int64_t keys_before(const SequenceMask& mask, std::int64_t position) {
+  std::int64_t count = position - mask.kv_offset;
+  if (mask.kv_stride != 1 && count > 0) {
+    // Divided in 32 bits: keys lie within 2^31 positions of each other.
+    const auto distance = static_cast<std::uint32_t>(min_of(count - 1, 0xFFFFFFFF));
+    count = std::int64_t{distance / static_cast<std::uint32_t>(mask.kv_stride)} + 1;
+  }
+  return min_of(max_of(count, 0), mask.kv_len);
+}
+
+// The keys at the positions of `main` and at those before `prefix_end`: spans inside [0, kv_len].
+QUIRE_HOST_DEVICE Spans keys_at(const SequenceMask& mask, std::int64_t prefix_end, Span main) {
+  const std::int64_t begin = keys_before(mask, main.begin);
+  const std::int64_t end = max_of(keys_before(mask, main.end), begin);
+  if (mask.visible_prefix <= 0) return {{0, 0}, {begin, end}};
+  const std::int64_t prefix = keys_before(mask, prefix_end);
+  if (begin == end) return {{0, prefix}, {prefix, prefix}};
+  if (prefix >= begin) return {{0, 0}, {0, max_of(prefix, end)}};
+  return {{0, prefix}, {begin, end}};
 }
 
 }  // namespace detail
 
-// What the query at position p sees, exactly.
-QUIRE_HOST_DEVICE Spans row_spans(const SequenceMask& mask, std::int64_t p) {
-  Span main{detail::window_begin(mask, p), detail::window_end(mask, p)};
-  main = detail::widen_by_ranges(mask, main, p, p);
-  const std::int64_t prefix = detail::prefix_end(mask, p);
-  if (prefix > 0) return detail::join(prefix, main);
-  return {{0, 0}, main};
-}
-
 // A superset of what the positions [first_p, last_p] see together: what a tile must load.
+//
+// Exact for one position p: its window within base holds p, and so does each of its ranges, so
+// their union is an interval of positions. (Clamped, base and ranges together end at one place, and
+// both window and prefix are cut there.) Positions grow with the key, so an interval of positions
+// is an interval of keys; what the prefix adds starts at key 0.
 QUIRE_HOST_DEVICE Spans union_spans(const SequenceMask& mask, std::int64_t first_p,
                                     std::int64_t last_p) {
-  Span main{detail::window_begin(mask, first_p), detail::window_end(mask, last_p)};
-  main = detail::widen_by_ranges(mask, main, first_p, last_p);
-  const std::int64_t prefix = detail::prefix_end(mask, last_p);
-  if (prefix > 0) return detail::join(prefix, main);
-  return {{0, 0}, main};
+  const Span window{detail::window_begin(mask, first_p), detail::window_end(mask, last_p)};
+  std::int64_t base_end = detail::base_end(mask, last_p);
+  const Span ranges = detail::hull_of_ranges(mask, first_p, last_p);
+  if (mask.clamp_ranges && !ranges.empty()) base_end = max_of(base_end, ranges.end);
+  Span main{window.begin, min_of(window.end, base_end)};
+  if (!mask.clamp_ranges && !ranges.empty()) {
+    main = {min_of(main.begin, ranges.begin), max_of(main.end, ranges.end)};
+  }
+  return detail::keys_at(mask, min_of(mask.visible_prefix, base_end), main);
+}
+
+// What the query at position p sees, exactly.
+QUIRE_HOST_DEVICE Spans row_spans(const SequenceMask& mask, std::int64_t p) {
+  return union_spans(mask, p, p);
 }
 
 // A subset of what every position in [first_p, last_p] sees: keys that need no element mask.
 QUIRE_HOST_DEVICE Spans common_spans(const SequenceMask& mask, std::int64_t first_p,
                                      std::int64_t last_p) {
-  const Span main{detail::window_begin(mask, last_p), detail::window_end(mask, first_p)};
-  const std::int64_t prefix = detail::prefix_end(mask, first_p);
-  if (prefix > 0) return detail::join(prefix, main);
-  return {{0, 0}, main};
+  const std::int64_t base_end = detail::base_end(mask, first_p);
+  return detail::keys_at(
+      mask, min_of(mask.visible_prefix, base_end),
+      {detail::window_begin(mask, last_p), min_of(detail::window_end(mask, first_p), base_end)});
 }
 
 QUIRE_HOST_DEVICE Span clip(Span span, std::int64_t begin, std::int64_t end) {
