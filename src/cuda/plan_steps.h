@@ -21,7 +21,7 @@ inline constexpr std::int64_t kCutCost = 6;
 // Batch-invariant mode: chunks of at least 512 keys.
 inline constexpr std::int32_t kMinChunkUnits = 8;
 // Direct attention bounds its keys by the key tensor's rows, which the plan does not know; the
-// attention kernel clamps again.
+// attention kernel clamps again (keys_of, existing_end).
 inline constexpr std::int64_t kAnyKvTokens = 0x7FFFFFFF;
 
 // Index of the last entry that is <= value; entries do not decrease and the first is <= value.
@@ -81,23 +81,24 @@ QUIRE_DEVICE Tile make_tile(const PlanArgs& args, const TileRule& rule, std::int
   tile.first_sub = static_cast<std::int32_t>(first - first_token * layer.group);
   tile.first_index = static_cast<std::int32_t>(first_token);
   tile.first_token = seq.first_row + first_token;
-  tile.first_pos = seq.context_len + first_token;
+  const std::int64_t first_pos = seq.first_pos + first_token;
+  const std::int64_t last_pos = seq.first_pos + last_token;
+  tile.first_pos = static_cast<std::int32_t>(first_pos);
+  tile.context_len = static_cast<std::int32_t>(seq.context_len);
   tile.first_kv_row = seq.first_kv_row;
-  tile.kv_len = static_cast<std::int32_t>(semantics::max_of(seq.mask.kv_len, 0));
+  tile.kv_len = static_cast<std::int32_t>(seq.mask.kv_len);
   tile.seed = -1;
   if (args.prefixes.rule.min_blocks > 0 && args.prefixes.keys[s] > 0) {
     tile.kv_begin = args.prefixes.keys[s];
     tile.seed = args.prefixes.first_row[s] + tile.first_index;
   }
   const semantics::Spans visible =
-      clip(semantics::union_spans(seq.mask, tile.first_pos, seq.context_len + last_token),
-           tile.kv_begin, tile.kv_len);
+      clip(semantics::union_spans(seq.mask, first_pos, last_pos), tile.kv_begin, tile.kv_len);
   set_units(layer, rule, visible, &tile);
-  const semantics::Spans common =
-      clip(first_token == last_token
-               ? semantics::row_spans(seq.mask, tile.first_pos)
-               : semantics::common_spans(seq.mask, tile.first_pos, seq.context_len + last_token),
-           tile.kv_begin, tile.kv_len);
+  const semantics::Spans common = first_token == last_token
+                                      ? visible  // exactly what its rows see
+                                      : clip(semantics::common_spans(seq.mask, first_pos, last_pos),
+                                             tile.kv_begin, tile.kv_len);
   tile.common[0] = static_cast<std::int32_t>(common.prefix.begin);
   tile.common[1] = static_cast<std::int32_t>(common.prefix.end);
   tile.common[2] = static_cast<std::int32_t>(common.main.begin);
@@ -121,6 +122,7 @@ QUIRE_DEVICE Tile make_shared_tile(const PlanArgs& args, const PrefixGroup& grou
   tile.first_sub = static_cast<std::int32_t>(first - first_token * args.layer.group);
   tile.seed = static_cast<std::int32_t>(group.first_row + first_token);
   tile.kv_len = group.keys;
+  tile.context_len = group.keys;  // query-query bias is about keys behind every shared prefix
   tile.common[3] = group.keys;
   set_units(args.layer, rule, {{0, 0}, {0, group.keys}}, &tile);
   return tile;

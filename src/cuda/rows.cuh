@@ -44,8 +44,8 @@ struct LoadableKeys {
 // In shared memory.
 template <int kRows>
 struct RowTable {
-  int4 visible[kRows];  // prefix begin, end, main begin, end
-  std::int32_t position[kRows];
+  int4 visible[kRows];           // prefix begin, end, main begin, end
+  std::int32_t position[kRows];  // counted from key 0's
   std::int32_t token[kRows];
   std::int32_t head[kRows];
   std::int32_t query_index[kRows];
@@ -53,6 +53,7 @@ struct RowTable {
   float sink[kRows];                   // if there are sinks; see fill_rows
   alignas(16) std::int32_t common[4];  // spans that all rows see
   LoadableKeys keys;
+  std::int32_t kv_stride;  // from a key's position to the next one's
   __device__ __forceinline__ bool may_read(std::int32_t key) const {
     return key < keys.kv_len && (key < keys.hidden_begin || key >= keys.hidden_end);
   }
@@ -117,10 +118,11 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
   const std::int32_t kv_len = keys_of(p, tile);
   const int4 common = make_int4(tile.common[0], min(tile.common[1], kv_len), tile.common[2],
                                 min(tile.common[3], kv_len));
+  const std::int32_t key_0 = p.batch.kv_offset != nullptr ? p.batch.kv_offset[tile.seq] : 0;
   const bool all_alike = shared_rows != nullptr || tile.first_sub + tile.rows <= p.layer.group;
   for (int r = static_cast<int>(threadIdx.x); r < kRows; r += kThreads) {
     RowPlace place = row_place(p, tile, kv_head, r);
-    std::int64_t position = tile.first_pos + place.index;
+    std::int32_t position = tile.first_pos + place.index;
     if (shared_rows != nullptr) {
       place.token = shared_rows[tile.seed + place.index].token;
       position = shared_rows[tile.seed + place.index].position;
@@ -131,11 +133,11 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
       visible = visible_keys(clip(semantics::row_spans(mask, position), tile.kv_begin, kv_len));
     }
     table.visible[r] = r < tile.rows ? visible : make_int4(0, 0, 0, 0);
-    table.position[r] = static_cast<std::int32_t>(position);
+    table.position[r] = static_cast<std::int32_t>(static_cast<std::uint32_t>(position) -
+                                                  static_cast<std::uint32_t>(key_0));
     table.token[r] = static_cast<std::int32_t>(place.token);
     table.head[r] = static_cast<std::int32_t>(place.head);
-    // Query-query bias is about keys behind every shared prefix: with index 0 it stays there.
-    table.query_index[r] = shared_rows != nullptr ? 0 : tile.first_index + place.index;
+    table.query_index[r] = tile.first_index + place.index;
     table.slope[r] = p.layer.alibi_slopes != nullptr ? p.layer.alibi_slopes[place.head] : 0.0F;
     if (p.layer.sinks != nullptr) {
       tile::copy_async<4>(tile::shared_address(&table.sink[r]), p.layer.sinks + place.head, 4);
@@ -144,27 +146,32 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
   if (threadIdx.x == kThreads - 1) {
     *reinterpret_cast<int4*>(table.common) = common;
     table.keys = loadable_keys(p, tile);
+    table.kv_stride = p.batch.kv_stride != nullptr ? max(p.batch.kv_stride[tile.seq], 1) : 1;
   }
 }
 
 // Soft cap, ALiBi and query-query bias on the natural-unit score of (row, key j). Masks come after.
+// Differences modulo 2^32: exact for all positions below 2^31.
 template <class Ops, int kRows>
 __device__ __forceinline__ float modify_score(const KernelParams& p, const RowTable<kRows>& table,
-                                              std::int32_t seq, int r, int j, float s) {
+                                              const Tile& tile, int r, int j, float s) {
   const Ops ops;
   if (p.layer.soft_cap > 0) {
     s = score::soft_cap(ops, s, p.layer.soft_cap, 1.0F / p.layer.soft_cap);
   }
   if (p.layer.alibi_slopes != nullptr) {
-    const auto distance = static_cast<float>(j - table.position[r]);
+    const auto distance = static_cast<float>(static_cast<std::int32_t>(
+        static_cast<std::uint32_t>(j) * static_cast<std::uint32_t>(table.kv_stride) -
+        static_cast<std::uint32_t>(table.position[r])));
     s = p.layer.alibi_sqrt ? score::alibi_sqrt(ops, s, table.slope[r], distance)
                            : score::alibi(ops, s, table.slope[r], distance);
   }
   if (p.batch.qq_bias != nullptr) {
     const int i = table.query_index[r];
-    const int n = j - (table.position[r] - i);
-    if (n >= 0 && n < p.batch.qq_size && i < p.batch.qq_size) {
-      s += p.batch.qq_bias[seq * p.batch.qq_seq_stride + i * p.batch.qq_row_stride + n];
+    const std::uint32_t n =
+        static_cast<std::uint32_t>(j) - static_cast<std::uint32_t>(tile.context_len);
+    if (n < p.batch.qq_size && i < p.batch.qq_size) {
+      s += p.batch.qq_bias[tile.seq * p.batch.qq_seq_stride + i * p.batch.qq_row_stride + n];
     }
   }
   return s;

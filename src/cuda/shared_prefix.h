@@ -127,7 +127,7 @@ QUIRE_DEVICE std::int64_t list_rows(const Team& team, const PlanArgs& args, Pref
     prefixes.first_row[s] = static_cast<std::int32_t>(row);
     for (std::int64_t i = 0; i < seq.query_len; ++i) {
       prefixes.rows[row + i] = {static_cast<std::int32_t>(seq.first_row + i),
-                                static_cast<std::int32_t>(seq.context_len + i)};
+                                static_cast<std::int32_t>(seq.first_pos + i)};
     }
     team.raise(&group->end_row, static_cast<std::int32_t>(row + seq.query_len));
   }

@@ -13,8 +13,16 @@ struct Segment {
   std::int32_t head;  // kv head and column pass, see KernelParams::passes
   std::int32_t unit_begin;
   std::int32_t unit_end;
+  std::int32_t stop;  // existing_end(), where two sides must agree: in the decode kernel
   // No initialisers: a Segment lives in shared memory too.
   QUIRE_HOST_DEVICE bool whole() const { return unit_begin == 0 && unit_end == tile.num_units(); }
+
+  // The end of its units of which any key exists. Only the call knows how many keys direct attention
+  // has: a plan over wild lengths counts on more, and would have them worked through.
+  QUIRE_HOST_DEVICE std::int32_t existing_end(std::int32_t num_keys) const {
+    return static_cast<std::int32_t>(
+        clamp_index(tile.units_before(num_keys), unit_begin, unit_end));
+  }
 };
 
 // The CTAs that work on one item, and how many of them leave a part.

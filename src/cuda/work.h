@@ -27,7 +27,8 @@ struct alignas(16) Tile {
   std::int32_t first_index;   // query index (in its sequence) of the first row's token
   std::int32_t first_sub;     // and its head within the group
   std::int64_t first_token;   // row of that token in query and output
-  std::int64_t first_pos;     // and its position
+  std::int32_t first_pos;     // and its position
+  std::int32_t context_len;   // index of the sequence's first key that is this step's own
   std::int64_t first_kv_row;  // direct attention: row of key 0
   std::int64_t cost_begin;
   // Key tiles visited: [prefix_first, + prefix_count), then [main_first, + main_count).
@@ -52,6 +53,14 @@ struct alignas(16) Tile {
   QUIRE_HOST_DEVICE std::int32_t num_units() const { return prefix_count + main_count; }
   QUIRE_HOST_DEVICE std::int32_t unit(std::int32_t i) const {
     return i < prefix_count ? prefix_first + i : main_first + (i - prefix_count);
+  }
+  // How many of its units begin before key `end`.
+  QUIRE_HOST_DEVICE std::int32_t units_before(std::int32_t end) const {
+    const std::int32_t limit = end / kUnitKeys + (end % kUnitKeys > 0 ? 1 : 0);
+    const auto within = [limit](std::int32_t first, std::int32_t count) {
+      return limit <= first ? 0 : (limit - first < count ? limit - first : count);
+    };
+    return within(prefix_first, prefix_count) + within(main_first, main_count);
   }
 };
 

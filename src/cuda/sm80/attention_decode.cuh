@@ -82,11 +82,12 @@ class DecodeAttention : DecodeMerge<C> {
     int unit = segment.unit_begin;
     do {
       const int end = min(unit + chunk, segment.unit_end);
+      const int existing = min(end, segment.stop);
       Rows rows;
-      attend<C::kMTiles>(segment, unit, end, rows);
+      attend<C::kMTiles>(segment, unit, existing, rows);
       // What was prepared for the next segment has come with the ring's copies, unless this one was
       // too short for that.
-      if (end - unit <= p_.stages) {
+      if (existing - unit <= p_.stages) {
         tile::commit_copies();
         tile::wait_copies<0>();
       }
@@ -334,7 +335,7 @@ class DecodeAttention : DecodeMerge<C> {
       for (int i = 0; i < 8; ++i) {
         const int row = mt * 16 + lane_ / 4 + i % 4 / 2 * 8;
         const int key = first + lane_ % 4 * 2 + i / 4 * 8 + i % 2;
-        s[mt][i / 4][i % 4] = modify_score<FloatOps>(p_, table, segment.tile.seq, row, key,
+        s[mt][i / 4][i % 4] = modify_score<FloatOps>(p_, table, segment.tile, row, key,
                                                      s[mt][i / 4][i % 4] * score_scale_);
       }
     }

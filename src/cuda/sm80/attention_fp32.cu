@@ -22,6 +22,8 @@ constexpr int kThreadsPerRow = kThreads / kRows;
 
 struct Shared {
   RowTable<kRows> rows;
+  Segment segment;  // at work
+  bool works;
   Finisher<kRows, kThreads>::Shared finish;
   float p[kRows][kMaxKeys + 1];
   float max[kRows];
@@ -96,9 +98,9 @@ __device__ void scores(const KernelParams& p, Shared& shared, const Segment& seg
     const int t = lane + n * kThreadsPerRow;
     const int j = first + t;
     const bool visible = t < keys && sees(shared.rows.visible[r], j);
-    s[n] = visible
-               ? modify_score<ExactFloatOps>(p, shared.rows, segment.tile.seq, r, j, s[n] * scale)
-               : -INFINITY;
+    s[n] = visible ? modify_score<ExactFloatOps>(p, shared.rows, shared.segment.tile, r, j,
+                                                 s[n] * scale)
+                   : -INFINITY;
     max = fmaxf(max, s[n]);
   }
   for (int d = 1; d < kThreadsPerRow; d *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, d));
@@ -162,10 +164,13 @@ __global__ void __launch_bounds__(kThreads)
   Finisher<kRows, kThreads> finisher(p, shared.rows, shared.finish);
   finisher.set_pass(0, p.layer.head_size_v);
   Walker walker(p.schedule, static_cast<std::int32_t>(blockIdx.x));
-  Segment segment;
-  while (walker.next(p.schedule, &segment)) {
-    const int kv_head = segment.head;
+  Segment& segment = shared.segment;
+  for (;;) {
     __syncthreads();
+    if (threadIdx.x == 0) shared.works = walker.next(p.schedule, &segment);
+    __syncthreads();
+    if (!shared.works) break;
+    const int kv_head = segment.head;
     fill_rows<kRows, kThreads>(p, segment, kv_head, shared.rows);
     tile::commit_copies();
     tile::wait_copies<0>();
@@ -177,7 +182,8 @@ __global__ void __launch_bounds__(kThreads)
     load_queries(p, shared.rows, segment.tile.rows, q, q_pitch);
     float acc[kRows][kColumns] = {};
     const int steps = kUnitKeys / keys;
-    for (int i = segment.unit_begin * steps; i < segment.unit_end * steps; ++i) {
+    const int end = segment.existing_end(keys_of(p, segment.tile));
+    for (int i = segment.unit_begin * steps; i < end * steps; ++i) {
       const int first = segment.tile.unit(i / steps) * kUnitKeys + i % steps * keys;
       load_rows(p, p.call.k, segment.tile, shared.rows, kv_head, first, keys, p.layer.head_size, kv,
                 k_pitch);

@@ -44,6 +44,7 @@ static __device__ __forceinline__ bool walk_to(const KernelParams& p, WarpStream
         segment.head = head;
         segment.unit_begin = begin;
         segment.unit_end = end < 0 ? segment.tile.num_units() : end;
+        segment.stop = segment.existing_end(keys_of(p, segment.tile));
       }
     }
     __syncwarp();
@@ -77,10 +78,10 @@ static __device__ __forceinline__ void seek(const KernelParams& p, WarpStream& s
       s.left = 0;
       if (known) {
         if (s.unit < 0) enter(p, s, segment);
-        if (s.unit < segment.unit_end) {
-          s.left = (s.unit < tile.prefix_count ? min(tile.prefix_count, segment.unit_end)
-                                               : segment.unit_end) -
-                   s.unit;
+        if (s.unit < segment.stop) {
+          s.left =
+              (s.unit < tile.prefix_count ? min(tile.prefix_count, segment.stop) : segment.stop) -
+              s.unit;
           s.key = tile.unit(s.unit) * kUnitKeys + warp * (kUnitKeys / kDecodeWarps);
           s.unit += s.left;
         } else {

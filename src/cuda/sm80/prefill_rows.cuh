@@ -9,11 +9,11 @@ namespace quire::cuda::sm80 {
 // Out of line, four scores at a time: ALiBi and query-query bias are rare, their code is long.
 template <int kRows>
 __device__ __noinline__ float4 modify_scores(const KernelParams& p, const RowTable<kRows>& rows,
-                                             std::int32_t seq, int row, int key, float4 s) {
-  return make_float4(modify_score<FloatOps>(p, rows, seq, row, key, s.x),
-                     modify_score<FloatOps>(p, rows, seq, row, key + 1, s.y),
-                     modify_score<FloatOps>(p, rows, seq, row + 8, key, s.z),
-                     modify_score<FloatOps>(p, rows, seq, row + 8, key + 1, s.w));
+                                             const Tile& tile, int row, int key, float4 s) {
+  return make_float4(modify_score<FloatOps>(p, rows, tile, row, key, s.x),
+                     modify_score<FloatOps>(p, rows, tile, row, key + 1, s.y),
+                     modify_score<FloatOps>(p, rows, tile, row + 8, key, s.z),
+                     modify_score<FloatOps>(p, rows, tile, row + 8, key + 1, s.w));
 }
 
 template <class C>
@@ -188,7 +188,7 @@ class PrefillRows : protected PrefillLoader<C> {
       for (int n = 0; n < kNTiles; ++n) {
         float(&x)[4] = s[mt][n];
         const float4 y =
-            modify_scores(p_, shared_.rows, segment.tile.seq, row, first + n * 8 + lane() % 4 * 2,
+            modify_scores(p_, shared_.rows, segment.tile, row, first + n * 8 + lane() % 4 * 2,
                           make_float4(x[0] * score_scale_, x[1] * score_scale_, x[2] * score_scale_,
                                       x[3] * score_scale_));
         x[0] = y.x;

@@ -130,7 +130,8 @@ __device__ __forceinline__ void prepare(const KernelParams& p, PrefillShared<C>&
                                            : shared.walker.next(p.schedule, &segment);
     task.count = 0;
     if (task.exists) {
-      task.count = (segment.unit_end - segment.unit_begin) * (kUnitKeys / C::kKeys);
+      task.count = (segment.existing_end(keys_of(p, segment.tile)) - segment.unit_begin) *
+                   (kUnitKeys / C::kKeys);
       task.kv_head = segment.head / p.passes;
       task.first_column = (segment.head - task.kv_head * p.passes) * p.columns;
       task.columns = min(p.columns, p.layer.head_size_v - task.first_column);
