@@ -64,19 +64,32 @@ class VerifyTest(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stdout)
         self.assertRegex(last_line(done), r"^\d+ passed, 0 failed$")
 
-    def test_golden_with_other_outputs_fails(self):
+    def verify_changed(self, pattern, replacement, times=0):
+        """Runs the golden file with other text of the same length in its header."""
         with open(GOLDEN, "rb") as file:
             data = bytearray(file.read())
         length = int.from_bytes(data[:8], "little")
         header = data[8:8 + length].decode()
-        # Another softmax scale than the one that the outputs were made with.
-        changed, count = re.subn(r'(\\"softmax_scale\\": 0\.)1', r'\g<1>9', header)
+        changed, count = re.subn(pattern, replacement, header, count=times)
         self.assertGreater(count, 0)
         data[8:8 + length] = changed.encode()
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as broken:
             broken.write(data)
             broken.flush()
-            done = verify("--golden", broken.name)
+            return verify("--golden", broken.name)
+
+    def test_golden_with_what_is_not_known_fails_that_case_by_name(self):
+        for pattern, replacement, problem in (
+                ('use_alibi_sqrt', 'use_alibi_cbrt', 'unknown field use_alibi_cbrt'),
+                (r'(\\"kv_cache_dtype\\": \\")auto', r'\g<1>int4', 'unknown kv_cache_dtype int4')):
+            done = self.verify_changed(pattern, replacement, times=1)
+            self.assertEqual(done.returncode, 1)
+            self.assertRegex(done.stdout, rf"FAILED .*/\d+ \w+: {problem}\n")
+            self.assertRegex(last_line(done), r"^\d\d passed, 1 failed$")
+
+    def test_golden_with_other_outputs_fails(self):
+        # Another softmax scale than the one that the outputs were made with.
+        done = self.verify_changed(r'(\\"softmax_scale\\": 0\.)1', r'\g<1>9')
         self.assertEqual(done.returncode, 1)
         self.assertIn("FAILED ", done.stdout)
         failed = int(re.match(r"^\d+ passed, (\d+) failed$", last_line(done)).group(1))

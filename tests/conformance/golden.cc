@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -21,6 +22,34 @@ class Reader {
  public:
   Reader(const json& entry, const Safetensors& file)
       : entry_(entry), file_(file), prefix_(entry.at("case").get<std::string>() + ".") {}
+
+  // Throw if the case has a field or a tensor that is not read here.
+  void expect_known_fields() const {
+    static const std::set<std::string> fields{
+        "case",           "feature",        "dtype",
+        "num_heads",      "num_kv_heads",   "head_size",
+        "block_size",     "softmax_scale",  "soft_cap",
+        "sliding_window", "chunk_lookback", "use_alibi_sqrt",
+        "causal",         "per_seq_causal", "mm_prefix_clamp_sliding_window",
+        "rswa_window",    "kv_cache_dtype", "k_scale",
+        "v_scale",        "q_scale",        "output_scale",
+        "fp8_bytes"};
+    for (const auto& [name, value] : entry_.items()) {
+      if (fields.count(name) == 0) throw std::runtime_error("unknown field " + name);
+    }
+  }
+  void expect_known_tensors() const {
+    static const std::set<std::string> tensors{
+        "query",        "key",    "value",   "kv_cache",        "k_scale_cache",    "v_scale_cache",
+        "block_table",  "sinks",  "qq_bias", "query_start_loc", "rswa_prefix_lens", "seq_lens",
+        "alibi_slopes", "causal", "output",  "mm_prefix_range"};
+    for (auto found = file_.tensors.lower_bound(prefix_);
+         found != file_.tensors.end() && found->first.compare(0, prefix_.size(), prefix_) == 0;
+         ++found) {
+      const std::string name = found->first.substr(prefix_.size());
+      if (tensors.count(name) == 0) throw std::runtime_error("unknown tensor " + name);
+    }
+  }
 
   bool has(const std::string& name) const { return file_.tensors.count(prefix_ + name) > 0; }
 
@@ -55,9 +84,11 @@ class Reader {
     return entry_.at(name).get<T>();
   }
 
+  // Of a field that is null, or that older files do not have.
   template <class T>
   T value_or(const char* name, T fallback) const {
-    return entry_.at(name).is_null() ? fallback : entry_.at(name).get<T>();
+    const auto found = entry_.find(name);
+    return found == entry_.end() || found->is_null() ? fallback : found->get<T>();
   }
 
  private:
@@ -73,7 +104,11 @@ void require(bool ok, const std::string& what) {
 KvCacheDType cache_dtype_of(const std::string& name) {
   if (name == "int8_pth") return KvCacheDType::kInt8PerTokenHead;
   if (name == "fp8_pth") return KvCacheDType::kFp8E4M3PerTokenHead;
-  return parse_kv_cache_dtype(name);
+  try {
+    return parse_kv_cache_dtype(name);
+  } catch (const Error&) {
+    throw std::runtime_error("unknown kv_cache_dtype " + name);
+  }
 }
 
 DType model_dtype_of(const std::string& name) {
@@ -94,13 +129,22 @@ void read_config(const Reader& reader, CaseSpec* spec) {
   config.score.softmax_scale = reader.value<float>("softmax_scale");
   config.score.soft_cap = reader.value<float>("soft_cap");
   config.score.alibi_sqrt = reader.value<bool>("use_alibi_sqrt");
-  const auto window = reader.value_or<std::int64_t>("sliding_window", 0);
+  const auto sliding = reader.value_or<std::int64_t>("sliding_window", 0);
+  const auto around_prefix = reader.value_or<std::int64_t>("rswa_window", 0);
+  require(sliding == 0 || around_prefix == 0, "both sliding_window and rswa_window");
+  require((around_prefix > 0) == reader.has("rswa_prefix_lens"),
+          "only one of rswa_window and rswa_prefix_lens");
+  const std::int64_t window = sliding > 0 ? sliding : around_prefix;
   const auto lookback = reader.value<std::int64_t>("chunk_lookback");
   if (window > 0 && lookback >= 0) {
     config.mask = Mask::chunked(window / (lookback + 1), lookback);
   } else if (window > 0) {
     config.mask = Mask::sliding_window(window);
   }
+  config.mask.causal = reader.value_or("causal", true);
+  config.mask.clamp_ranges = reader.value_or("mm_prefix_clamp_sliding_window", false);
+  require(reader.value_or("per_seq_causal", false) == reader.has("causal"),
+          "only one of per_seq_causal and the tensor causal");
 }
 
 void read_tensors(const Reader& reader, Case* c) {
@@ -128,6 +172,8 @@ void read_tensors(const Reader& reader, Case* c) {
   c->qq_bias = reader.optional("qq_bias");
   if (c->qq_bias) spec.qq_bias_size = c->qq_bias.shape[0];
   c->mm_prefix_range = reader.optional("mm_prefix_range");
+  c->visible_prefix_lens = reader.optional("rswa_prefix_lens");
+  c->causal = reader.optional("causal");
   c->scales = make_float32({reader.value_or("q_scale", 1.0F), reader.value<float>("k_scale"),
                             reader.value<float>("v_scale"), reader.value_or("output_scale", 1.0F)});
 }
@@ -238,6 +284,20 @@ std::string check_write(const Case& stored, const AttentionBackend& backend) {
 
 }  // namespace
 
+namespace {
+
+void read_case(const Reader& reader, GoldenCase* golden) {
+  reader.expect_known_fields();
+  golden->inputs.spec.write = false;
+  read_config(reader, &golden->inputs.spec);
+  reader.expect_known_tensors();
+  read_tensors(reader, &golden->inputs);
+  read_lengths(&golden->inputs);
+  read_output(reader, golden);
+}
+
+}  // namespace
+
 std::vector<GoldenCase> read_golden(const std::string& path) {
   const Safetensors file = read_safetensors(path);
   const std::string short_name = path.substr(path.find_last_of('/') + 1);
@@ -249,11 +309,12 @@ std::vector<GoldenCase> read_golden(const std::string& path) {
       GoldenCase golden;
       golden.name = short_name + "/" + entry.at("case").get<std::string>() + " " +
                     entry.at("feature").get<std::string>();
-      golden.inputs.spec.write = false;
-      read_config(reader, &golden.inputs.spec);
-      read_tensors(reader, &golden.inputs);
-      read_lengths(&golden.inputs);
-      read_output(reader, &golden);
+      try {
+        read_case(reader, &golden);
+      } catch (const std::exception& error) {
+        golden.inputs = {};
+        golden.problem = error.what();
+      }
       cases.push_back(std::move(golden));
     }
   } catch (const json::exception& error) {
@@ -265,6 +326,7 @@ std::vector<GoldenCase> read_golden(const std::string& path) {
 }
 
 std::string run_golden(const GoldenCase& golden, const AttentionBackend& backend) {
+  if (!golden.problem.empty()) return golden.problem;
   try {
     std::string problem;
     if (golden.inputs.key) problem = check_write(golden.inputs, backend);
