@@ -1,5 +1,6 @@
 /* The C ABI from C: attention of two small sequences against plain loops, and how errors look. */
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -316,6 +317,9 @@ static void test_config_errors(void) {
   config.causal = 7;
   EXPECT_INVALID(quire_plan_create(&config, &plan), "causal");
   config = make_config();
+  config.clamp_ranges = 7;
+  EXPECT_INVALID(quire_plan_create(&config, &plan), "clamp_ranges");
+  config = make_config();
   quire_score score;
   CHECK(quire_score_init(&score, sizeof score) == QUIRE_OK);
   score.sinks.ndim = 9;
@@ -353,6 +357,22 @@ static void test_newer_caller(void) {
   EXPECT_INVALID(quire_plan_create(&config.known, &plan), "config.struct_size");
 }
 
+/* What a caller with the first header has: none of the members that came later. */
+static void test_older_caller(void) {
+  quire_plan* plan = NULL;
+  quire_attention_config config = make_config();
+  config.struct_size = offsetof(quire_attention_config, clamp_ranges);
+  config.clamp_ranges = 7; /* not the caller's memory */
+  CHECK(quire_plan_create(&config, &plan) == QUIRE_OK);
+  quire_batch batch = make_batch();
+  batch.struct_size = offsetof(quire_batch, kv_offset);
+  memset(&batch.kv_offset, 0xFF, sizeof batch - batch.struct_size);
+  CHECK(quire_plan_update(plan, &batch, 0, NULL) == QUIRE_OK);
+  CHECK(quire_plan_destroy(plan) == QUIRE_OK);
+  --config.struct_size;
+  EXPECT_INVALID(quire_plan_create(&config, &plan), "config.struct_size");
+}
+
 static void test_call_errors(void) {
   static layer data;
   fill_layer(&data);
@@ -365,6 +385,9 @@ static void test_call_errors(void) {
   EXPECT_INVALID(quire_plan_update(NULL, &batch, 0, NULL), "plan");
   batch.seq_lens.dtype = QUIRE_DTYPE_INT64;
   CHECK(quire_plan_update(plan, &batch, 0, NULL) == QUIRE_INVALID_ARGUMENT);
+  batch = make_batch();
+  batch.q_offset = tensor(seq_lens, QUIRE_DTYPE_INT64, 1, kNumSeqs, 0, 0, 0);
+  EXPECT_INVALID(quire_plan_update(plan, &batch, 0, NULL), "batch.q_offset");
   batch = make_batch();
   CHECK(quire_plan_update(plan, &batch, 0, NULL) == QUIRE_OK);
 
@@ -414,6 +437,7 @@ int main(void) {
   test_merge_states();
   test_config_errors();
   test_newer_caller();
+  test_older_caller();
   test_call_errors();
   test_backends();
   if (num_failures > 0) {

@@ -66,6 +66,10 @@ TEST(PlanMisuse, Masks) {
     }
   }
   expect_unsupported("chunk_lookback", [](AttentionConfig& c) { c.mask = Mask::chunked(8, -1); });
+  expect_unsupported("clamp_ranges", [](AttentionConfig& c) {
+    c.mask = Mask::chunked(8);
+    c.mask.clamp_ranges = true;
+  });
 }
 
 TEST(PlanMisuse, Scores) {
@@ -200,6 +204,21 @@ TEST(PlanMisuse, MasksOfTheBatch) {
                spec);
 }
 
+TEST(PlanMisuse, PositionsOfTheBatch) {
+  conformance::CaseSpec spec = Call::default_spec();
+  spec.kv_offsets = spec.kv_strides = spec.q_offsets = true;
+  const std::pair<const char*, TensorView CommonAttentionMetadata::*> tensors[] = {
+      {"batch.kv_offset", &CommonAttentionMetadata::kv_offset},
+      {"batch.kv_stride", &CommonAttentionMetadata::kv_stride},
+      {"batch.q_offset", &CommonAttentionMetadata::q_offset}};
+  for (const auto& [name, member] : tensors) {
+    const auto view = [member = member](Call& call) -> TensorView& { return call.batch.*member; };
+    std::vector<Mistake> mistakes = mistakes_of_a_tensor(name, view, DType::kInt64);
+    mistakes.front() = wrong_size(name, view, 0, -1);  // absent is no mistake
+    expect_named(mistakes, spec);
+  }
+}
+
 TEST(PlanMisuse, KeysOfTheEncoder) {
   conformance::CaseSpec spec = Call::default_spec();
   spec.config.type = AttentionType::kEncoder;
@@ -213,9 +232,10 @@ TEST(PlanMisuse, KeysOfTheEncoder) {
 
 TEST(PlanMisuse, IndicesWhenAskedToLook) {
   using conformance::Case;
-  const auto spoil = [](const char* argument, const std::function<void(const Case&)>& change) {
+  conformance::CaseSpec spec = Call::default_spec();
+  const auto spoil = [&](const char* argument, const std::function<void(const Case&)>& change) {
     for (const AttentionBackend* backend : best_backends()) {
-      Case spoilt = conformance::build_case(Call::default_spec());
+      Case spoilt = conformance::build_case(spec);
       change(spoilt);
       Call call(std::move(spoilt), *backend);
       call.context.check_indices = true;
@@ -231,6 +251,26 @@ TEST(PlanMisuse, IndicesWhenAskedToLook) {
   spoil("seq_lens[1]", [](const Case& c) { c.seq_lens.set({1}, 1 << 30); });
   spoil("block_table[1][0]", [](const Case& c) { c.block_table.set({1, 0}, 1 << 20); });
   spoil("block_table[0][2]", [](const Case& c) { c.block_table.set({0, 2}, -1); });
+  spec.kv_offsets = spec.kv_strides = spec.q_offsets = true;
+  spoil("kv_offset[1]", [](const Case& c) { c.kv_offset.set({1}, -1); });
+  spoil("kv_offset[0]", [](const Case& c) { c.kv_offset.set({0}, INT32_MAX); });
+  spoil("kv_stride[0]", [](const Case& c) { c.kv_stride.set({0}, 0); });
+  spoil("q_offset[1]", [](const Case& c) { c.q_offset.set({1}, -5); });
+  spoil("q_offset[0]", [](const Case& c) { c.q_offset.set({0}, INT32_MAX); });
+}
+
+// A shard that holds none of this step's tokens.
+TEST(PlanMisuse, MoreQueriesThanKeysWhereQueriesHavePositions) {
+  conformance::CaseSpec spec = Call::default_spec();
+  spec.write = false;
+  spec.sequences = {{5, 2}, {1, 7}};
+  spec.q_offsets = true;
+  spec.sequences[0].q_offset = 40;
+  for (const AttentionBackend* backend : best_backends()) {
+    Call call(spec, *backend);
+    call.context.check_indices = true;
+    EXPECT_EQ(argument_named_by([&] { call.run(); }), "(no error)") << backend->name();
+  }
 }
 
 TEST(PlanMisuse, PaddingOfTheTableIsNotLookedAt) {

@@ -2,6 +2,7 @@
 // every buffer catch stray writes; the address sanitizer's build catches stray reads as well.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -56,12 +57,17 @@ CaseSpec wild_spec(Rng* rng) {
     spec.visible_prefixes = rng->chance(0.3);
     spec.qq_bias_size = rng->chance(0.3) ? 5 : 0;
   }
+  spec.config.mask.clamp_ranges = rng->chance(0.3);
+  spec.kv_offsets = rng->chance(0.2);
+  spec.kv_strides = rng->chance(0.2);
+  spec.q_offsets = rng->chance(0.2);
   if (rng->chance(0.5)) {
     spec.config.mask.window =
         rng->pick({WindowKind::kLeft, WindowKind::kBoth, WindowKind::kChunked});
     spec.config.mask.window_size =
         rng->pick<std::int64_t>({1, 7, 100, (std::int64_t{1} << 31) - 1});
     spec.config.mask.chunk_lookback = rng->pick<std::int64_t>({0, 3, (std::int64_t{1} << 31) - 1});
+    if (spec.config.mask.window == WindowKind::kChunked) spec.config.mask.clamp_ranges = false;
   }
   spec.config.kv_cache_dtype =
       rng->pick({KvCacheDType::kAuto, KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead});
@@ -79,9 +85,9 @@ void run_wild_case(const AttentionBackend& backend, std::uint64_t index) {
   const CaseSpec spec = wild_spec(&rng);
   Case wild = build_case(spec);
   const double chance = rng.pick({0.05, 0.3, 1.0});
-  for (const Tensor* tensor :
-       {&wild.query_start_loc, &wild.seq_lens, &wild.block_table, &wild.mm_prefix_range,
-        &wild.visible_prefix_lens, &wild.kv_start_loc}) {
+  for (const Tensor* tensor : {&wild.query_start_loc, &wild.seq_lens, &wild.block_table,
+                               &wild.mm_prefix_range, &wild.visible_prefix_lens, &wild.kv_start_loc,
+                               &wild.kv_offset, &wild.kv_stride, &wild.q_offset}) {
     if (rng.chance(0.5)) scribble(*tensor, chance, &rng);
   }
   Call call(std::move(wild), backend);
@@ -97,6 +103,45 @@ TEST_P(WildIndices, NeverLeaveTheBuffers) {
   for (std::int64_t index = 0; index < count; ++index) {
     run_wild_case(*GetParam(), static_cast<std::uint64_t>(index));
     if (testing::Test::HasFailure()) return;
+  }
+}
+
+// Encoder attention whose row offsets claim keys up to 2^31: key indices past 32 bits once wrapped, and
+// keys that do not exist were worked through for minutes.
+TEST_P(WildIndices, EncoderLengthsThatNobodyHas) {
+  const auto run = [&](std::int64_t num_rows, const std::vector<std::int32_t>& starts,
+                       WindowKind window, bool keys_apart) {
+    CaseSpec spec = Call::default_spec();
+    spec.config.type = AttentionType::kEncoder;
+    spec.model_dtype = spec.config.dtype = DType::kFloat16;
+    spec.config.num_heads = 6;
+    spec.config.num_kv_heads = 2;
+    spec.config.head_size = 32;
+    spec.config.mask.window = window;
+    spec.config.mask.window_size = 5;
+    spec.kv_start_loc = keys_apart;
+    const auto num_seqs = static_cast<std::int64_t>(starts.size()) - 1;
+    spec.sequences.assign(static_cast<std::size_t>(num_seqs), {0, 0});
+    spec.sequences.front() = {num_rows, num_rows};
+    Case wild = build_case(spec);
+    const Tensor& tensor = keys_apart ? wild.kv_start_loc : wild.query_start_loc;
+    for (std::int64_t s = 0; s <= num_seqs; ++s) tensor.set({s}, starts[s]);
+    Call call(std::move(wild), *GetParam());
+    const auto start = std::chrono::steady_clock::now();
+    call.run();
+    EXPECT_EQ(call.on_device.damage(), "");  // waits for the device
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5)) << starts[1];
+  };
+  constexpr std::int32_t kMin = std::numeric_limits<std::int32_t>::min();
+  constexpr std::int32_t kMax = std::numeric_limits<std::int32_t>::max();
+  for (const bool keys_apart : {false, true}) {
+    for (const WindowKind window : {WindowKind::kNone, WindowKind::kLeft, WindowKind::kBoth}) {
+      run(84, {kMin, 2, 19, 84}, window, keys_apart);
+      run(84, {0, kMax, kMin, kMax}, window, keys_apart);
+      run(3, {0, 1 << 30}, window, keys_apart);
+      run(300, {0, 1 << 30}, window, keys_apart);
+      run(300, {0, 100, kMax}, window, keys_apart);
+    }
   }
 }
 

@@ -89,6 +89,16 @@ void make_batch_masks(Case* c) {
       c->visible_prefix_lens.set({s}, s < with_sequences ? spec.sequences[s].visible_prefix : 0);
     }
   }
+  const auto positions = [&](bool wanted, std::int32_t SequenceSpec::*member, Tensor* tensor) {
+    if (!wanted) return;
+    *tensor = make_tensor(DType::kInt32, {n});
+    for (std::int64_t s = 0; s < n; ++s) {
+      tensor->set({s}, s < with_sequences ? spec.sequences[s].*member : 1);
+    }
+  };
+  positions(spec.kv_offsets, &SequenceSpec::kv_offset, &c->kv_offset);
+  positions(spec.kv_strides, &SequenceSpec::kv_stride, &c->kv_stride);
+  positions(spec.q_offsets, &SequenceSpec::q_offset, &c->q_offset);
   if (!spec.ranges) return;
   std::int64_t width = 1;
   for (const SequenceSpec& s : spec.sequences) {

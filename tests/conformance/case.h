@@ -35,6 +35,9 @@ struct SequenceSpec {
   bool causal = true;        // used if CaseSpec::causal_flags
   std::vector<std::array<std::int32_t, 2>> ranges;
   std::int32_t visible_prefix = 0;
+  std::int32_t kv_offset = 0;  // these three if CaseSpec says so
+  std::int32_t kv_stride = 1;
+  std::int32_t q_offset = 0;
 };
 
 struct CaseSpec {
@@ -54,6 +57,9 @@ struct CaseSpec {
   bool causal_flags = false;
   bool ranges = false;
   bool visible_prefixes = false;
+  bool kv_offsets = false;
+  bool kv_strides = false;
+  bool q_offsets = false;
   std::int64_t qq_bias_size = 0;
   bool qq_bias_per_sequence = false;
   bool qq_bias_has_infinity = false;
@@ -119,6 +125,7 @@ struct Case {
 
   Tensor query_start_loc, seq_lens, block_table;
   Tensor causal, mm_prefix_range, visible_prefix_lens, qq_bias, kv_start_loc;
+  Tensor kv_offset, kv_stride, q_offset;
   Tensor alibi_slopes, sinks;
   Tensor scales;                           // float32: q, k, v, output scale
   Tensor output, lse, output_block_scale;  // poisoned

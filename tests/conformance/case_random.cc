@@ -164,7 +164,11 @@ void draw_ranges(SequenceSpec* s, Rng* rng) {
 }
 
 void draw_batch_masks(CaseSpec* spec, Rng* rng) {
-  if (spec->config.type != AttentionType::kDecoder) return;
+  if (spec->config.type != AttentionType::kDecoder) {
+    // A flag that says "causal" changes nothing here.
+    spec->causal_flags = rng->chance(0.1);
+    return;
+  }
   spec->causal_flags = rng->chance(0.1);
   spec->ranges = rng->chance(0.12);
   spec->visible_prefixes = rng->chance(spec->config.mask.window != WindowKind::kNone ? 0.25 : 0.03);
@@ -212,7 +216,7 @@ void draw_score(CaseSpec* spec, Rng* rng) {
     const bool ahead = !spec->config.mask.causal || spec->causal_flags || spec->ranges;
     spec->alibi_max = ahead ? std::min(0.5, 8.0 / static_cast<double>(longest)) : 0.5;
   }
-  if (spec->config.type == AttentionType::kDecoder && rng->chance(0.08)) {
+  if (rng->chance(0.08)) {
     spec->qq_bias_size = rng->uniform(1, 40);
     spec->qq_bias_per_sequence = rng->chance(0.5);
     spec->qq_bias_has_infinity = rng->chance(0.5);
@@ -241,6 +245,36 @@ void draw_sharing(CaseSpec* spec, Rng* rng) {
   if (rng->chance(0.15)) {
     spec->loner = rng->uniform(0, static_cast<std::int64_t>(spec->sequences.size()) - 1);
   }
+}
+
+// Positions that are not the keys' indices: a shard, or the middle of a sequence. Queries lie among
+// the keys' positions or around them.
+void draw_positions(CaseSpec* spec, Rng* rng) {
+  const bool sliding = spec->config.mask.window != WindowKind::kChunked;
+  spec->config.mask.clamp_ranges = spec->ranges && sliding && rng->chance(0.5);
+  const double often = spec->shared_prefix_len > 0 ? 0.03 : 0.12;  // nothing is shared then
+  if (spec->data == Data::kExtreme || !rng->chance(often)) return;
+  spec->kv_offsets = rng->chance(0.7);
+  spec->kv_strides = rng->chance(0.6);
+  spec->q_offsets = rng->chance(0.7);
+  std::int64_t longest = 1;
+  for (SequenceSpec& s : spec->sequences) {
+    if (spec->kv_offsets) s.kv_offset = static_cast<std::int32_t>(draw_length(rng, 3000) - 1);
+    if (spec->kv_strides) s.kv_stride = rng->pick<std::int32_t>({1, 2, 2, 3, 4, 8, 77});
+    const std::int64_t span = s.seq_len * s.kv_stride;
+    if (spec->q_offsets) {
+      s.q_offset =
+          static_cast<std::int32_t>(s.kv_offset + rng->uniform(std::min(span, span / 3), span + 9));
+    }
+    const std::int64_t query = spec->q_offsets ? s.q_offset : s.seq_len;
+    longest = std::max({longest, s.kv_offset + span, query + s.query_len});
+    for (auto& range : s.ranges) {
+      for (std::int32_t& end : range) end = s.kv_offset + end * s.kv_stride;
+    }
+    s.visible_prefix += s.visible_prefix > 0 ? s.kv_offset : 0;
+  }
+  // Keys ahead of the query may gain slope * distance, see draw_score().
+  spec->alibi_max = std::min(spec->alibi_max, 8.0 / static_cast<double>(longest));
 }
 
 void draw_memory(CaseSpec* spec, Rng* rng) {
@@ -311,6 +345,7 @@ CaseSpec random_spec(std::uint64_t seed, std::int64_t index) {
   spec.threads = rng.pick({0, 0, 0, 0, 1, 2, 3});
   spec.replan = rng.chance(0.15);
   spec.repeat = rng.chance(0.15);
+  draw_positions(&spec, &rng);
   return spec;
 }
 
@@ -349,7 +384,11 @@ std::string describe(const CaseSpec& spec) {
   flag("sinks", spec.sinks);
   flag("causal_flags", spec.causal_flags);
   flag("ranges", spec.ranges);
+  flag("clamp_ranges", config.mask.clamp_ranges);
   flag("visible_prefixes", spec.visible_prefixes);
+  flag("kv_offset", spec.kv_offsets);
+  flag("kv_stride", spec.kv_strides);
+  flag("q_offset", spec.q_offsets);
   number("qq_bias", spec.qq_bias_size);
   flag("kv_start_loc", spec.kv_start_loc);
   number("shared", spec.shared_prefix_len);

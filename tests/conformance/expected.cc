@@ -15,6 +15,9 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 struct Sequence {
   std::int64_t s;
   std::int64_t first_row, query_len, seq_len, context_len;
+  std::int64_t kv_offset, kv_stride, q_offset;  // positions
+
+  std::int64_t key_position(std::int64_t j) const { return kv_offset + j * kv_stride; }
 };
 
 Sequence sequence_at(const Case& c, std::int64_t s) {
@@ -32,6 +35,12 @@ Sequence sequence_at(const Case& c, std::int64_t s) {
             : sequence.query_len;
   }
   sequence.context_len = sequence.seq_len - sequence.query_len;
+  const auto entry = [s](const Tensor& tensor, std::int64_t absent) {
+    return tensor ? static_cast<std::int64_t>(tensor.get({s})) : absent;
+  };
+  sequence.kv_offset = entry(c.kv_offset, 0);
+  sequence.kv_stride = entry(c.kv_stride, 1);
+  sequence.q_offset = entry(c.q_offset, sequence.context_len);
   return sequence;
 }
 
@@ -74,50 +83,66 @@ bool in_one_range(const Case& c, std::int64_t s, std::int64_t p, std::int64_t j)
   return false;
 }
 
-bool in_window(const Case& c, std::int64_t s, std::int64_t p, std::int64_t j) {
+std::int64_t chunk_of(std::int64_t position, std::int64_t size) {
+  return static_cast<std::int64_t>(
+      std::floor(static_cast<double>(position) / static_cast<double>(size)));
+}
+
+bool in_window(const Case& c, std::int64_t s, bool causal, std::int64_t p, std::int64_t j) {
   const Mask& mask = c.spec.config.mask;
   const std::int64_t size = mask.window_size;
-  if (c.visible_prefix_lens && j < c.visible_prefix_lens.get({s})) return true;
+  if (c.visible_prefix_lens) {
+    const double prefix = c.visible_prefix_lens.get({s});
+    if (prefix > 0 && static_cast<double>(j) < prefix) return true;
+  }
   switch (mask.window) {
     case WindowKind::kNone: return true;
-    case WindowKind::kLeft: return p - j < size;
+    case WindowKind::kLeft: return p - j < size && (causal || j - p < size);
     case WindowKind::kBoth: return std::abs(p - j) < size;
-    case WindowKind::kChunked: return p / size - j / size <= mask.chunk_lookback;
+    case WindowKind::kChunked: return chunk_of(p, size) - chunk_of(j, size) <= mask.chunk_lookback;
   }
   return false;
 }
 
+// Of positions.
 bool allowed(const Case& c, std::int64_t s, std::int64_t p, std::int64_t j) {
   const AttentionConfig& config = c.spec.config;
   bool causal = config.type == AttentionType::kDecoder && config.mask.causal;
-  if (config.type == AttentionType::kDecoder && c.causal) causal = c.causal.get({s}) != 0;
+  if (c.causal && c.causal.get({s}) == 0) causal = false;
   const bool base = !causal || j <= p;
-  return (base && in_window(c, s, p, j)) || in_one_range(c, s, p, j);
+  const bool window = in_window(c, s, causal, p, j);
+  const bool range = in_one_range(c, s, p, j);
+  if (config.mask.clamp_ranges && config.mask.window != WindowKind::kNone) {
+    return window && (base || range);
+  }
+  return (base && window) || range;
 }
 
 // Steps 1 to 5 for one query row and one key.
 double score(const Case& c, const Sequence& sequence, std::int64_t head, std::int64_t i,
              std::int64_t j, double dot) {
   const Score& config = c.spec.config.score;
-  const std::int64_t p = sequence.context_len + i;
+  const std::int64_t p = sequence.q_offset + i;
+  const std::int64_t position = sequence.key_position(j);
   const double scale = config.softmax_scale != 0.0F
                            ? config.softmax_scale
                            : 1.0 / std::sqrt(static_cast<double>(c.spec.config.head_size));
   double s = scale * dot;
   if (config.soft_cap > 0) s = config.soft_cap * std::tanh(s / config.soft_cap);
-  if (!allowed(c, sequence.s, p, j)) return -kInfinity;
+  if (!allowed(c, sequence.s, p, position)) return -kInfinity;
   if (c.alibi_slopes) {
     const double slope = c.alibi_slopes.get({head});
-    const auto distance = static_cast<double>(p - j);
+    const auto distance = static_cast<double>(p - position);
     if (config.alibi_sqrt) {
-      s += slope * (j <= p ? -std::sqrt(distance) : 0.0);
+      s += slope * (position <= p ? -std::sqrt(distance) : 0.0);
     } else {
       s += slope * -distance;
     }
   }
   const std::int64_t n = j - sequence.context_len;
   const std::int64_t m = c.spec.qq_bias_size;
-  if (c.qq_bias && n >= 0 && n < m && i < m) {
+  const bool own_keys = c.spec.config.type != AttentionType::kEncoderDecoder && !c.kv_start_loc;
+  if (c.qq_bias && own_keys && n >= 0 && n < m && i < m) {
     s += c.spec.qq_bias_per_sequence ? c.qq_bias.get({sequence.s, i, n}) : c.qq_bias.get({i, n});
   }
   return s;
@@ -169,7 +194,8 @@ void attend_head(const Case& c, const Sequence& sequence, std::int64_t head, Exp
 }  // namespace
 
 bool is_visible(const Case& c, std::int64_t s, std::int64_t i, std::int64_t j) {
-  return allowed(c, s, sequence_at(c, s).context_len + i, j);
+  const Sequence sequence = sequence_at(c, s);
+  return allowed(c, s, sequence.q_offset + i, sequence.key_position(j));
 }
 
 Expected empty_expected(const Case& c) {

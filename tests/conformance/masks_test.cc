@@ -49,14 +49,31 @@ TEST_P(MaskTest, FullRowSeesAllKeysBelowSeqLen) {
   EXPECT_EQ(seen_by(spec, 0), (Keys{0, 1, 2, 3, 4, 5}));
 }
 
-TEST_P(MaskTest, FlagOfASequenceReplacesTheLayersCausality) {
+TEST_P(MaskTest, FlagOfASequenceSwitchesCausalityOffButNeverOn) {
   CaseSpec spec = small_spec({{2, 4}, {2, 4}});
   spec.causal_flags = true;
   spec.sequences[0].causal = false;
   EXPECT_EQ(seen_by(spec, 0), (Keys{0, 1, 2, 3}));
   EXPECT_EQ(seen_by(spec, 2), (Keys{0, 1, 2}));
   spec.config.mask = Mask::full();
-  EXPECT_EQ(seen_by(spec, 2), (Keys{0, 1, 2}));
+  EXPECT_EQ(seen_by(spec, 2), (Keys{0, 1, 2, 3}));
+  spec.config.type = AttentionType::kEncoderDecoder;
+  EXPECT_EQ(seen_by(spec, 2), (Keys{0, 1, 2, 3}));
+  for (const AttentionType type : {AttentionType::kEncoder, AttentionType::kEncoderOnly}) {
+    CaseSpec encoder = small_spec({{4, 4}, {3, 3}});
+    encoder.config.type = type;
+    encoder.causal_flags = true;
+    check(encoder);
+  }
+}
+
+TEST_P(MaskTest, LeftWindowIsOnBothSidesOfASequenceThatIsNotCausal) {
+  CaseSpec spec = small_spec({{6, 9}, {6, 9}});
+  spec.config.mask = Mask::sliding_window(3);
+  spec.causal_flags = true;
+  spec.sequences[0].causal = false;
+  EXPECT_EQ(seen_by(spec, 1), (Keys{2, 3, 4, 5, 6}));
+  EXPECT_EQ(seen_by(spec, 7), (Keys{2, 3, 4}));
 }
 
 TEST_P(MaskTest, LeftWindowCountsTheQueryItself) {
@@ -71,11 +88,12 @@ TEST_P(MaskTest, LeftWindowCountsTheQueryItself) {
   EXPECT_EQ(seen_by(spec, 1), (Keys{1, 2, 3, 4, 5, 6, 7, 8}));
 }
 
-TEST_P(MaskTest, LeftWindowWithoutCausalitySeesEverythingAhead) {
+// As vLLM's kernel does (the golden cases noncausal_window).
+TEST_P(MaskTest, LeftWindowOfALayerThatIsNotCausalIsOnBothSides) {
   CaseSpec spec = small_spec({{4, 8}});
   spec.config.mask = Mask::sliding_window(2);
   spec.config.mask.causal = false;
-  EXPECT_EQ(seen_by(spec, 1), (Keys{4, 5, 6, 7}));
+  EXPECT_EQ(seen_by(spec, 1), (Keys{4, 5, 6}));
 }
 
 TEST_P(MaskTest, WindowOnBothSides) {
@@ -143,6 +161,35 @@ TEST_P(MaskTest, RangeReachesOutOfTheWindow) {
   spec.sequences[0].ranges = {{1, 6}};
   EXPECT_EQ(seen_by(spec, 4), (Keys{1, 2, 3, 4, 5, 6}));
   EXPECT_EQ(seen_by(spec, 7), (Keys{7}));
+}
+
+// Gemma 4: p = 4 sees its range as far as the window of 3 goes back.
+TEST_P(MaskTest, ClampedRangeEndsAtTheWindow) {
+  CaseSpec spec = small_spec({{10, 10}});
+  spec.config.mask = Mask::sliding_window(3);
+  spec.config.mask.clamp_ranges = true;
+  spec.ranges = true;
+  spec.sequences[0].ranges = {{1, 6}};
+  EXPECT_EQ(seen_by(spec, 4), (Keys{2, 3, 4, 5, 6}));
+  EXPECT_EQ(seen_by(spec, 1), (Keys{0, 1, 2, 3, 4, 5, 6}));
+  EXPECT_EQ(seen_by(spec, 7), (Keys{5, 6, 7}));
+  spec.config.mask.window = WindowKind::kBoth;
+  EXPECT_EQ(seen_by(spec, 2), (Keys{0, 1, 2, 3, 4}));
+  spec.config.mask.window = WindowKind::kNone;
+  EXPECT_EQ(seen_by(spec, 2), (Keys{0, 1, 2, 3, 4, 5, 6}));
+}
+
+TEST_P(MaskTest, ClampedRangeAndVisiblePrefix) {
+  CaseSpec spec = small_spec({{12, 12}});
+  spec.config.mask = Mask::sliding_window(2);
+  spec.config.mask.clamp_ranges = true;
+  spec.ranges = spec.visible_prefixes = true;
+  spec.sequences[0].ranges = {{1, 9}};
+  spec.sequences[0].visible_prefix = 4;
+  EXPECT_EQ(seen_by(spec, 8), (Keys{0, 1, 2, 3, 7, 8, 9}));
+  // The prefix escapes the window, and the range brings what lies ahead.
+  EXPECT_EQ(seen_by(spec, 1), (Keys{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}));
+  EXPECT_EQ(seen_by(spec, 11), (Keys{0, 1, 2, 3, 10, 11}));
 }
 
 TEST_P(MaskTest, EmptyRangesMeanNone) {

@@ -21,8 +21,9 @@ ThreadPool* pool_of(int threads) {
 // The first sequence alone: a batch that the plan served before.
 CommonAttentionMetadata first_sequence_of(CommonAttentionMetadata batch) {
   batch.query_start_loc = batch.query_start_loc.slice(0, 0, 2);
-  for (TensorView* view : {&batch.seq_lens, &batch.block_table, &batch.causal,
-                           &batch.mm_prefix_range, &batch.visible_prefix_lens}) {
+  for (TensorView* view :
+       {&batch.seq_lens, &batch.block_table, &batch.causal, &batch.mm_prefix_range,
+        &batch.visible_prefix_lens, &batch.kv_offset, &batch.kv_stride, &batch.q_offset}) {
     if (*view) *view = view->slice(0, 0, 1);
   }
   if (batch.qq_bias && batch.qq_bias.ndim == 3) batch.qq_bias = batch.qq_bias.slice(0, 0, 1);
@@ -57,6 +58,9 @@ CommonAttentionMetadata DeviceCase::batch() {
   batch.visible_prefix_lens = buffers_.view(c_.visible_prefix_lens);
   batch.qq_bias = buffers_.view(c_.qq_bias);
   batch.kv_start_loc = buffers_.view(c_.kv_start_loc);
+  batch.kv_offset = buffers_.view(c_.kv_offset);
+  batch.kv_stride = buffers_.view(c_.kv_stride);
+  batch.q_offset = buffers_.view(c_.q_offset);
   return batch;
 }
 

@@ -85,6 +85,9 @@ struct Batch {
   std::vector<std::int32_t> lens;
   std::vector<std::int32_t> table;
   std::int64_t width = 0;
+  // Masks and positions of sequences.
+  std::vector<std::uint8_t> causal;
+  std::vector<std::int32_t> ranges, prefixes, kv_offset, kv_stride, q_offset;
 
   const std::int32_t* row(std::int32_t s) const { return table.data() + s * width; }
   void finish(std::int64_t num_tokens) {
@@ -139,6 +142,46 @@ Batch random_batch(Rng* rng, bool wild) {
   }
   b.finish(num_tokens);
   return b;
+}
+
+std::int32_t wild_int32(Rng* rng) {
+  return rng->chance(0.5)
+             ? rng->pick({INT32_MIN, INT32_MIN + 1, -1, 0, 1, INT32_MAX - 1, INT32_MAX})
+             : static_cast<std::int32_t>(rng->uniform(-20, 400));
+}
+
+// Adds windows, ranges, prefixes, positions; wild: whatever the tensors can hold, and batches whose
+// keys are no cache's.
+void draw_masks(bool wild, Rng* rng, Batch* b) {
+  Mask& mask = b->layer.mask;
+  mask.window =
+      rng->pick({WindowKind::kNone, WindowKind::kLeft, WindowKind::kBoth, WindowKind::kChunked});
+  mask.window_size = rng->uniform(1, 3000);
+  if (wild && rng->chance(0.2)) mask.window_size = INT32_MAX;
+  mask.chunk_lookback = wild ? rng->pick<std::int64_t>({0, 2, INT32_MAX}) : rng->uniform(0, 2);
+  mask.clamp_ranges = mask.window != WindowKind::kChunked && rng->chance(0.5);
+  if (wild) b->layer.paged = rng->chance(0.6);
+  const auto num_seqs = static_cast<std::int64_t>(b->lens.size());
+  const auto fill = [&](std::int64_t count, std::int64_t most, std::vector<std::int32_t>* values) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto value = static_cast<std::int32_t>(rng->uniform(0, most));
+      values->push_back(wild && rng->chance(0.5) ? wild_int32(rng) : value);
+    }
+    return values->data();
+  };
+  BatchParams& p = b->params;
+  if (rng->chance(0.3)) {
+    for (std::int64_t s = 0; s < num_seqs; ++s) b->causal.push_back(rng->chance(0.5) ? 1 : 0);
+    p.causal = b->causal.data();
+  }
+  if (rng->chance(0.3)) {
+    p.num_ranges = 2;
+    p.ranges = fill(num_seqs * 4, 20'000, &b->ranges);
+  }
+  if (rng->chance(0.3)) p.visible_prefix_lens = fill(num_seqs, 4000, &b->prefixes);
+  if (rng->chance(0.4)) p.kv_offset = fill(num_seqs, 9000, &b->kv_offset);
+  if (rng->chance(0.4)) p.kv_stride = fill(num_seqs, 5, &b->kv_stride);
+  if (rng->chance(0.4)) p.q_offset = fill(num_seqs, 60'000, &b->q_offset);
 }
 
 // A plan with buffers of just the size that it may use.
@@ -279,8 +322,21 @@ class HostPlan {
   std::string out_of_bounds(const Tile& tile, bool shared) const {
     const BatchParams& batch = batch_.params;
     if (tile.seq < 0 || tile.seq >= batch.num_seqs) return "sequence";
-    if (tile.kv_begin < 0 || tile.kv_len > batch.table_width * batch_.layer.block_size) {
+    const std::int64_t most_keys = batch_.layer.paged ? batch.table_width * batch_.layer.block_size
+                                                      : kAnyKvTokens - tile.first_kv_row;
+    if (tile.first_kv_row < 0 || tile.kv_begin < 0 || tile.kv_len < 0 || tile.kv_len > most_keys) {
       return "keys";
+    }
+    const auto is_inside = [&](std::int32_t key) { return 0 <= key && key <= tile.kv_len; };
+    for (const std::int32_t key : tile.common) {
+      if (!is_inside(key)) return "common keys";
+    }
+    if (!is_inside(tile.hidden_begin) || !is_inside(tile.hidden_end)) return "hidden keys";
+    const std::int64_t num_units = (std::int64_t{tile.kv_len} + kUnitKeys - 1) / kUnitKeys;
+    if (tile.prefix_first < 0 || tile.prefix_count < 0 || tile.main_first < 0 ||
+        tile.main_count < 0 || std::int64_t{tile.prefix_first} + tile.prefix_count > num_units ||
+        std::int64_t{tile.main_first} + tile.main_count > num_units) {
+      return "units";
     }
     if (tile.rows < 1 || tile.first_sub < 0 || tile.first_sub >= batch_.layer.group) return "rows";
     const std::int64_t tokens = (tile.first_sub + tile.rows - 1) / batch_.layer.group + 1;
@@ -485,10 +541,112 @@ TEST(CudaPlan, FindsWhoShares) {
   EXPECT_EQ(keys_of(63), (std::vector<std::int32_t>{48, 0, 48, 0, 0, 48, 0}));
 }
 
+// "" or what is wrong with what a tile is told about its rows' masks.
+std::string wrong_masks(const Batch& b, const Tile& tile) {
+  const Sequence seq = sequence_at(b.layer, b.params, 0, tile.seq);
+  for (std::int32_t r = 0; r < tile.rows; ++r) {
+    const std::int32_t token = (tile.first_sub + r) / b.layer.group;
+    const std::int64_t position = seq.position(tile.first_token + token);
+    if (tile.first_pos + token != position) return "positions";
+    const semantics::Spans row = semantics::row_spans(seq.mask, position);
+    std::int64_t visited = 0;
+    for (std::int32_t u = 0; u < tile.num_units(); ++u) {
+      const std::int64_t begin = std::int64_t{tile.unit(u)} * kUnitKeys;
+      for (std::int64_t j = begin; j < std::min<std::int64_t>(begin + kUnitKeys, tile.kv_len);
+           ++j) {
+        const bool seen = row.contains(j);
+        const bool hidden = j >= tile.hidden_begin && j < tile.hidden_end;
+        const bool common = (j >= tile.common[0] && j < tile.common[1]) ||
+                            (j >= tile.common[2] && j < tile.common[3]);
+        if (seen && (hidden || j >= tile.visible_end)) return "a key that a row sees is hidden";
+        if (common && !seen) return "a key that not every row sees is common";
+        visited += seen ? 1 : 0;
+      }
+    }
+    const auto size = [](semantics::Span span) {
+      return std::max<std::int64_t>(span.end - span.begin, 0);
+    };
+    if (visited != size(row.prefix) + size(row.main)) return "a key that a row sees is not visited";
+  }
+  return {};
+}
+
+TEST(CudaPlan, TilesFollowMasksAndPositions) {
+  std::int64_t tiles = 0;
+  for (std::uint64_t index = 0; index < 300; ++index) {
+    Rng rng(23, index);
+    Batch b = random_batch(&rng, false);
+    b.params.common_prefix_len = 0;
+    b.layer.auto_cascade = false;
+    draw_masks(false, &rng, &b);
+    const HostPlan plan(b, 2048, 1);
+    ASSERT_EQ(plan.out_of_bounds(), "") << "case " << index;
+    for (const TileRule& rule : plan.args().rules) {
+      for (std::int32_t t = 0; t < rule.header->num_tiles && tiles < 3000; ++t, ++tiles) {
+        ASSERT_EQ(wrong_masks(b, rule.tiles[t]), "") << "case " << index << ", tile " << t;
+      }
+    }
+  }
+}
+
+TEST(CudaPlan, NoSharedPrefixesAtOtherPositions) {
+  Rng rng(24, 0);
+  Batch b = random_batch(&rng, false);
+  b.params.common_prefix_len = b.layer.block_size;
+  EXPECT_GT(planning::prefix_rule(b.layer, b.params, 64, 64).min_blocks, 0);
+  b.kv_offset.assign(b.lens.size(), 0);
+  b.params.kv_offset = b.kv_offset.data();
+  EXPECT_EQ(planning::prefix_rule(b.layer, b.params, 64, 64).min_blocks, 0);
+}
+
+// What kernels work through of an encoder's keys: those that the call brings, whatever the batch claims.
+TEST(CudaPlan, KeysThatDoNotExistAreNotWorkedThrough) {
+  for (const auto& [num_tokens, starts] :
+       std::vector<std::pair<std::int64_t, std::vector<std::int32_t>>>{
+           {3, {0, 1 << 30}},
+           {84, {INT32_MIN, 2, 19, 84}},
+           {300, {0, 100, INT32_MAX}},
+           {300, {0, INT32_MAX, INT32_MIN, INT32_MAX}}}) {
+    Batch b;
+    b.layer.paged = false;
+    b.layer.num_heads = 6;
+    b.layer.num_kv_heads = 2;
+    b.layer.group = 3;
+    b.layer.mask.causal = false;
+    b.starts = starts;
+    b.lens.assign(starts.size() - 1, 0);
+    b.finish(num_tokens);
+    const HostPlan plan(b, 2048, 1);
+    ASSERT_EQ(plan.out_of_bounds(), "");
+    for (const TileRule& rule : plan.args().rules) {
+      ScheduleView view{.header = rule.header, .tiles = rule.tiles, .starts = rule.starts};
+      view.heads = rule.heads;
+      std::int64_t units = 0;
+      for (std::int32_t cta = 0; cta < rule.grid; ++cta) {
+        Walker walker(view, cta);
+        for (Segment segment; walker.next(view, &segment);) {
+          const std::int64_t keys = num_tokens - segment.tile.first_kv_row;
+          const std::int32_t end =
+              segment.existing_end(static_cast<std::int32_t>(std::max<std::int64_t>(keys, 0)));
+          ASSERT_GE(end, segment.unit_begin);
+          ASSERT_LE(end, segment.unit_end);
+          units += end - segment.unit_begin;
+        }
+      }
+      const std::int64_t most = (num_tokens + kUnitKeys - 1) / kUnitKeys;
+      EXPECT_LE(units, most * rule.header->num_tiles * rule.heads) << starts[1];
+    }
+  }
+}
+
 TEST(CudaPlan, WildIndicesStayInside) {
-  for (std::uint64_t index = 0; index < 1500; ++index) {
+  for (std::uint64_t index = 0; index < 3000; ++index) {
     Rng rng(22, index);
-    const Batch b = random_batch(&rng, true);
+    Batch b = random_batch(&rng, true);
+    if (index % 2 != 0) draw_masks(true, &rng, &b);
+    if (rng.chance(0.3)) {
+      for (std::int32_t& value : b.starts) value = wild_int32(&rng);
+    }
     const HostPlan plan(b, static_cast<std::int32_t>(rng.pick<std::int64_t>({1, 7, 2048})), 1);
     ASSERT_EQ(plan.out_of_bounds(), "") << "case " << index;
   }
