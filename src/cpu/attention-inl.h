@@ -10,6 +10,7 @@
 //   few rows, widened  head sizes that are not whole vectors: fp32 copies, dot products
 //   many rows          K transposed and V widened into panels once per tile, then the 6-row
 //                      micro-kernel (product-inl.h): compute-bound
+// Where some row does not see some key and V is not finite, masked_values-inl.h takes P V.
 // Bytes: each needed K and V row is read once per query tile. Flops: 4 x rows x keys x head size.
 // Workers share nothing while they run. What a row computes does not depend on its tile's others.
 #if defined(QUIRE_CPU_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -24,6 +25,7 @@
 
 #include "cpu/few_rows-inl.h"
 #include "cpu/kernels.h"
+#include "cpu/masked_values-inl.h"
 #include "cpu/product-inl.h"
 #include "cpu/simd/vec-inl.h"
 #include "cpu/unit-inl.h"
@@ -98,7 +100,11 @@ HWY_INLINE void add_qq_bias(const BatchParams& batch, const TileToken& token, st
       batch.qq_bias + token.seq * batch.qq_seq_stride + token.query_index * batch.qq_row_stride;
   const Columns own =
       columns_of({token.context_len, token.context_len + batch.qq_size}, first, count);
-  for (std::int32_t t = own.begin; t < own.end; ++t) s[t] += bias[first + t - token.context_len];
+  for (std::int32_t t = own.begin; t < own.end; ++t) {
+    // -inf hides the key, whatever its score.
+    const float x = bias[first + t - token.context_len];
+    s[t] = x == kMinusInfinity ? x : s[t] + x;
+  }
 }
 
 // Soft cap and ALiBi on one row of logits, of keys [first, first + count); mask and the rest follow.
@@ -107,7 +113,7 @@ HWY_INLINE void modify_scores(const LayerParams& layer, std::int32_t head, const
   const Df d;
   const VecOps ops;
   const Vf cap = hn::Set(d, layer.soft_cap);
-  const Vf inverse_cap = hn::Set(d, layer.soft_cap > 0 ? 1.0F / layer.soft_cap : 0.0F);
+  const Vf inverse_cap = hn::Set(d, layer.soft_cap > 0 ? inverse_of_cap(layer.soft_cap) : 0.0F);
   const Vf slope = hn::Set(d, layer.alibi_slopes != nullptr ? layer.alibi_slopes[head] : 0.0F);
   const Vf lanes = hn::Mul(hn::Iota(d, 0.0F), hn::Set(d, static_cast<float>(token.kv_stride)));
   for (std::int32_t t = 0; t < count; t += kVec) {
@@ -124,7 +130,7 @@ HWY_INLINE void modify_scores(const LayerParams& layer, std::int32_t head, const
 }
 
 // Masks one row (columns outside both spans become -inf) and returns its maximum. `padded` columns
-// are written, a whole number of vectors.
+// are written, a whole number of vectors. NaN may be missed here: the row's sum will know it.
 HWY_INLINE float mask_and_max(Columns a, Columns b, std::int32_t padded, float* s) {
   const Df d;
   Vf max = hn::Set(d, kMinusInfinity);
@@ -179,11 +185,11 @@ HWY_INLINE void update_max(const Item& item, const PartialRows& state) {
     const Vf shift = hn::IfThenElse(hn::Eq(max, minus_infinity), hn::Zero(d), max);
     hn::StoreU(max, d, state.max + r);
     hn::StoreU(shift, d, scratch.new_max + r);
-    hn::StoreU(hn::Exp(d, hn::Sub(old_max, shift)), d, scratch.alpha + r);
+    hn::StoreU(exp_below_0(hn::Sub(old_max, shift)), d, scratch.alpha + r);
   }
 }
 
-// S -> P = exp(S - shift) in place, and the row sums.
+// S -> P = exp(S - shift) * 2^-kWeightsDownLog2 in place, and the row sums.
 HWY_INLINE void exponentiate(const Item& item, std::int32_t padded, const PartialRows& state) {
   const Df d;
   const Scratch& scratch = *item.scratch;
@@ -192,7 +198,7 @@ HWY_INLINE void exponentiate(const Item& item, std::int32_t padded, const Partia
     const Vf shift = hn::Set(d, scratch.new_max[r]);
     Vf sum = hn::Zero(d);
     for (std::int32_t t = 0; t < padded; t += kVec) {
-      const Vf weight = hn::Exp(d, hn::Sub(hn::Load(d, s + t), shift));
+      const Vf weight = exp_below_0<kWeightsDownLog2>(hn::Sub(hn::Load(d, s + t), shift));
       hn::Store(weight, d, s + t);
       sum = hn::Add(sum, weight);
     }
@@ -244,13 +250,15 @@ HWY_INLINE void softmax(const Item& item, std::int32_t h, std::int64_t first, st
   exponentiate(item, padded, state);
 }
 
-HWY_INLINE void values_by_panels(const Item& item, std::int32_t h, std::int32_t count,
+HWY_INLINE void values_by_panels(const Item& item, const Unit& unit, std::int32_t h,
                                  const PartialRows& state) {
-  const std::int32_t kv_tile = item.tile->kv_tile;
-  rows_times_panels<Meet::kRescale>(
-      item.scratch->s, kMaxKvTile, item.scratch->v + std::int64_t{h} * kv_tile * item.padded_v,
-      std::int64_t{kv_tile} * kPanel, (item.params->layer->head_size_v + kPanel - 1) / kPanel,
-      count, state.o, item.padded_v, item.rows, item.scratch->alpha);
+  const ValuePanels panels = value_panels(item, h);
+  if (!seen_by_all(item, unit) && !is_finite(panels, unit.count)) {
+    return seen_values_by_panels(item, unit, panels, state);
+  }
+  rows_times_panels<Meet::kRescale>(item.scratch->s, kMaxKvTile, panels.data, panels.stride,
+                                    panels.count, unit.count, state.o, item.padded_v, item.rows,
+                                    item.scratch->alpha);
 }
 
 // Many rows of one head: K transposed and V widened once for all of them.
@@ -261,7 +269,7 @@ inline void attend_many_rows(const Item& item, const Unit& unit, const Unit& nex
   load_v_panels(item, unit.v, unit.count);
   scores_by_panels(item, unit.count);
   softmax(item, 0, unit.first, unit.count, out);
-  values_by_panels(item, 0, unit.count, out);
+  values_by_panels(item, unit, 0, out);
 }
 
 // Few rows of several heads, widened copies: any head size.
@@ -274,7 +282,7 @@ inline void attend_few_rows_widened(const Item& item, const Unit& unit, const Un
     const PartialRows state = head_of(item, out, h);
     scores_by_dots(item, h, unit.count);
     softmax(item, h, unit.first, unit.count, state);
-    values_by_panels(item, h, unit.count, state);
+    values_by_panels(item, unit, h, state);
   }
 }
 
@@ -296,6 +304,10 @@ inline void attend_few_rows(const Item& item, const Unit& unit, const Unit& next
     }
     softmax(item, h, unit.first, unit.count, state);
     direct_rows(item, p.v, unit.v, unit.count, next.v, next.count, h, &rows);
+    if (!seen_by_all(item, unit) && !v_kernels.is_finite(rows, unit.count, p.layer->head_size_v)) {
+      seen_values(item, unit, rows, state);
+      continue;
+    }
     if (p.v.token_scales != nullptr) {
       scale_columns(rows.scale, unit.count, item.rows, scratch.s);
     }
@@ -362,7 +374,8 @@ inline void fold(const PartialRows& into, const PartialRows& part, std::int32_t 
   }
 }
 
-inline void store_row(const float* from, std::int64_t size, float scale, void* to, DType dtype) {
+inline void store_row(const float* from, std::int64_t size, float scale, float divisor, void* to,
+                      DType dtype) {
   const Df d;
   const hn::RebindToUnsigned<Df> du;
   const hn::Rebind<std::uint16_t, Df> d16;
@@ -392,7 +405,7 @@ inline void store_row(const float* from, std::int64_t size, float scale, void* t
                  static_cast<std::uint16_t*>(to) + i);
     }
   }
-  for (; i < size; ++i) semantics::store_element(to, dtype, i, from[i] * scale);
+  for (; i < size; ++i) semantics::store_element(to, dtype, i, from[i] * scale / divisor);
 }
 
 }  // namespace quire::cpu::HWY_NAMESPACE

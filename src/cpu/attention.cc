@@ -32,7 +32,7 @@ class Call {
     if (p_.block_scales != nullptr) {
       block_output_ = workspace.reserve_block_output(p_.batch->num_tokens * row_size());
     } else if (p_.has_output_scale) {
-      inverse_output_scale_ = 1.0F / value_of(p_.output_scale);
+      output_scale_ = value_of(p_.output_scale);
     }
   }
 
@@ -79,6 +79,11 @@ class Call {
     item->heads = std::min(item->tile->heads, layer_.num_kv_heads - item->kv_head);
   }
 
+  static semantics::Spans common_part(const semantics::Spans& a, const semantics::Spans& b) {
+    return {semantics::clip(a.prefix, b.prefix.begin, b.prefix.end),
+            semantics::clip(a.main, b.main.begin, b.main.end)};
+  }
+
   // Resolves the tile's query tokens and what each sees.
   Item prepare_tile(const WorkTile& tile, bool shared, Scratch& scratch) const {
     const BatchParams& batch = *p_.batch;
@@ -115,6 +120,10 @@ class Call {
         item.hull_begin = item.hull_end == 0 ? span.begin : std::min(item.hull_begin, span.begin);
         item.hull_end = std::max(item.hull_end, span.end);
       }
+      // A query-query bias may hide keys too.
+      const semantics::Spans certain =
+          batch.qq_bias == nullptr ? token.visible : clip(token.visible, 0, token.context_len);
+      item.common = i == 0 ? certain : common_part(item.common, certain);
     }
     return item;
   }
@@ -187,16 +196,18 @@ class Call {
 
   void finish_row(std::int64_t row, std::int32_t head, const PartialRows& state) {
     const bool has_sink = layer_.sinks != nullptr;
-    const auto finished = semantics::finish(semantics::SoftmaxState<float>{*state.max, *state.sum},
-                                            has_sink, has_sink ? layer_.sinks[head] : 0.0F);
-    const float scale = finished.output_scale * value_scale_;
+    constexpr float kUp = 1 << kWeightsDownLog2;
+    const auto finished =
+        semantics::finish(semantics::SoftmaxState<float>{*state.max, *state.sum * kUp}, has_sink,
+                          has_sink ? layer_.sinks[head] : 0.0F);
+    const float scale = finished.output_scale * kUp * value_scale_;
     if (block_output_ != nullptr) {
-      kernels_.store_row(state.o, layer_.head_size_v, scale,
+      kernels_.store_row(state.o, layer_.head_size_v, scale, 1.0F,
                          block_output_ + row * row_size() + std::int64_t{head} * layer_.head_size_v,
                          DType::kFloat32);
     } else {
-      kernels_.store_row(state.o, layer_.head_size_v, scale * inverse_output_scale_,
-                         output_at(row, head), p_.output_dtype);
+      kernels_.store_row(state.o, layer_.head_size_v, scale, output_scale_, output_at(row, head),
+                         p_.output_dtype);
     }
     if (p_.lse != nullptr) {
       p_.lse[head * p_.lse_head_stride + row * p_.lse_token_stride] = finished.lse;
@@ -242,7 +253,7 @@ class Call {
   const Kernels& kernels_;
   const float query_scale_;
   const float value_scale_;
-  float inverse_output_scale_ = 1.0F;
+  float output_scale_ = 1.0F;
   float* block_output_ = nullptr;
 };
 

@@ -24,6 +24,9 @@
 HWY_BEFORE_NAMESPACE();
 namespace quire::cpu::HWY_NAMESPACE {
 
+// What rows that do not exist are read as: as long as the longest row.
+inline constexpr char kZeroRow[576 * sizeof(float)] = {};
+
 // One head's stored rows of a unit and their scales.
 struct DirectRows {
   const void* row[kMaxKvTile];  // never null: zeros stand for what does not exist
@@ -177,17 +180,46 @@ HWY_INLINE void scale_columns(const float* scale, std::int32_t count, std::int32
   }
 }
 
+// The greatest of the bits of |x|, sign shifted out: infinity and NaN are above all finite numbers.
+using MagnitudeBits = hn::Vec<hn::RebindToUnsigned<Df>>;
+HWY_INLINE MagnitudeBits greater_magnitude(MagnitudeBits greatest, Vf x) {
+  return hn::Max(greatest, hn::ShiftLeft<1>(hn::BitCast(hn::RebindToUnsigned<Df>(), x)));
+}
+HWY_INLINE bool is_finite(MagnitudeBits greatest) {
+  const hn::RebindToUnsigned<Df> du;
+  return hn::AllTrue(du, hn::Lt(greatest, hn::Set(du, 0xFF000000U)));
+}
+
+template <DType kDType>
+bool rows_are_finite(const DirectRows& rows, std::int32_t count, std::int32_t size) {
+  const Df d;
+  constexpr auto kVec = static_cast<std::int32_t>(kLanes);
+  MagnitudeBits greatest = hn::Zero(hn::RebindToUnsigned<Df>());
+  for (std::int32_t t = 0; t < count; t += kVec) {
+    greatest = greater_magnitude(greatest, hn::Load(d, rows.scale + t));
+  }
+  for (std::int32_t t = 0; t < count; ++t) {
+    for (std::int32_t i = 0; i < size; i += kVec) {
+      greatest = greater_magnitude(greatest,
+                                   load_widened<kDType>(rows.row[t], static_cast<std::size_t>(i)));
+    }
+  }
+  return is_finite(greatest);
+}
+
 using HeadScores = decltype(&head_scores<DType::kFloat32>);
 using HeadValues = decltype(&head_values<DType::kFloat32>);
+using RowsAreFinite = decltype(&rows_are_finite<DType::kFloat32>);
 
 struct DirectKernels {
   HeadScores scores;
   HeadValues values;
+  RowsAreFinite is_finite;  // rows and scales
 };
 
 template <DType kDType>
 constexpr DirectKernels direct_kernels_of() {
-  return {head_scores<kDType>, head_values<kDType>};
+  return {head_scores<kDType>, head_values<kDType>, rows_are_finite<kDType>};
 }
 
 HWY_INLINE DirectKernels direct_kernels(DType dtype) {

@@ -43,6 +43,10 @@ class AlignedFloats {
   std::int64_t size_ = 0;
 };
 
+// Weights and so outputs and sums are kept 2^-16 times what they are until a row is finished: sums
+// of 65,536 values of any size do not overflow. By a power of two, nothing is rounded.
+inline constexpr int kWeightsDownLog2 = 16;
+
 // The running result of an item's rows, head after head (planning::head_rows apart): unnormalised
 // outputs [rows, padded head_size_v], maxima, sums.
 struct PartialRows {
@@ -89,6 +93,7 @@ struct Item {
   std::int32_t head_rows = 0;   // distance of heads in `q` and in results, in rows
   std::int64_t hull_begin = 0;  // no row of the tile sees a key before it
   std::int64_t hull_end = 0;    // no row of the tile sees a key at or past it
+  semantics::Spans common;      // every row of the tile sees these keys
   std::int64_t first_kv_row = 0;
   bool cold = false;         // the first chunk of a run: nobody asked for its keys yet
   float query_scale = 1.0F;  // softmax, query and key scales
@@ -107,8 +112,9 @@ struct Kernels {
   // into = into + part, rows [0, rows).
   void (*fold)(const PartialRows& into, const PartialRows& part, std::int32_t rows,
                std::int64_t padded_v);
-  // to[0, size) = from[0, size) * scale in `dtype`.
-  void (*store_row)(const float* from, std::int64_t size, float scale, void* to, DType dtype);
+  // to[0, size) = from[0, size) * scale / divisor in `dtype`; 16 and 32 bits know no divisor but 1.
+  void (*store_row)(const float* from, std::int64_t size, float scale, float divisor, void* to,
+                    DType dtype);
 };
 
 // Kernels for this machine, or for QUIRE_CPU_ISA if set (AVX3, AVX2, NEON, SCALAR). Throws Error if

@@ -167,18 +167,17 @@ HWY_INLINE void load_v_panels(const Item& item, const UnitRows& rows, std::int32
 HWY_INLINE void direct_rows(const Item& item, const KvParams& kv, const UnitRows& rows,
                             std::int32_t count, const UnitRows& next, std::int32_t next_count,
                             std::int32_t h, DirectRows* out) {
-  static constexpr char kZeros[576 * sizeof(float)] = {};
   const std::int64_t head_bytes = kv.strides.head * size_of(kv.dtype);
   const auto padded = static_cast<std::int32_t>(round_up(count, kVec));
   std::int32_t next_key = h * count / item.heads;
   std::int32_t next_head = h * count % item.heads;
   for (std::int32_t t = 0; t < padded; ++t) {
     const bool exists = t < count && rows.row[t] != nullptr;
-    out->row[t] = exists ? rows.row[t] + h * head_bytes : kZeros;
+    out->row[t] = exists ? rows.row[t] + h * head_bytes : kZeroRow;
     out->scale[t] =
         exists && rows.scale[t] != nullptr ? rows.scale[t][h * kv.token_scale_strides.head] : 1.0F;
     const bool ask = next_key < next_count && next.row[next_key] != nullptr;
-    out->ahead[t] = ask ? next.row[next_key] + next_head * head_bytes : kZeros;
+    out->ahead[t] = ask ? next.row[next_key] + next_head * head_bytes : kZeroRow;
     if (++next_head == item.heads) {
       next_head = 0;
       ++next_key;

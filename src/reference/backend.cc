@@ -67,8 +67,9 @@ class Row {
     output->assign(static_cast<std::size_t>(layer_.head_size_v), 0.0);
     for (std::int64_t j = 0; j < seq_.mask.kv_len; ++j) {
       if (!visible.contains(j)) continue;
-      const double weight = std::exp(logit(j) - shift);
-      if (weight == 0.0) continue;
+      const double s = logit(j);
+      if (s == -kInfinity) continue;
+      const double weight = std::exp(s - shift);
       state.sum += weight;
       const KvRow value = side(p_.v, j);
       for (std::int64_t i = 0; i < layer_.head_size_v; ++i) (*output)[i] += weight * value[i];
@@ -120,7 +121,9 @@ class Row {
       const auto distance = static_cast<double>(seq_.mask.position(j) - q_pos_);
       s = layer_.alibi_sqrt ? alibi_sqrt(ops, s, slope, distance) : alibi(ops, s, slope, distance);
     }
-    return s + qq_bias(j);
+    // A bias of -inf hides the key, as the mask does, whatever its score.
+    const double bias = qq_bias(j);
+    return bias == -kInfinity ? bias : s + bias;
   }
 
   double qq_bias(std::int64_t j) const {

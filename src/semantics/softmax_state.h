@@ -1,5 +1,6 @@
 // The running softmax of one row, (m, l): maximum logit and sum of exp(S - m). The empty state is
 // (-inf, 0). Parts over disjoint keys merge with weights that scale their unnormalised outputs.
+// A NaN logit makes the sum NaN, which stays; maxima may lose it on the way.
 // (Milakov & Gimelshein, 2018; FlashAttention.)
 #pragma once
 
@@ -29,6 +30,7 @@ struct MergedState {
   T weight_b;
 };
 
+// An empty part adds 0 to the sum, and its weight is 0 unless the other part is NaN.
 template <class T>
 QUIRE_HOST_DEVICE MergedState<T> merge(const SoftmaxState<T>& a, const SoftmaxState<T>& b) {
   const T max = a.max > b.max ? a.max : b.max;
@@ -53,7 +55,8 @@ QUIRE_HOST_DEVICE FinishedRow<T> finish(SoftmaxState<T> row, bool has_sink, T si
     row = merged.state;
     weight = merged.weight_a;
   }
-  if (row.max == -std::numeric_limits<T>::infinity()) return {T{0}, row.max};
+  // Nothing seen. A sum of NaN is not nothing, whatever the maximum.
+  if (row.max == -std::numeric_limits<T>::infinity() && row.sum == row.sum) return {T{0}, row.max};
   return {weight / row.sum, row.max + std::log(row.sum)};
 }
 

@@ -151,6 +151,33 @@ HWY_INLINE void transpose(Vf (&v)[kLanes]) {
   }
 }
 
+// ---- exponential ---------------------------------------------------------------------------
+
+// exp(x) * 2^-kDownLog2 for x <= 0, to 2 ulp; 0 where that is below the normal numbers. NaN stays
+// NaN, which hn::Exp turns into 0. What x above 0 gives is of no use.
+template <int kDownLog2 = 0>
+HWY_INLINE Vf exp_below_0(Vf x) {
+  const Df d;
+  const hn::RebindToSigned<Df> di;
+  constexpr float kLn2 = 0.693147180559945F;
+  // 2^n * (1 + p(r)) with n the nearest integer to x / ln 2 and r what is left, |r| <= ln 2 / 2;
+  // ln 2 in two parts, the first of few bits, so that n times it is exact.
+  const auto n = hn::NearestInt(hn::Mul(x, hn::Set(d, 1.44269504088896F)));
+  const Vf nf = hn::ConvertTo(d, n);
+  Vf r = hn::MulAdd(nf, hn::Set(d, -0.693145751953125F), x);
+  r = hn::MulAdd(nf, hn::Set(d, -1.428606765330187e-6F), r);
+  // (exp(r) - 1 - r) / r^2, minimax: Highway's coefficients.
+  const Vf r2 = hn::Mul(r, r);
+  const Vf a = hn::MulAdd(hn::Set(d, 0.166666671633720F), r, hn::Set(d, 0.5F));
+  const Vf b = hn::MulAdd(hn::Set(d, 0.00833336077630520F), r, hn::Set(d, 0.0416664853692055F));
+  const Vf c = hn::MulAdd(hn::Set(d, 0.000198527617612854F), r, hn::Set(d, 0.00139304355252535F));
+  const Vf p = hn::MulAdd(hn::Mul(r2, r2), c, hn::MulAdd(r2, b, a));
+  const Vf mantissa = hn::Add(hn::MulAdd(p, r2, r), hn::Set(d, 1.0F));
+  const auto power = hn::ShiftLeft<23>(hn::Add(n, hn::Set(di, 127 - kDownLog2)));
+  const Vf lowest = hn::Set(d, static_cast<float>(kDownLog2 - 126) * kLn2);
+  return hn::IfThenZeroElse(hn::Lt(x, lowest), hn::Mul(mantissa, hn::BitCast(d, power)));
+}
+
 // ---- score modifiers' number type ------------------------------------------------------------
 
 struct VecOps {
