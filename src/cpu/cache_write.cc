@@ -1,6 +1,7 @@
 // New K and V rows into the cache, and merge_states. Memory-bound copies: plain loops over
 // semantics/, tokens in parallel.
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "cpu/workspace.h"
@@ -39,21 +40,115 @@ void write_side(const CacheWriteParams& p, const KvParams& kv, const NewRows& x,
   }
 }
 
+// K, V and scales of one token, whole.
+class TokenWriter {
+ public:
+  explicit TokenWriter(const CacheWriteParams& p)
+      : p_(p),
+        key_{p.key, p.key_token_stride, p.key_head_stride, p.head_size},
+        value_{p.value, p.value_token_stride, p.value_head_stride, p.head_size_v},
+        num_slots_(p.num_blocks * p.block_size) {}
+
+  // Negative: padding.
+  bool exists(std::int64_t slot) const { return slot >= 0 && slot < num_slots_; }
+  void write(std::int64_t token, std::int64_t slot) const {
+    write_side(p_, p_.k, key_, token, slot);
+    write_side(p_, p_.v, value_, token, slot);
+  }
+
+ private:
+  const CacheWriteParams& p_;
+  const NewRows key_;
+  const NewRows value_;
+  const std::int64_t num_slots_;
+};
+
+std::uint64_t hash(std::int64_t x) { return static_cast<std::uint64_t>(x) * 0x9E3779B97F4A7C15U; }
+
+// Slots seen so far: a hash table of the groups of 64 they lie in, with a bit for each. Tokens of a
+// prefill come in runs, of which each costs one look-up.
+class SlotSet {
+ public:
+  explicit SlotSet(std::int64_t num_tokens) {
+    const auto wanted = static_cast<std::uint64_t>(std::min(2 * num_tokens, kMost));
+    size_ = static_cast<std::int64_t>(std::bit_ceil(wanted));
+    shift_ = 64 - std::countr_zero(static_cast<std::uint64_t>(size_));
+    for (std::int64_t i = 0; i < size_; ++i) groups_[i].number = -1;
+  }
+
+  // False if the slot was there already, or if there is no room to know.
+  bool add(std::int64_t slot) {
+    const std::int64_t number = slot / 64;
+    if (last_ == nullptr || last_->number != number) {
+      last_ = find(number);
+      if (last_->number < 0) {
+        if (++used_ > size_ / 4 * 3) return false;
+        *last_ = {number, 0};
+      }
+    }
+    const std::uint64_t bit = std::uint64_t{1} << (slot % 64);
+    const bool is_new = (last_->taken & bit) == 0;
+    last_->taken |= bit;
+    return is_new;
+  }
+
+ private:
+  struct Group {
+    std::int64_t number;  // -1: free
+    std::uint64_t taken;
+  };
+  // 32 KiB of stack. Enough for 1,536 groups: as many decodes, or a prefill of 24,000 tokens or more.
+  static constexpr std::int64_t kMost = 2048;
+
+  Group* find(std::int64_t number) {
+    auto i = static_cast<std::int64_t>(hash(number) >> shift_);
+    while (groups_[i].number >= 0 && groups_[i].number != number) i = (i + 1) & (size_ - 1);
+    return &groups_[i];
+  }
+
+  Group groups_[kMost];
+  Group* last_ = nullptr;
+  std::int64_t size_ = 0;
+  std::int64_t used_ = 0;
+  int shift_ = 0;
+};
+
+// May be true for batches too large to know.
+bool may_have_duplicates(const CacheWriteParams& p, const TokenWriter& writer) {
+  SlotSet slots(p.num_slots);
+  for (std::int64_t token = 0; token < p.num_slots; ++token) {
+    const std::int64_t slot = p.slot_mapping[token];
+    if (writer.exists(slot) && !slots.add(slot)) return true;
+  }
+  return false;
+}
+
 // Enough tokens a task that handing it out costs nothing beside the copying.
 constexpr std::int64_t kTokensPerTask = 16;
 
 }  // namespace
 
 void run_cache_write(const CacheWriteParams& p, ThreadPool& pool) {
-  const NewRows key{p.key, p.key_token_stride, p.key_head_stride, p.head_size};
-  const NewRows value{p.value, p.value_token_stride, p.value_head_stride, p.head_size_v};
+  const TokenWriter writer(p);
+  if (p.num_slots > kTokensPerTask && may_have_duplicates(p, writer)) {
+    // The last token of a slot wins: each task has slots of its own and walks all tokens in order.
+    const auto num_tasks = static_cast<std::uint64_t>(pool.num_threads());
+    auto task = [&](std::int64_t i, int) {
+      for (std::int64_t token = 0; token < p.num_slots; ++token) {
+        const std::int64_t slot = p.slot_mapping[token];
+        if (!writer.exists(slot) || (hash(slot) >> 32) % num_tasks != static_cast<std::uint64_t>(i))
+          continue;
+        writer.write(token, slot);
+      }
+    };
+    parallel_for(pool, pool.num_threads(), task);
+    return;
+  }
   auto task = [&](std::int64_t i, int) {
     const std::int64_t end = std::min((i + 1) * kTokensPerTask, p.num_slots);
     for (std::int64_t token = i * kTokensPerTask; token < end; ++token) {
       const std::int64_t slot = p.slot_mapping[token];
-      if (slot < 0 || slot >= p.num_blocks * p.block_size) continue;
-      write_side(p, p.k, key, token, slot);
-      write_side(p, p.v, value, token, slot);
+      if (writer.exists(slot)) writer.write(token, slot);
     }
   };
   parallel_for(pool, (p.num_slots + kTokensPerTask - 1) / kTokensPerTask, task);
