@@ -69,48 +69,45 @@ std::uint64_t hash(std::int64_t x) { return static_cast<std::uint64_t>(x) * 0x9E
 // prefill come in runs, of which each costs one look-up.
 class SlotSet {
  public:
-  explicit SlotSet(std::int64_t num_tokens) {
-    const auto wanted = static_cast<std::uint64_t>(std::min(2 * num_tokens, kMost));
-    size_ = static_cast<std::int64_t>(std::bit_ceil(wanted));
-    shift_ = 64 - std::countr_zero(static_cast<std::uint64_t>(size_));
-    for (std::int64_t i = 0; i < size_; ++i) groups_[i].number = -1;
+  explicit SlotSet(std::int64_t num_tokens)
+      : size_(std::bit_ceil(static_cast<std::uint64_t>(std::min(2 * num_tokens, kMost)))),
+        shift_(64 - std::countr_zero(size_)) {
+    std::fill(groups_, groups_ + size_, -1);
   }
 
   // False if the slot was there already, or if there is no room to know.
   bool add(std::int64_t slot) {
-    const std::int64_t number = slot / 64;
-    if (last_ == nullptr || last_->number != number) {
-      last_ = find(number);
-      if (last_->number < 0) {
+    const std::int64_t group = slot / 64;
+    if (groups_[at_] != group) {
+      at_ = find(group);
+      if (groups_[at_] < 0) {
         if (++used_ > size_ / 4 * 3) return false;
-        *last_ = {number, 0};
+        groups_[at_] = group;
+        taken_[at_] = 0;
       }
     }
     const std::uint64_t bit = std::uint64_t{1} << (slot % 64);
-    const bool is_new = (last_->taken & bit) == 0;
-    last_->taken |= bit;
+    const bool is_new = (taken_[at_] & bit) == 0;
+    taken_[at_] |= bit;
     return is_new;
   }
 
  private:
-  struct Group {
-    std::int64_t number;  // -1: free
-    std::uint64_t taken;
-  };
   // 32 KiB of stack. Enough for 1,536 groups: as many decodes, or a prefill of 24,000 tokens or more.
   static constexpr std::int64_t kMost = 2048;
 
-  Group* find(std::int64_t number) {
-    auto i = static_cast<std::int64_t>(hash(number) >> shift_);
-    while (groups_[i].number >= 0 && groups_[i].number != number) i = (i + 1) & (size_ - 1);
-    return &groups_[i];
+  std::uint64_t find(std::int64_t group) const {
+    std::uint64_t i = hash(group) >> shift_;
+    while (groups_[i] >= 0 && groups_[i] != group) i = (i + 1) & (size_ - 1);
+    return i;
   }
 
-  Group groups_[kMost];
-  Group* last_ = nullptr;
-  std::int64_t size_ = 0;
-  std::int64_t used_ = 0;
-  int shift_ = 0;
+  const std::uint64_t size_;
+  const int shift_;
+  std::uint64_t at_ = 0;
+  std::uint64_t used_ = 0;
+  std::int64_t groups_[kMost];  // -1: free
+  std::uint64_t taken_[kMost];
 };
 
 // May be true for batches too large to know.
@@ -130,7 +127,8 @@ constexpr std::int64_t kTokensPerTask = 16;
 
 void run_cache_write(const CacheWriteParams& p, ThreadPool& pool) {
   const TokenWriter writer(p);
-  if (p.num_slots > kTokensPerTask && may_have_duplicates(p, writer)) {
+  const std::int64_t tokens_per_task = pool.num_threads() == 1 ? p.num_slots : kTokensPerTask;
+  if (p.num_slots > tokens_per_task && may_have_duplicates(p, writer)) {
     // The last token of a slot wins: each task has slots of its own and walks all tokens in order.
     const auto num_tasks = static_cast<std::uint64_t>(pool.num_threads());
     auto task = [&](std::int64_t i, int) {
@@ -145,13 +143,14 @@ void run_cache_write(const CacheWriteParams& p, ThreadPool& pool) {
     return;
   }
   auto task = [&](std::int64_t i, int) {
-    const std::int64_t end = std::min((i + 1) * kTokensPerTask, p.num_slots);
-    for (std::int64_t token = i * kTokensPerTask; token < end; ++token) {
+    const std::int64_t end = std::min((i + 1) * tokens_per_task, p.num_slots);
+    for (std::int64_t token = i * tokens_per_task; token < end; ++token) {
       const std::int64_t slot = p.slot_mapping[token];
       if (writer.exists(slot)) writer.write(token, slot);
     }
   };
-  parallel_for(pool, (p.num_slots + kTokensPerTask - 1) / kTokensPerTask, task);
+  if (p.num_slots == 0) return;
+  parallel_for(pool, (p.num_slots + tokens_per_task - 1) / tokens_per_task, task);
 }
 
 namespace {
