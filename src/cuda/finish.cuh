@@ -177,9 +177,7 @@ class Finisher {
       p_.call.lse[head * p_.call.lse_head_stride + table_.token[r] * p_.call.lse_token_stride] =
           finished.lse;
     }
-    float scale = finished.output_scale * value_of(p_.call.v.scale);
-    if (p_.call.has_output_scale) scale *= 1.0F / value_of(p_.call.output_scale);
-    return scale;
+    return finished.output_scale * value_of(p_.call.v.scale);
   }
 
   // and where it goes, two 16-bit elements a word, if output is that simple.
@@ -365,9 +363,11 @@ class Finisher {
       out[0] = make_float4(values[0], values[1], values[2], values[3]);
       out[1] = make_float4(values[4], values[5], values[6], values[7]);
     } else {
-      // Element by element, and small: this code is in every kernel.
+      // Element by element, and small: this code is in every kernel. Fp8 outputs come here: divided,
+      // for the inverse of a denormal scale is infinite.
+      const float divisor = p_.call.has_output_scale ? value_of(p_.call.output_scale) : 1.0F;
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) semantics::store_element(to, dtype, i, values[i]);
+      for (int i = 0; i < count; ++i) semantics::store_element(to, dtype, i, values[i] / divisor);
     }
   }
 

@@ -157,7 +157,7 @@ __device__ __forceinline__ float modify_score(const KernelParams& p, const RowTa
                                               const Tile& tile, int r, int j, float s) {
   const Ops ops;
   if (p.layer.soft_cap > 0) {
-    s = score::soft_cap(ops, s, p.layer.soft_cap, 1.0F / p.layer.soft_cap);
+    s = score::soft_cap(ops, s, p.layer.soft_cap, score::inverse_of_cap(p.layer.soft_cap));
   }
   if (p.layer.alibi_slopes != nullptr) {
     const auto distance = static_cast<float>(static_cast<std::int32_t>(

@@ -173,7 +173,9 @@ class PrefillRows : protected PrefillLoader<C> {
     if (p_.layer.alibi_slopes == nullptr && p_.batch.qq_bias == nullptr) {
       // cap * tanh(x): absolute error about 1e-7 of the cap, unlike tanh.approx's 5e-4.
       const float cap = p_.layer.soft_cap;
-      const float in = score_scale_ / cap * (2.0F * kLog2E);
+      // Finite where a denormal cap's inverse is not: a score of 0 stays 0.
+      float in = score_scale_ * score::inverse_of_cap(cap) * (2.0F * kLog2E);
+      if (in > 3.4e38F) in = 3.4e38F;
 #pragma unroll
       for (int i = 0; i < C::kMTiles * kNTiles * 4; ++i) {
         float& x = s[i / (kNTiles * 4)][i / 4 % kNTiles][i % 4];
