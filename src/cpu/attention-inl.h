@@ -387,7 +387,7 @@ inline void store_row(const float* from, std::int64_t size, float scale, float d
     for (; i < whole; i += kVec) {
       hn::StoreU(hn::Mul(hn::LoadU(d, from + i), factor), d, static_cast<float*>(to) + i);
     }
-  } else if (dtype == DType::kFloat16) {
+  } else if (dtype == DType::kFloat16 && HWY_TARGET != HWY_SCALAR) {  // see load_widened
     for (; i < whole; i += kVec) {
       hn::StoreU(hn::DemoteTo(df16, hn::Mul(hn::LoadU(d, from + i), factor)), df16,
                  static_cast<hwy::float16_t*>(to) + i);

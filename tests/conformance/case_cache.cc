@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "tests/conformance/case_parts.h"
+#include "tests/conformance/expected.h"
 #include "tests/conformance/number_format.h"
 
 namespace quire::conformance {
@@ -244,6 +245,36 @@ void make_step_tensors(Case* c, Rng* rng) {
   }
 }
 
+// Calls visit(sequence, j) for each key that some row of this step sees. The others may hold
+// anything.
+template <class Visit>
+void for_each_seen_key(const Case& c, Visit visit) {
+  const CaseSpec& spec = c.spec;
+  std::int64_t first_row = spec.leading_rows;
+  for (std::int64_t s = 0; s < static_cast<std::int64_t>(spec.sequences.size()); ++s) {
+    const SequenceSpec& sequence = spec.sequences[s];
+    const std::int64_t rows =
+        std::clamp<std::int64_t>(spec.num_actual_tokens() - first_row, 0, sequence.query_len);
+    for (std::int64_t j = 0; j < sequence.seq_len; ++j) {
+      std::int64_t i = 0;
+      while (i < rows && !is_visible(c, s, i, j)) ++i;
+      if (i < rows) visit(s, j);
+    }
+    first_row += sequence.query_len;
+  }
+}
+
+std::vector<bool> seen_slots(const Case& c) {
+  const std::int64_t block_size = c.spec.config.block_size;
+  std::vector<bool> seen(c.key_cache.shape[0] * block_size, false);
+  for_each_seen_key(c, [&](std::int64_t s, std::int64_t j) {
+    const auto block = static_cast<std::int64_t>(c.block_table.get({s, j / block_size}));
+    if (block < 0 || block >= c.key_cache.shape[0]) return;
+    seen[block * block_size + j % block_size] = true;
+  });
+  return seen;
+}
+
 // Fills the tokens of earlier steps, or those that this step writes (`fresh`): once each, however
 // many sequences share them.
 void put_tokens(Case* c, bool fresh, std::vector<bool>* filled, Rng* rng) {
@@ -317,7 +348,9 @@ void make_cache(Case* c, Rng* rng) {
   lay_out_cache(c);
   fill_garbage(*c, rng);
   if (c->spec.write) make_step_tensors(c, rng);
-  std::vector<bool> filled(c->key_cache.shape[0] * c->spec.config.block_size, false);
+  // What no row sees stays garbage: freed blocks that other requests use may look like that.
+  std::vector<bool> filled = seen_slots(*c);
+  filled.flip();
   // Earlier steps' tokens first: a shared block may be old for one sequence and new for another.
   put_tokens(c, false, &filled, rng);
   remember_before(c);
@@ -340,16 +373,17 @@ void make_encoder_keys(Case* c, Rng* rng) {
   c->key = make_tensor(spec.model_dtype, {rows, config.num_kv_heads, config.head_size}, layout);
   c->value =
       make_tensor(spec.model_dtype, {rows, config.num_kv_heads, config.value_head_size()}, layout);
+  if (spec.kv_start_loc) c->kv_start_loc = make_int32(starts);
   std::vector<std::byte> row;
-  for (std::int64_t r = starts.front(); r < starts.back(); ++r) {
+  for_each_seen_key(*c, [&](std::int64_t s, std::int64_t j) {
+    const std::int64_t r = starts[s] + j;
     for (std::int64_t head = 0; head < config.num_kv_heads; ++head) {
       draw_row(spec, true, config.head_size, rng, &row);
       std::memcpy(c->key.at({r, head, 0}), row.data(), row.size());
       draw_row(spec, false, config.value_head_size(), rng, &row);
       std::memcpy(c->value.at({r, head, 0}), row.data(), row.size());
     }
-  }
-  if (spec.kv_start_loc) c->kv_start_loc = make_int32(starts);
+  });
 }
 
 }  // namespace quire::conformance

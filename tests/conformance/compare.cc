@@ -17,9 +17,11 @@ std::string format(const char* text, Args... args) {
   return line;
 }
 
+// Of the finite ones.
 double root_mean_square(const double* values, std::int64_t count) {
   double sum = 0;
-  for (std::int64_t i = 0; i < count; ++i) sum += values[i] * values[i];
+  for (std::int64_t i = 0; i < count; ++i)
+    sum += std::isfinite(values[i]) ? values[i] * values[i] : 0;
   return count > 0 ? std::sqrt(sum / static_cast<double>(count)) : 0.0;
 }
 
@@ -28,6 +30,11 @@ double root_mean_square(const double* values, std::int64_t count) {
 // element.
 double element_bound(double tolerance, double row_scale, double wanted) {
   return tolerance * (2 * row_scale + std::fabs(wanted));
+}
+
+// Where NaN is due only NaN will do; where an infinity is, it or NaN: 0 * Inf may have come on the way.
+bool is_as_bad(double got, double wanted) {
+  return std::isnan(got) || (std::isinf(wanted) && got == wanted);
 }
 
 // Reads the written elements of an output, checks them, and remembers which bytes they are.
@@ -78,6 +85,7 @@ class OutputCheck {
     const double step = smallest_step(c_.output.dtype);
     for (std::int64_t d = 0; d < size; ++d) {
       const double got = decode(c_.output.dtype, &actual_.output[offset_of(row, head, d)]);
+      if (!std::isfinite(wanted[d]) && is_as_bad(got, wanted[d])) continue;
       const double error = std::fabs(got - wanted[d]);
       if (!(error <= element_bound(tolerance_, row_scale, wanted[d]) + step)) {
         return format("output[%lld][%lld][%lld] is %.9g, not %.9g (row scale %.3g)",
@@ -101,6 +109,7 @@ class OutputCheck {
       std::uint8_t right = 0;
       encode(DType::kFloat8E4M3, wanted[d] / scale, &right);
       const double got = decode(DType::kFloat8E4M3, &code) * scale;
+      if (std::isnan(wanted[d]) && std::isnan(got)) continue;
       const double nearest = decode(DType::kFloat8E4M3, &right) * scale;
       const double error = std::fabs(got - nearest);
       const bool neighbour =
@@ -181,8 +190,8 @@ std::string check_lse(const Case& c, const Actual& actual, const Expected& expec
       const std::int64_t at = c.lse.offset + (head * c.lse.strides[0] + row * c.lse.strides[1]) * 4;
       const double got = decode(DType::kFloat32, &actual.lse[at]);
       const double wanted = expected.lse[head * expected.num_rows + row];
-      const bool ok = std::isinf(wanted)
-                          ? got == wanted
+      const bool ok = !std::isfinite(wanted)
+                          ? got == wanted || (std::isnan(wanted) && std::isnan(got))
                           : std::fabs(got - wanted) <= tolerance * (1 + std::fabs(wanted));
       if (!ok) {
         return format("lse[%lld][%lld] is %.9g, not %.9g", static_cast<long long>(head),

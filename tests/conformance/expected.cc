@@ -143,7 +143,9 @@ double score(const Case& c, const Sequence& sequence, std::int64_t head, std::in
   const std::int64_t m = c.spec.qq_bias_size;
   const bool own_keys = c.spec.config.type != AttentionType::kEncoderDecoder && !c.kv_start_loc;
   if (c.qq_bias && own_keys && n >= 0 && n < m && i < m) {
-    s += c.spec.qq_bias_per_sequence ? c.qq_bias.get({sequence.s, i, n}) : c.qq_bias.get({i, n});
+    const double bias =
+        c.spec.qq_bias_per_sequence ? c.qq_bias.get({sequence.s, i, n}) : c.qq_bias.get({i, n});
+    s = bias == -kInfinity ? bias : s + bias;  // hidden, whatever the score
   }
   return s;
 }
@@ -155,12 +157,15 @@ void attend_row(const Case& c, const std::vector<double>& scores, const std::vec
   double highest = -kInfinity;
   for (const double s : scores) highest = std::max(highest, s);
   if (c.sinks) highest = std::max(highest, c.sinks.get({head}));
+  const bool has_nan =
+      std::any_of(scores.begin(), scores.end(), [](double s) { return std::isnan(s); });
   *lse = -kInfinity;
-  if (highest == -kInfinity) return;
+  if (highest == -kInfinity && !has_nan) return;
+  if (highest == -kInfinity) highest = 0;  // every score seen is NaN
   double denominator = c.sinks ? std::exp(c.sinks.get({head}) - highest) : 0.0;
   for (std::size_t j = 0; j < scores.size(); ++j) {
+    if (scores[j] == -kInfinity) continue;
     const double weight = std::exp(scores[j] - highest);
-    if (weight == 0) continue;
     denominator += weight;
     for (std::int64_t d = 0; d < size; ++d) out[d] += weight * values[j * size + d];
   }

@@ -38,6 +38,9 @@ HWY_INLINE Vf load_widened(const void* row, std::size_t i) {
     const hn::RebindToUnsigned<Df> du;
     const auto bits = hn::PromoteTo(du, hn::LoadU(d16, static_cast<const std::uint16_t*>(row) + i));
     return hn::BitCast(d, hn::ShiftLeft<16>(bits));
+  } else if constexpr (kDType == DType::kFloat16 && HWY_TARGET == HWY_SCALAR) {
+    // Highway's own code for machines without the instruction takes Inf and NaN for numbers.
+    return hn::Set(d, semantics::fp16_to_float(static_cast<const std::uint16_t*>(row)[i]));
   } else if constexpr (kDType == DType::kFloat16) {
     const hn::Rebind<hwy::float16_t, Df> d16;
     return hn::PromoteTo(d, hn::LoadU(d16, static_cast<const hwy::float16_t*>(row) + i));
