@@ -123,14 +123,15 @@ struct AttentionArgs {
   const Score* score = nullptr;
 
   // Optional result: float32 [num_heads, >= num_actual_tokens], natural logarithm of the softmax
-  // denominator, sink included. -inf for a row that sees no key and has no sink.
+  // denominator, sink included. -inf for a row that sees no key and has no sink. NaN for a row that
+  // sees a NaN score.
   TensorView lse{};
 
   // Scale of an fp8 query.
   Scale q_scale{};
 
   // fp8 output, one of:
-  // static: output = saturate(x / output_scale)
+  // static: output = saturate(x / output_scale), divided, not multiplied with an inverse
   bool has_output_scale = false;
   Scale output_scale{};
   // dynamic, in groups of 128 of the token's flattened row: s = max(absmax / 448, tiny), output =

@@ -40,6 +40,13 @@ constexpr bool is_per_tensor_fp8(KvCacheDType dtype) {
 
 // A float32 scale: a host value, or one float in memory of the layer's device, which wins if given
 // and is read when the work runs (so a captured CUDA graph sees later changes).
+//
+// A host value must be finite and above 0, or Error. What lies in memory is not looked at, except
+// with Context::check_indices. Each use is IEEE 754 arithmetic: q, k and v are multiplied by
+// theirs, what is stored (cache, fp8 output) is x / scale, rounded and saturated; NaN stays NaN. So
+// a scale of 0 stores +-448 (e5m2: +-57344) of every x but 0, and NaN of 0, and reads as zeros; a
+// negative one turns signs around; NaN makes NaN of everything; an infinite one stores zeros, and
+// what it reads is not finite. Denormal scales are as good as others.
 struct Scale {
   float value = 1.0F;
   const float* data = nullptr;
@@ -98,10 +105,13 @@ struct PagedKvCache {
 //   value         [>= num_slots, num_kv_heads, head_size_v]  the same dtype
 //   cache         written at the slots named, nothing else; per-token-head scales are computed
 //   slot_mapping  int64 [num_slots], flat slot block * block_size + offset; negative or out of
-//                 range: skipped. If a slot appears twice, one of the two tokens wins.
+//                 range: skipped. If a slot appears twice: on the CPU and the reference the
+//                 last token wins, K, V and scales together; on CUDA K, V, heads and scales may
+//                 come from either.
 //
 // fp8 per tensor: stored = saturate(x / scale), NaN stays NaN. Per token and head:
-// scale = max(absmax / QMAX, 1e-6), stored = round-to-nearest-even(x / scale), saturated.
+// scale = max(absmax / QMAX, 1e-6), stored = round-to-nearest-even(x / scale), saturated. int8 has
+// no NaN and stores 0 for it; an infinity makes the whole vector NaN, by its scale.
 // Memory: reads key, value, slot_mapping; writes the cache; allocates nothing.
 // Throws Error before anything is written if shapes, dtypes, devices or scales do not fit, or,
 // with ctx.check_indices, if a slot is past the cache.
