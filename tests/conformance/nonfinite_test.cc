@@ -377,12 +377,17 @@ TEST_P(NonFiniteTest, BiasOfMinusInfinityHidesNan) {
       spec.config.head_size = head_size;
       spec.qq_bias_size = query_len;
       spec.write = false;
-      const Case c = build_case(spec);
-      for (std::int64_t i = 2; i < query_len; ++i) c.qq_bias.set({i, 1}, -kInfinity);
-      poison(c, 0, 7, Side::kBoth, kNan);  // of row 1; later rows may not see it
-      check(c);
-      EXPECT_TRUE(std::isnan(out(c, 1, 0, 0)));
-      EXPECT_TRUE(std::isfinite(out(c, query_len - 1, 0, 0)));
+      for (const Mask& mask : {Mask(), Mask::full()}) {
+        spec.config.mask = mask;
+        const Case c = build_case(spec);
+        for (std::int64_t i = 0; i < query_len; ++i) {
+          if (i != 1) c.qq_bias.set({i, 1}, -kInfinity);
+        }
+        poison(c, 0, 7, Side::kBoth, kNan);  // of row 1; no other row may see it
+        check(c);
+        EXPECT_TRUE(std::isnan(out(c, 1, 0, 0)));
+        EXPECT_TRUE(std::isfinite(out(c, query_len - 1, 0, 0)));
+      }
     }
   }
 }
