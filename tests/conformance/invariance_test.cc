@@ -1,6 +1,7 @@
 // What must not change a result: neighbours, place, padding, threads, cascade.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -36,10 +37,12 @@ class InvarianceTest : public ConformanceTest {
     return rows;
   }
 
-  // Puts the query, K and V of sequence `r` of `from` in place of those of sequence `s` of `to`.
-  static void transplant(const Case& from, std::int64_t r, const Case& to, std::int64_t s) {
-    const SequenceSpec& sequence = from.spec.sequences[static_cast<std::size_t>(r)];
-    const auto first = static_cast<std::int64_t>(from.query_start_loc.get({r}));
+  // Puts the query from row `skip` on, K and V of sequence `r` of `from` in place of those of
+  // sequence `s` of `to`.
+  static void transplant(const Case& from, std::int64_t r, const Case& to, std::int64_t s,
+                         std::int64_t skip = 0) {
+    const SequenceSpec& sequence = to.spec.sequences[static_cast<std::size_t>(s)];
+    const auto first = static_cast<std::int64_t>(from.query_start_loc.get({r})) + skip;
     const auto row = static_cast<std::int64_t>(to.query_start_loc.get({s}));
     const AttentionConfig& config = from.spec.config;
     for (std::int64_t i = 0; i < sequence.query_len; ++i) {
@@ -116,6 +119,31 @@ TEST_P(InvarianceTest, CountedPaddingAndTheLongestQueryChangeNoBits) {
     const Rows got = rows_of(padded, DeviceCase(padded, backend()).attend(), 0, 9);
     EXPECT_TRUE(got == wanted) << describe(spec);
     check(padded);
+  }
+}
+
+// Documented for the CPU: a prompt has the same bits in one step and in chunks, if each chunk has
+// more than 64 query rows.
+TEST_P(InvarianceTest, ChunksOfAPromptChangeNoBitsOnTheCpu) {
+  if (backend().device_type() != DeviceType::kCpu) return;
+  constexpr std::int64_t kTokens = 700;
+  for (const Mask& mask : {Mask{}, Mask::sliding_window(90), Mask::chunked(128, 1)}) {
+    CaseSpec spec = invariant_spec(DType::kBFloat16, {{kTokens, kTokens}}, 8);
+    spec.config.mask = mask;
+    const Case whole = build_case(spec);
+    const Actual at_once = DeviceCase(whole, backend()).attend();
+    const std::int64_t least = 64 * spec.config.num_kv_heads / spec.config.num_heads + 1;
+    for (const std::int64_t chunk : {least, least + 13, std::int64_t{300}}) {
+      for (std::int64_t begin = 0; kTokens - begin >= least; begin += chunk) {
+        const std::int64_t count = std::min(chunk, kTokens - begin);
+        spec.sequences = {{count, begin + count}};
+        const Case part = build_case(spec);
+        transplant(whole, 0, part, 0, begin);
+        EXPECT_TRUE(rows_of(part, DeviceCase(part, backend()).attend(), 0, count) ==
+                    rows_of(whole, at_once, begin, count))
+            << begin << "+" << count << " of " << describe(spec);
+      }
+    }
   }
 }
 
