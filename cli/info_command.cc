@@ -83,6 +83,7 @@ Json to_json(const AttentionBackend& backend) {
       {"head_size",
        {{"min", c.min_head_size}, {"max", c.max_head_size}, {"multiple", c.head_size_multiple}}},
       {"block_size_multiple", c.block_size_multiple},
+      {"max_block_size", c.max_block_size},
       {"features", features},
       {"kernels", kernels},
   };
@@ -178,8 +179,11 @@ void print_text() {
                : cell + ", multiples of " + std::to_string(c.head_size_multiple);
   });
   add_property(table, "block sizes", [](const auto& b) {
-    const std::int64_t multiple = b.capabilities().block_size_multiple;
-    return multiple == 1 ? std::string("any") : "multiples of " + std::to_string(multiple);
+    const BackendCapabilities& c = b.capabilities();
+    const std::string cell = "1 to " + std::to_string(c.max_block_size);
+    return c.block_size_multiple == 1
+               ? cell
+               : cell + ", multiples of " + std::to_string(c.block_size_multiple);
   });
   for (const Feature& feature : kFeatures) {
     add_property(table, feature.name, [&feature](const auto& b) {

@@ -21,6 +21,14 @@ class PlanState {
   virtual std::string to_string() const = 0;
 };
 
+// A member of a configuration that a backend cannot serve.
+struct Unsupported {
+  std::string argument;
+  std::string expected;
+  std::string got;
+  std::string text() const { return argument + ": expected " + expected + ", got " + got; }
+};
+
 class Backend : public AttentionBackend {
  public:
   // Devices of its type that it can run on now: indices from 0.
@@ -28,6 +36,7 @@ class Backend : public AttentionBackend {
   bool available() const override { return num_devices() > 0; }
 
   // A configuration is supported unless one of the capabilities is missing.
+  std::vector<Unsupported> unsupported(const AttentionConfig& config) const;
   std::vector<std::string> supports(const AttentionConfig& config) const override;
 
   virtual std::unique_ptr<PlanState> make_plan(const LayerParams& layer) const = 0;
@@ -47,13 +56,18 @@ class Backend : public AttentionBackend {
   virtual void fill_zero(const TensorView& output, const Context& ctx) const;
 };
 
+// Limits that all backends share, so that products of sizes fit 64 bits and sizes 32.
+inline constexpr std::int64_t kMaxHeads = 65536;
+inline constexpr std::int64_t kMaxBlockSize = std::int64_t{1} << 20;
+inline constexpr std::int64_t kMaxRowSize = std::int64_t{1} << 20;  // elements of a head
+
 // The one explicit list of backends (backends.cc), best first for each device.
 const std::vector<const Backend*>& backends();
 
 // The backend that serves a device: `name`, or QUIRE_BACKEND, or the first available one. Throws
 // Error if there is none, or no such device; `argument` is what named the device.
 const Backend& pick_backend(Device device, const std::string& name,
-                            const char* argument = "config.device");
+                            const char* argument = "device");
 
 // The whole of semantics.md: what the reference and the CPU backend have.
 BackendCapabilities full_capabilities();

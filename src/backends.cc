@@ -98,7 +98,7 @@ const Backend& pick_backend(Device device, const std::string& name, const char* 
   const bool is_forced = name.empty() && forced != nullptr && *forced != '\0';
   const Backend& backend = is_forced      ? named_backend(device, forced, "QUIRE_BACKEND", argument)
                            : name.empty() ? best_backend(device, argument)
-                                          : named_backend(device, name, "config.backend", argument);
+                                          : named_backend(device, name, "backend", argument);
   if (device.index < 0 || device.index >= backend.num_devices()) {
     throw Error(argument,
                 "one of the " + std::to_string(backend.num_devices()) + " devices of backend " +

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <numeric>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -51,8 +52,8 @@ class CudaLayer {
     check(cudaStreamCreate(&stream_));
     context_.stream = stream_;
     common_ = batch_.metadata();
-    for (TensorView* view : {&common_.query_start_loc, &common_.seq_lens, &common_.block_table,
-                             &common_.slot_mapping}) {
+    for (ConstTensorView* view : {&common_.query_start_loc, &common_.seq_lens, &common_.block_table,
+                                  &common_.slot_mapping}) {
       *view = uploaded(*view);
     }
     const std::int64_t tokens = std::max(batch_.num_tokens, kFillTokens);
@@ -101,13 +102,12 @@ class CudaLayer {
     return memory_.back().data();
   }
 
-  TensorView uploaded(TensorView view) {
+  TensorView uploaded(const ConstTensorView& view) {
     const std::int64_t bytes = view.num_elements() * size_of(view.dtype);
     void* data = allocate(bytes);
     check(cudaMemcpy(data, view.data, static_cast<std::size_t>(bytes), cudaMemcpyHostToDevice));
-    view.data = data;
-    view.device = kDevice;
-    return view;
+    const std::span shape(view.shape.data(), static_cast<std::size_t>(view.ndim));
+    return TensorView(data, view.dtype, shape, kDevice);
   }
 
   TensorView random(std::initializer_list<std::int64_t> shape) {

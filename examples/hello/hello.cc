@@ -15,8 +15,8 @@ int main() {
       cache_data.data(), kFloat32, {kBlocks, 2, kBlockSize, kKvHeads, kHeadSize}));
 
   // The batch: sequence 0 prefills 20 tokens (blocks 5 and 2), sequence 1 one token (block 7).
-  std::vector<std::int32_t> query_start_loc = {0, 20, 21}, seq_lens = {20, 1};
-  std::vector<std::int32_t> block_table = {5, 2, 7, 0};
+  const std::vector<std::int32_t> query_start_loc = {0, 20, 21}, seq_lens = {20, 1};
+  const std::vector<std::int32_t> block_table = {5, 2, 7, 0};
   std::vector<std::int64_t> slots;
   for (int token = 0; token < 20; ++token) {
     slots.push_back(block_table[token / kBlockSize] * kBlockSize + token % kBlockSize);
@@ -29,7 +29,8 @@ int main() {
   batch.num_actual_tokens = 21;
 
   // K is the same everywhere, so a query weighs all keys it sees alike; V is the token's number.
-  std::vector<float> query(21 * kHeads * kHeadSize, 0.5F), key(21 * kKvHeads * kHeadSize, 1.0F);
+  const std::vector<float> query(21 * kHeads * kHeadSize, 0.5F);
+  const std::vector<float> key(21 * kKvHeads * kHeadSize, 1.0F);
   std::vector<float> value(key.size()), output(query.size());
   for (std::size_t i = 0; i < value.size(); ++i) {
     value[i] = static_cast<float>(i / (kKvHeads * kHeadSize));

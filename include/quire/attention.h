@@ -28,7 +28,7 @@ struct AttentionConfig {
   // Dtype of the query: fp16, bf16, fp32; kFloat8E4M3 for a quantised query over an fp8 cache.
   DType dtype = DType::kBFloat16;
 
-  std::int64_t num_heads = 0;
+  std::int64_t num_heads = 0;     // 1 to 65536
   std::int64_t num_kv_heads = 0;  // divides num_heads; the group need not be a power of two
   std::int64_t head_size = 0;     // of Q and K; 8 to 576
   std::int64_t head_size_v = 0;   // of V and the output; 0 means head_size
@@ -37,13 +37,20 @@ struct AttentionConfig {
   Mask mask{};
   Score score{};
 
-  // Tokens of a block, >= 1. Not used by encoder and encoder-only attention.
+  // Tokens of a block, 1 to 2^20. Not used by encoder and encoder-only attention.
   std::int64_t block_size = 16;
+  // kAuto is the same as the dtype of the query spelled out.
   KvCacheDType kv_cache_dtype = KvCacheDType::kAuto;
 
-  // A sequence's output bits depend on that sequence alone: its lengths, data and layer; not on
-  // its neighbours, its place, padding, or how earlier steps chunked it into the cache. Switches
-  // cascade off. (He et al., "Defeating Nondeterminism in LLM Inference", 2025.)
+  // A sequence's output bits depend on that sequence alone: its query_len and seq_len of this step,
+  // its data and the layer; not on its neighbours, its place, padding, or how earlier steps chunked
+  // it into the cache. Switches cascade off. (He et al., "Defeating Nondeterminism in LLM
+  // Inference", 2025.)
+  //
+  // Not promised: that a token has the same bits in steps of another query_len (prefilled at once or
+  // in chunks, decoded, verified as a draft), since kernels are chosen and keys are cut by it. CPU:
+  // the bits are the same in all steps that give the sequence more than 64 query rows, query_len *
+  // num_heads / num_kv_heads. CUDA: rely on nothing.
   bool batch_invariant = false;
 
   // Look for shared prefixes in the block tables and read them once (cascade), also when nobody
@@ -64,9 +71,11 @@ struct AttentionConfig {
 class Plan {
  public:
   // Validates the configuration and sets up the workspace. Throws Error if no backend of the device
-  // supports it; the message lists the reasons (see AttentionBackend::supports).
+  // supports it: the error names the first member that does not fit, and its text lists the others
+  // too (see AttentionBackend::supports).
   explicit Plan(const AttentionConfig& config);
   ~Plan();
+  // Every function throws Error ("plan") on a plan that was moved from.
   Plan(Plan&&) noexcept;
   Plan& operator=(Plan&&) noexcept;
 
@@ -91,7 +100,7 @@ class Plan {
   std::string to_string() const;
 
   struct Impl;  // src/api
-  Impl& impl() const { return *impl_; }
+  Impl& impl() const;
 
  private:
   std::unique_ptr<Impl> impl_;
@@ -101,17 +110,18 @@ class Plan {
 Plan plan(const AttentionConfig& config, const CommonAttentionMetadata& batch,
           std::int64_t common_prefix_len = 0, const Context& ctx = {});
 
-// The tensors of one attention call. Absent views are default-constructed.
+// The tensors of one attention call. Absent views are default-constructed. What is a
+// ConstTensorView is only read.
 struct AttentionArgs {
   // [>= num_actual_tokens, num_heads, head_size], the plan's dtype, unit last stride.
-  TensorView query{};
+  ConstTensorView query{};
 
-  // Decoder and cross attention: the cache, already holding this step's tokens.
+  // Decoder and cross attention: the cache, already holding this step's tokens. Only read.
   PagedKvCache kv_cache{};
   // Encoder and encoder-only attention: K and V themselves, [num_kv_tokens, num_kv_heads,
   // head_size(_v)], the plan's dtype, unit last stride.
-  TensorView key{};
-  TensorView value{};
+  ConstTensorView key{};
+  ConstTensorView value{};
 
   // [>= num_actual_tokens, num_heads * head_size_v] or [.., num_heads, head_size_v], unit last
   // stride: fp16, bf16, fp32, or kFloat8E4M3 with output_scale or output_block_scale. Written for
@@ -154,8 +164,8 @@ void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx =
 // them, a part over the second half of a cache, or over every other key, needs
 // CommonAttentionMetadata's kv_offset, kv_stride and q_offset. (Section 2.2 of FlashInfer, Ye et al.,
 // 2025; vLLM's merge_attn_states.)
-void merge_states(const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b,
-                  const TensorView& lse_b, const TensorView& output, const TensorView& lse = {},
-                  const Context& ctx = {});
+void merge_states(const ConstTensorView& o_a, const ConstTensorView& lse_a,
+                  const ConstTensorView& o_b, const ConstTensorView& lse_b,
+                  const TensorView& output, const TensorView& lse = {}, const Context& ctx = {});
 
 }  // namespace quire

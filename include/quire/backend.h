@@ -26,6 +26,7 @@ struct BackendCapabilities {
   std::int64_t max_head_size = 0;
   std::int64_t head_size_multiple = 1;
   std::int64_t block_size_multiple = 1;
+  std::int64_t max_block_size = 0;
   bool sinks = false;
   bool alibi = false;
   bool soft_cap = false;
@@ -68,11 +69,12 @@ class AttentionBackend {
   // where there is one kernel for all.
   virtual std::vector<KernelInfo> kernel_table() const { return {}; }
 
-  // Why this backend cannot serve the configuration, one sentence each; empty means it can.
+  // Why this backend cannot serve the configuration; empty means it can. Each reason reads
+  // "<member>: expected <...>, got <...>", as an Error's text.
   virtual std::vector<std::string> supports(const AttentionConfig& config) const = 0;
 
   // [num_blocks, 2, block_size, num_kv_heads, head_size], vLLM's get_kv_cache_shape. Throws Error
-  // on sizes below 1 or a block_size that the backend cannot use.
+  // on sizes below 1, and on a block_size or head_size that the backend cannot use.
   std::vector<std::int64_t> kv_cache_shape(std::int64_t num_blocks, std::int64_t block_size,
                                            std::int64_t num_kv_heads, std::int64_t head_size) const;
 };
@@ -88,14 +90,17 @@ class AttentionMetadataBuilder {
   // Throws Error if the configuration is not supported.
   explicit AttentionMetadataBuilder(const AttentionConfig& config);
 
-  // Plans the batch. The result shares this builder's plan: it is valid until the next build().
+  // Plans the batch. The result, and every copy of it, shares this builder's plan: it is valid until
+  // the next build() of either kind, and AttentionImpl::forward() refuses it afterwards.
   // `common_prefix_len` as in Plan::update; `fast_build` is accepted for vLLM's sake (planning is
   // already cheap enough to do every time).
   AttentionMetadata build(std::int64_t common_prefix_len, const CommonAttentionMetadata& common,
                           bool fast_build = false, const Context& ctx = {});
 
   // The same without cascade, in buffers whose addresses stay fixed, so that a graph captured with
-  // the result serves every later batch up to this one's padded size. On the CPU: build().
+  // the result serves every later batch up to this one's padded size: build() that batch, then
+  // replay. The graph stays good; the metadata itself is valid until the next build(), as any. On
+  // the CPU: build().
   AttentionMetadata build_for_cudagraph_capture(const CommonAttentionMetadata& common,
                                                 const Context& ctx = {});
 
@@ -108,9 +113,9 @@ class AttentionMetadataBuilder {
 
 // The scales a quantised model attaches to a layer (vLLM's layer._q_scale, _k_scale, _v_scale).
 struct LayerScales {
-  Scale q{};
-  Scale k{};
-  Scale v{};
+  Scale q{};                 // of an fp8 query
+  std::optional<Scale> k{};  // replaces the cache's k_scale; absent: the cache's own
+  std::optional<Scale> v{};  // likewise v_scale
 };
 
 // One attention layer. Corresponds to TritonAttentionImpl.
@@ -128,9 +133,10 @@ class AttentionImpl {
   //   key       [num_tokens, num_kv_heads, head_size], may be absent for cross attention or a
   //             cache filled by do_kv_cache_update()
   //   value     [num_tokens, num_kv_heads, head_size_v], likewise
-  //   kv_cache  this layer's cache; its dtype must be the configuration's. Scales of `scales`
-  //             replace its per-tensor ones. Ignored by encoder attention
-  //   metadata  of the step; null means a profiling run: output is filled with 0, nothing else done
+  //   kv_cache  this layer's cache; its dtype must be the configuration's. The k and v of `scales`,
+  //             where given, replace its per-tensor scales. Ignored by encoder attention
+  //   metadata  of the step, and the builder's last; null means a profiling run: output is filled
+  //             with 0, nothing else done
   //   output    [num_tokens, num_heads * head_size_v] or 3-D
   //   output_scale        with an fp8 output: static scale
   //   output_block_scale  with an fp8 output: receives a scale per group of 128; at most one of both
@@ -138,17 +144,18 @@ class AttentionImpl {
   //
   // Returns `output`. Errors, memory and stream behaviour as write_kv_cache() and attention():
   // everything is checked before the cache is written.
-  TensorView forward(const LayerScales& scales, const TensorView& query, const TensorView& key,
-                     const TensorView& value, const PagedKvCache& kv_cache,
-                     const AttentionMetadata* metadata, const TensorView& output,
+  TensorView forward(const LayerScales& scales, const ConstTensorView& query,
+                     const ConstTensorView& key, const ConstTensorView& value,
+                     const PagedKvCache& kv_cache, const AttentionMetadata* metadata,
+                     const TensorView& output,
                      const std::optional<Scale>& output_scale = std::nullopt,
                      const TensorView& output_block_scale = {}, const TensorView& lse = {},
                      const Context& ctx = {}) const;
 
   // Only the cache write of forward(), for hosts that do it separately.
-  void do_kv_cache_update(const LayerScales& scales, const TensorView& key, const TensorView& value,
-                          const PagedKvCache& kv_cache, const TensorView& slot_mapping,
-                          const Context& ctx = {}) const;
+  void do_kv_cache_update(const LayerScales& scales, const ConstTensorView& key,
+                          const ConstTensorView& value, const PagedKvCache& kv_cache,
+                          const ConstTensorView& slot_mapping, const Context& ctx = {}) const;
 
   const AttentionConfig& config() const { return config_; }
 

@@ -14,7 +14,7 @@ namespace quire {
 // What a cache stores. Per tensor: one scale for all of K and one for all of V. Per token and head:
 // each (slot, head) vector has its own float32 scale.
 enum class KvCacheDType : std::uint8_t {
-  kAuto = 0,  // the model's dtype
+  kAuto = 0,  // the model's dtype: the same as that dtype spelled out
   kFloat16,
   kBFloat16,
   kFloat32,
@@ -26,7 +26,7 @@ enum class KvCacheDType : std::uint8_t {
 
 // Accepts vLLM's names: auto, float16, bfloat16, float32, fp8, fp8_e4m3, fp8_e5m2,
 // int8_per_token_head, fp8_per_token_head. Throws Error otherwise.
-KvCacheDType parse_kv_cache_dtype(std::string_view name);
+KvCacheDType parse_kv_cache_dtype(std::string_view kv_cache_dtype);
 const char* to_string(KvCacheDType dtype);
 
 // The element type of a cache of that kind for a model of dtype `model_dtype`.
@@ -64,17 +64,20 @@ struct Scale {
 // K and V are two views [num_blocks, block_size, num_kv_heads, head_size(_v)] with unit stride in
 // the last dimension and any other strides, so one type serves every layout: NHD, HND, K and V
 // packed side by side in one row, two separate tensors, padded pages, views into larger buffers.
-// Element offsets are computed in 64 bits.
+// Element offsets are computed in 64 bits. Blocks have 1 to 2^20 tokens, and there are less than
+// 2^31 of them.
 //
 // Wild indices never leave this memory. A block number outside [0, num_blocks), and a token whose
 // logical block lies past the width of the block table, is not there: a block of the first kind
 // reads as zeros, and sequences end at the table's width. Slots outside
 // [0, num_blocks * block_size) are skipped by writes.
 struct PagedKvCache {
+  // Of the element type that `dtype` stores. Bytes (kUInt8) stand for the fp8 and int8 kinds.
   TensorView key{};    // [num_blocks, block_size, num_kv_heads, head_size]
   TensorView value{};  // [num_blocks, block_size, num_kv_heads, head_size_v]
 
-  // kAuto: plain storage of whatever float type `key` and `value` have.
+  // kAuto: plain storage of whatever float type `key` and `value` have, the same as that type
+  // spelled out.
   KvCacheDType dtype = KvCacheDType::kAuto;
 
   // Per-tensor scales of fp8 caches: stored = x / scale, read back as stored * scale.
@@ -90,8 +93,7 @@ struct PagedKvCache {
   std::int64_t block_size() const { return key.shape[1]; }
 
   // vLLM's default layout: one tensor [num_blocks, 2, block_size, num_kv_heads, head_size], index 0
-  // of dimension 1 is K, 1 is V. Any strides. Byte caches (uint8) of an fp8 or int8 kind are
-  // reinterpreted. Throws Error on another shape or dtype.
+  // of dimension 1 is K, 1 is V. Any strides. Throws Error on another shape or dtype.
   static PagedKvCache from_combined(const TensorView& kv_cache,
                                     KvCacheDType dtype = KvCacheDType::kAuto);
   // vLLM's packed layout: [num_blocks, num_kv_heads, block_size, head_size + head_size_v], K first.
@@ -103,7 +105,7 @@ struct PagedKvCache {
 //
 //   key           [>= num_slots, num_kv_heads, head_size]    fp16, bf16 or fp32, unit last stride
 //   value         [>= num_slots, num_kv_heads, head_size_v]  the same dtype
-//   cache         written at the slots named, nothing else; per-token-head scales are computed
+//   kv_cache      written at the slots named, nothing else; per-token-head scales are computed
 //   slot_mapping  int64 [num_slots], flat slot block * block_size + offset; negative or out of
 //                 range: skipped. If a slot appears twice: on the CPU and the reference the
 //                 last token wins, K, V and scales together; on CUDA K, V, heads and scales may
@@ -114,8 +116,9 @@ struct PagedKvCache {
 // no NaN and stores 0 for it; an infinity makes the whole vector NaN, by its scale.
 // Memory: reads key, value, slot_mapping; writes the cache; allocates nothing.
 // Throws Error before anything is written if shapes, dtypes, devices or scales do not fit, or,
-// with ctx.check_indices, if a slot is past the cache.
-void write_kv_cache(const TensorView& key, const TensorView& value, const PagedKvCache& cache,
-                    const TensorView& slot_mapping, const Context& ctx = {});
+// with ctx.check_indices, if a slot is past the cache or named twice.
+void write_kv_cache(const ConstTensorView& key, const ConstTensorView& value,
+                    const PagedKvCache& kv_cache, const ConstTensorView& slot_mapping,
+                    const Context& ctx = {});
 
 }  // namespace quire

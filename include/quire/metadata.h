@@ -20,38 +20,40 @@ class Plan;
 // none is read; rows they own below num_actual_tokens see no key and get 0. Padded tokens have slot
 // -1 and are not written to the cache.
 struct CommonAttentionMetadata {
-  TensorView query_start_loc{};  // int32 [num_seqs + 1], row offsets into the query
-  TensorView seq_lens{};         // int32 [num_seqs], tokens after this step, cache included
-  TensorView block_table{};      // int32 [num_seqs, max_blocks], unit stride in the last dimension;
-                                 // absent for attention without a cache
-  TensorView slot_mapping{};     // int64 [>= num tokens written]; absent if nothing is written
+  ConstTensorView query_start_loc{};  // int32 [num_seqs + 1], row offsets into the query
+  ConstTensorView seq_lens{};         // int32 [num_seqs], tokens after this step, cache included
+  ConstTensorView block_table{};      // int32 [num_seqs, max_blocks], unit stride in the last
+                                      // dimension; absent for attention without a cache
+  ConstTensorView slot_mapping{};     // int64 [>= num tokens written]; absent if nothing is written
 
   // Rows of the query and output that are real; rows at or past it are neither read nor written.
   std::int64_t num_actual_tokens = 0;
 
-  // Upper bounds known to the host. They size nothing on the CPU; 0 means unknown.
+  // Upper bounds known to the host, which may lie above what the block table can hold. They size
+  // nothing on the CPU; 0 means unknown.
   std::int64_t max_query_len = 0;
   std::int64_t max_seq_len = 0;
 
   // Masks that belong to the batch; absent means none.
-  TensorView causal{};           // bool [num_seqs]: 0 switches causality off for that sequence, and
-                                 // its left window then is on both sides. Never switches it on
-                                 // where the layer is not causal
-  TensorView mm_prefix_range{};  // int32 [num_seqs, num_ranges, 2]: closed ranges [start, end] of
-                                 // positions that see each other; start >= end means none. See
-                                 // Mask::clamp_ranges
-  TensorView visible_prefix_lens{};  // int32 [num_seqs]: keys at positions before it escape the
-                                     // window (R-SWA); 0 or less: none
+  ConstTensorView causal{};  // bool [num_seqs]: 0 switches causality off for that sequence, and its
+                             // left window then is on both sides. Never switches it on where the
+                             // layer is not causal
+  ConstTensorView mm_prefix_range{};  // int32 [num_seqs, num_ranges, 2]: closed ranges [start, end]
+                                      // of positions that see each other; start >= end means none.
+                                      // See Mask::clamp_ranges
+  ConstTensorView
+      visible_prefix_lens{};  // int32 [num_seqs]: keys at positions before it escape the
+                              // window (R-SWA); 0 or less: none
 
   // Query-query bias of tree attention: float32 [m, m] for all sequences or [num_seqs, m, m].
   // Query row i and this step's key row n of one sequence (key seq_lens[s] - query_len + n) get
   // qq_bias[i][n] added to their score (may be -inf); rows or keys at or past m get 0. Not used
   // where no key is this step's own token: by cross attention and with kv_start_loc.
-  TensorView qq_bias{};
+  ConstTensorView qq_bias{};
 
   // Attention without a cache: key/value row offsets, int32 [num_seqs + 1]; absent means that keys
   // and queries are the same tokens (query_start_loc). seq_lens is not used then.
-  TensorView kv_start_loc{};
+  ConstTensorView kv_start_loc{};
 
   // Positions, where they are not the indices of keys: a cache that starts in the middle of a
   // sequence or holds a rank's shard of it (context parallelism). Key j of sequence s sits at
@@ -62,17 +64,18 @@ struct CommonAttentionMetadata {
   // and below 2^31, strides at least 1; anything else gives wrong results, but never an access
   // outside the caller's memory. Shared prefixes (cascade) are not used for a batch that has any of
   // the three.
-  TensorView kv_offset{};
-  TensorView kv_stride{};
-  TensorView q_offset{};
+  ConstTensorView kv_offset{};
+  ConstTensorView kv_stride{};
+  ConstTensorView q_offset{};
 
   std::int64_t num_seqs() const { return query_start_loc ? query_start_loc.shape[0] - 1 : 0; }
 };
 
 // The metadata an attention layer takes: the batch, and how it is to be worked on. Made by
-// AttentionMetadataBuilder; copies share the plan. It stands for vLLM's TritonAttentionMetadata, whose
-// cu_prefix_query_lens, prefix_kv_lens, suffix_kv_lens and prefix_scheduler_metadata have no fields
-// here: the plan covers prefix and suffix.
+// AttentionMetadataBuilder; copies share the plan, and all are valid until the builder's next
+// build(). It stands for vLLM's TritonAttentionMetadata, whose cu_prefix_query_lens, prefix_kv_lens,
+// suffix_kv_lens and prefix_scheduler_metadata have no fields here: the plan covers prefix and
+// suffix.
 struct AttentionMetadata {
   CommonAttentionMetadata common{};
 
@@ -82,8 +85,9 @@ struct AttentionMetadata {
   bool use_cascade = false;
   std::int64_t common_prefix_len = 0;
 
-  // How the batch is cut into work, prefix and suffixes.
+  // How the batch is cut into work, prefix and suffixes; and which of the plan's updates it was.
   std::shared_ptr<Plan> scheduler_metadata{};
+  std::uint64_t build_number = 0;
 };
 
 }  // namespace quire

@@ -61,8 +61,9 @@ QUIRE_C_API const char* quire_version(void);
  * failing call; successful calls leave it alone. Long texts are cut. */
 QUIRE_C_API const char* quire_last_error(void);
 
-/* The argument that the last failure is about, spelled as in the headers ("query", "num_heads"),
- * "" if it is about none. */
+/* The argument that the last failure is about, spelled as in the headers and without the structure
+ * that it is a member of: "query", "num_heads", "block_table[3][0]". Members of quire_kv_cache have
+ * "kv_cache." ahead, and struct_size its structure: "config.struct_size". "" if it is about none. */
 QUIRE_C_API const char* quire_last_error_argument(void);
 
 /* ------------------------------------------------------------------------------------------------
@@ -92,7 +93,9 @@ typedef struct quire_device {
 
 enum { QUIRE_MAX_DIMS = 6 };
 
-/* A view of memory that the caller owns. All zeros means "absent". Strides count elements. */
+/* A view of memory that the caller owns. All zeros means "absent". Strides count elements. Calls
+ * write only the tensors that are said to receive something: output, lse, output_block_scale, and
+ * the cache in quire_write_kv_cache(). */
 typedef struct quire_tensor {
   void* data; /* element [0, ..., 0] */
   quire_dtype dtype;
@@ -103,9 +106,10 @@ typedef struct quire_tensor {
 } quire_tensor;
 
 /* Fills `tensor` as a contiguous (row-major) view on the CPU; change `device` and `strides`
- * afterwards where they differ. */
-QUIRE_C_API quire_status quire_tensor_init(quire_tensor* tensor, void* data, quire_dtype dtype,
-                                           int32_t ndim, const int64_t* shape);
+ * afterwards where they differ. `data` is const for the sake of inputs; where a call is to write,
+ * the memory must be writable. */
+QUIRE_C_API quire_status quire_tensor_init(quire_tensor* tensor, const void* data,
+                                           quire_dtype dtype, int32_t ndim, const int64_t* shape);
 
 /* A scale: `value`, or the float that `data` points to in memory of the layer's device if it is
  * not null, read when the work runs. */
@@ -145,7 +149,7 @@ typedef struct quire_context {
   size_t struct_size;
   void* stream;               /* CUDA: a cudaStream_t; null is the legacy default stream */
   quire_thread_pool* threads; /* CPU: null is the process-wide pool */
-  int32_t check_indices;      /* 1: look at the data of index tensors first; a debugging aid */
+  int32_t check_indices; /* 1: look at the data of index tensors and scales first; for debugging */
 } quire_context;
 
 QUIRE_C_API quire_status quire_context_init(quire_context* context, size_t struct_size);
@@ -196,9 +200,9 @@ typedef struct quire_attention_config {
   quire_device device;
   quire_dtype dtype;      /* of the query; default bfloat16 */
   int32_t attention_type; /* QUIRE_ATTENTION_*; default decoder */
-  int64_t num_heads;      /* must be set */
-  int64_t num_kv_heads;   /* must be set */
-  int64_t head_size;      /* must be set */
+  int64_t num_heads;      /* must be set: 1 to 65536 */
+  int64_t num_kv_heads;   /* must be set: a divisor of num_heads */
+  int64_t head_size;      /* must be set: 8 to 576 */
   int64_t head_size_v;    /* 0: head_size */
 
   int32_t causal;         /* default 1 */
@@ -208,8 +212,8 @@ typedef struct quire_attention_config {
 
   const quire_score* score; /* null: the defaults of quire_score; copied */
 
-  int32_t kv_cache_dtype;  /* QUIRE_KV_CACHE_*; default auto */
-  int64_t block_size;      /* default 16 */
+  int32_t kv_cache_dtype;  /* QUIRE_KV_CACHE_*; default auto, the same as `dtype` spelled out */
+  int64_t block_size;      /* default 16; 1 to 2^20 */
   int32_t batch_invariant; /* default 0 */
   int32_t auto_cascade;    /* default 1 */
   const char* backend;     /* null or "": the best one of the device */
@@ -229,8 +233,8 @@ typedef struct quire_batch {
   quire_tensor block_table;     /* int32 [num_seqs, max_blocks]; absent without a cache */
   quire_tensor slot_mapping;    /* int64 [>= tokens written] or absent */
   int64_t num_actual_tokens;
-  int64_t max_query_len;            /* 0: unknown */
-  int64_t max_seq_len;              /* 0: unknown */
+  int64_t max_query_len;            /* an upper bound; 0: unknown */
+  int64_t max_seq_len;              /* an upper bound; 0: unknown */
   quire_tensor causal;              /* bool [num_seqs] or absent */
   quire_tensor mm_prefix_range;     /* int32 [num_seqs, num_ranges, 2] or absent */
   quire_tensor visible_prefix_lens; /* int32 [num_seqs] or absent */
@@ -271,6 +275,7 @@ QUIRE_C_API quire_status quire_plan_workspace_bytes(const quire_plan* plan, int6
 
 typedef struct quire_kv_cache {
   size_t struct_size;
+  /* Of the element type that `dtype` stores; bytes (uint8) stand for the fp8 and int8 kinds. */
   quire_tensor key;           /* [num_blocks, block_size, num_kv_heads, head_size] */
   quire_tensor value;         /* [num_blocks, block_size, num_kv_heads, head_size_v] */
   int32_t dtype;              /* QUIRE_KV_CACHE_*; default auto */
@@ -282,10 +287,10 @@ typedef struct quire_kv_cache {
 
 QUIRE_C_API quire_status quire_kv_cache_init(quire_kv_cache* cache, size_t struct_size);
 
-/* Writes K and V of new tokens into the cache at `slot_mapping` (int64 [num_slots], negative ones
+/* Writes K and V of new tokens into `kv_cache` at `slot_mapping` (int64 [num_slots], negative ones
  * are skipped). key: [>= num_slots, num_kv_heads, head_size], value: [.., head_size_v]. */
 QUIRE_C_API quire_status quire_write_kv_cache(const quire_tensor* key, const quire_tensor* value,
-                                              const quire_kv_cache* cache,
+                                              const quire_kv_cache* kv_cache,
                                               const quire_tensor* slot_mapping,
                                               const quire_context* context);
 

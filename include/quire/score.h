@@ -23,13 +23,13 @@ struct Score {
 
   // ALiBi slopes, float32 [num_heads], on the layer's device; absent means none. The memory must
   // stay valid as long as the plans and layers built from it.
-  TensorView alibi_slopes{};
+  ConstTensorView alibi_slopes{};
   // Use the square-root form of ALiBi. Needs alibi_slopes.
   bool alibi_sqrt = false;
 
   // Attention sinks, float32 [num_heads], on the layer's device; absent means none. Each head's
   // logit takes part in the softmax and has no value row (gpt-oss; Xiao et al., 2023).
-  TensorView sinks{};
+  ConstTensorView sinks{};
 };
 
 }  // namespace quire

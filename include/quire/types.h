@@ -3,13 +3,17 @@
 #pragma once
 
 #include <array>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
+#include <ranges>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 
 namespace quire {
@@ -18,8 +22,12 @@ namespace quire {
 // Errors
 
 // Thrown by every public function for a mistake of the caller. By then nothing has been written
-// and no work has been queued. `argument()` is the name of the offending argument as the public
-// header spells it; `what()` reads "<argument>: expected <...>, got <...>".
+// and no work has been queued. `what()` reads "<argument>: expected <...>, got <...>".
+//
+// `argument()` names the parameter, or the member of a parameter's struct, as the public header
+// spells it, without the struct: "num_heads", "window_size", "query", "seq_lens", "softmax_scale".
+// Members of PagedKvCache have "kv_cache." ahead, since attention has arguments of the same names:
+// "kv_cache.key". An entry of an index tensor has its index behind: "block_table[3][0]".
 class Error : public std::invalid_argument {
  public:
   Error(std::string_view argument, std::string_view expected, std::string_view got)
@@ -134,10 +142,17 @@ struct Context {
   // CPU: the threads to use; null means default_thread_pool(). CUDA ignores it.
   ThreadPool* threads = nullptr;
 
-  // Look at the *data* of index tensors (block_table, slot_mapping, query_start_loc, seq_lens)
-  // before running, and throw quire::Error naming the first offending entry. Without it wild
-  // entries are harmless (see PagedKvCache) but silent. Costs a pass over these tensors on the
-  // CPU, a device-to-host copy and a stream synchronisation on CUDA: a debugging aid.
+  // Look at the *data* of index tensors and of scales in memory before running, and throw
+  // quire::Error naming the first offending entry. Without it wild entries are harmless (see
+  // PagedKvCache) but silent. Costs a pass over these tensors on the CPU, device-to-host copies and
+  // stream synchronisations on CUDA: a debugging aid. Looked at are
+  //   query_start_loc, kv_start_loc   ascending offsets, inside the key tensor
+  //   seq_lens                        0 to what the block table can hold, the new tokens included
+  //   block_table                     a block of the cache, where some row of the sequence sees a
+  //                                   key of it; other entries (behind every window, past the
+  //                                   sequence's end) may hold anything
+  //   slot_mapping                    negative, or a slot of the cache that no other token has
+  //   Scale::data                     finite and above 0
   bool check_indices = false;
 };
 
@@ -146,41 +161,91 @@ struct Context {
 
 inline constexpr int kMaxDims = 6;
 
+// The sizes or strides of a view: a braced list, or any range of integers (std::vector, std::array,
+// std::span, ...). Throws Error if there are more than kMaxDims.
+class Sizes {
+ public:
+  Sizes(std::initializer_list<std::int64_t> values)
+      : Sizes(std::span(values.begin(), values.size())) {}
+
+  template <std::ranges::input_range Range>
+  requires std::integral<std::ranges::range_value_t<Range>> Sizes(
+      const Range& range) {  // NOLINT(google-explicit-constructor): a shape is a list of sizes
+    for (const auto value : range) append(static_cast<std::int64_t>(value));
+    check_count();
+  }
+
+  int size() const { return count_ < kMaxDims ? count_ : kMaxDims; }
+  std::int64_t operator[](int dim) const { return values_[dim]; }
+
+ private:
+  void append(std::int64_t value) {
+    if (count_ < kMaxDims) values_[count_] = value;
+    ++count_;
+  }
+  void check_count() const;
+
+  int count_ = 0;
+  std::array<std::int64_t, kMaxDims> values_{};
+};
+
 // A non-owning view of a strided tensor. Strides count elements, may be zero or negative, and are
 // 64-bit; `data` points at element [0, ..., 0]. A default-constructed view means "absent".
-struct TensorView {
-  void* data = nullptr;
+//
+// TensorView is of memory that may be written, ConstTensorView of memory that is only read; the
+// first converts to the second. Arguments say by their type what a call does: ConstTensorView is
+// read, TensorView may be written.
+template <class Data>
+struct BasicTensorView {
+  static_assert(std::is_void_v<Data>, "use TensorView or ConstTensorView");
+
+  Data* data = nullptr;
   DType dtype = DType::kNone;
   Device device;
   int ndim = 0;
   std::array<std::int64_t, kMaxDims> shape{};
   std::array<std::int64_t, kMaxDims> strides{};
 
-  TensorView() = default;
+  BasicTensorView() = default;
 
   // A contiguous (row-major) view.
-  TensorView(void* data_, DType dtype_, std::initializer_list<std::int64_t> shape_,
-             Device device_ = {});
+  BasicTensorView(Data* data_, DType dtype_, const Sizes& shape_, Device device_ = {});
 
-  // A view with strides in elements. Throws Error if the two lists differ in length or are longer
-  // than kMaxDims.
-  TensorView(void* data_, DType dtype_, std::initializer_list<std::int64_t> shape_,
-             std::initializer_list<std::int64_t> strides_, Device device_ = {});
+  // A view with strides in elements. Throws Error if the two lists differ in length.
+  BasicTensorView(Data* data_, DType dtype_, const Sizes& shape_, const Sizes& strides_,
+                  Device device_ = {});
+
+  // From a view of memory that may be written to one of memory that is read.
+  template <class Other>
+  requires(std::is_const_v<Data>&& std::is_same_v<const Other, Data> &&
+           !std::is_same_v<Other, Data>)
+      BasicTensorView(const BasicTensorView<Other>& view)  // NOLINT(google-explicit-constructor)
+      : data(view.data),
+        dtype(view.dtype),
+        device(view.device),
+        ndim(view.ndim),
+        shape(view.shape),
+        strides(view.strides) {}
 
   explicit operator bool() const { return dtype != DType::kNone; }
   std::int64_t num_elements() const;
   bool is_contiguous() const;
 
   // The view at index `i` of dimension `dim`, with that dimension removed.
-  TensorView select(int dim, std::int64_t i) const;
+  BasicTensorView select(int dim, std::int64_t i) const;
   // The view of [begin, end) of dimension `dim`.
-  TensorView slice(int dim, std::int64_t begin, std::int64_t end) const;
+  BasicTensorView slice(int dim, std::int64_t begin, std::int64_t end) const;
   // The same elements with two dimensions exchanged.
-  TensorView transpose(int dim_a, int dim_b) const;
+  BasicTensorView transpose(int dim_a, int dim_b) const;
 
   // "bfloat16 [3, 8, 128] strides [1024, 128, 1] on cpu"
   std::string to_string() const;
 };
+
+using TensorView = BasicTensorView<void>;
+using ConstTensorView = BasicTensorView<const void>;
+extern template struct BasicTensorView<void>;
+extern template struct BasicTensorView<const void>;
 
 // ---------------------------------------------------------------------------------------------
 // DLPack (https://dmlc.github.io/dlpack). The caller includes its own dlpack.h and passes its
@@ -193,7 +258,9 @@ Device device_from_dlpack(int type, int index);          // throws Error
 constexpr int device_type_to_dlpack(DeviceType type) { return type == DeviceType::kCuda ? 2 : 1; }
 }  // namespace detail
 
-// A view of a DLTensor's memory; missing strides mean row-major, byte_offset is applied.
+// A view of a DLTensor's memory; missing strides mean row-major, byte_offset is applied. A DLTensor
+// does not say whether its memory may be written: where the DLManagedTensorVersioned around it is
+// flagged DLPACK_FLAG_BITMASK_READ_ONLY, keep the result as a ConstTensorView.
 template <class DlTensor>
 TensorView from_dlpack(const DlTensor& tensor) {
   if (tensor.ndim < 0 || tensor.ndim > kMaxDims) {

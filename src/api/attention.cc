@@ -20,19 +20,19 @@ bool is_encoder(AttentionType type) {
 
 void lower_score(const AttentionConfig& config, const Score& score, LayerParams* layer) {
   if (score.alibi_slopes) {
-    check::tensor("score.alibi_slopes", score.alibi_slopes, config.device, {DType::kFloat32},
+    check::tensor("alibi_slopes", score.alibi_slopes, config.device, {DType::kFloat32},
                   {config.num_heads});
-    check::contiguous("score.alibi_slopes", score.alibi_slopes);
+    check::contiguous("alibi_slopes", score.alibi_slopes);
   }
   if (score.sinks) {
-    check::tensor("score.sinks", score.sinks, config.device, {DType::kFloat32}, {config.num_heads});
-    check::contiguous("score.sinks", score.sinks);
+    check::tensor("sinks", score.sinks, config.device, {DType::kFloat32}, {config.num_heads});
+    check::contiguous("sinks", score.sinks);
   }
-  check::that(std::isfinite(score.softmax_scale), "score.softmax_scale", "a finite scale",
-              [&] { return std::to_string(score.softmax_scale); });
-  check::that(std::isfinite(score.soft_cap) && score.soft_cap >= 0, "score.soft_cap",
-              "a finite cap of at least 0", [&] { return std::to_string(score.soft_cap); });
-  check::that(!score.alibi_sqrt || score.alibi_slopes, "score.alibi_slopes",
+  check::that(std::isfinite(score.softmax_scale), "softmax_scale", "a finite scale",
+              score.softmax_scale);
+  check::that(std::isfinite(score.soft_cap) && score.soft_cap >= 0, "soft_cap",
+              "a finite cap of at least 0", score.soft_cap);
+  check::that(!score.alibi_sqrt || score.alibi_slopes, "alibi_slopes",
               "slopes to go with alibi_sqrt", "none");
   layer->softmax_scale = score.softmax_scale != 0.0F
                              ? score.softmax_scale
@@ -69,49 +69,49 @@ namespace {
 void lower_masks(const CommonAttentionMetadata& batch, Device device, BatchParams* p) {
   const std::int64_t num_seqs = p->num_seqs;
   if (batch.causal) {
-    check::tensor("batch.causal", batch.causal, device, {DType::kBool, DType::kUInt8}, {num_seqs});
-    check::contiguous("batch.causal", batch.causal);
+    check::tensor("causal", batch.causal, device, {DType::kBool, DType::kUInt8}, {num_seqs});
+    check::contiguous("causal", batch.causal);
     p->causal = check::data<const std::uint8_t>(batch.causal);
   }
   if (batch.mm_prefix_range) {
-    check::tensor("batch.mm_prefix_range", batch.mm_prefix_range, device, {DType::kInt32},
+    check::tensor("mm_prefix_range", batch.mm_prefix_range, device, {DType::kInt32},
                   {num_seqs, kAny, 2});
-    check::contiguous("batch.mm_prefix_range", batch.mm_prefix_range);
+    check::contiguous("mm_prefix_range", batch.mm_prefix_range);
     p->ranges = check::data<const std::int32_t>(batch.mm_prefix_range);
     p->num_ranges = static_cast<std::int32_t>(batch.mm_prefix_range.shape[1]);
   }
   if (batch.visible_prefix_lens) {
-    check::tensor("batch.visible_prefix_lens", batch.visible_prefix_lens, device, {DType::kInt32},
+    check::tensor("visible_prefix_lens", batch.visible_prefix_lens, device, {DType::kInt32},
                   {num_seqs});
-    check::contiguous("batch.visible_prefix_lens", batch.visible_prefix_lens);
+    check::contiguous("visible_prefix_lens", batch.visible_prefix_lens);
     p->visible_prefix_lens = check::data<const std::int32_t>(batch.visible_prefix_lens);
   }
 }
 
 void lower_positions(const CommonAttentionMetadata& batch, Device device, BatchParams* p) {
-  const auto lower = [&](std::string_view name, const TensorView& view) {
+  const auto lower = [&](std::string_view name, const ConstTensorView& view) {
     if (view) {
       check::tensor(name, view, device, {DType::kInt32}, {p->num_seqs});
       check::contiguous(name, view);
     }
     return check::data<const std::int32_t>(view);
   };
-  p->kv_offset = lower("batch.kv_offset", batch.kv_offset);
-  p->kv_stride = lower("batch.kv_stride", batch.kv_stride);
-  p->q_offset = lower("batch.q_offset", batch.q_offset);
+  p->kv_offset = lower("kv_offset", batch.kv_offset);
+  p->kv_stride = lower("kv_stride", batch.kv_stride);
+  p->q_offset = lower("q_offset", batch.q_offset);
 }
 
-void lower_qq_bias(const TensorView& bias, Device device, bool has_own_keys, BatchParams* p) {
+void lower_qq_bias(const ConstTensorView& bias, Device device, bool has_own_keys, BatchParams* p) {
   if (!bias) return;
   if (bias.ndim == 3) {
-    check::tensor("batch.qq_bias", bias, device, {DType::kFloat32}, {p->num_seqs, kAny, kAny});
+    check::tensor("qq_bias", bias, device, {DType::kFloat32}, {p->num_seqs, kAny, kAny});
     p->qq_seq_stride = bias.strides[0];
   } else {
-    check::tensor("batch.qq_bias", bias, device, {DType::kFloat32}, {kAny, kAny});
+    check::tensor("qq_bias", bias, device, {DType::kFloat32}, {kAny, kAny});
   }
-  check::that(bias.shape[bias.ndim - 1] == bias.shape[bias.ndim - 2], "batch.qq_bias",
+  check::that(bias.shape[bias.ndim - 1] == bias.shape[bias.ndim - 2], "qq_bias",
               "a square [m, m] for each sequence", bias);
-  check::unit_last_stride("batch.qq_bias", bias);
+  check::unit_last_stride("qq_bias", bias);
   if (!has_own_keys) return;  // the bias is about this step's own tokens: here no key is one
   p->qq_bias = check::data<const float>(bias);
   p->qq_size = bias.shape[bias.ndim - 1];
@@ -122,28 +122,17 @@ void lower_keys(const AttentionConfig& config, const CommonAttentionMetadata& ba
                 BatchParams* p) {
   if (is_encoder(config.type)) {
     if (!batch.kv_start_loc) return;
-    check::tensor("batch.kv_start_loc", batch.kv_start_loc, config.device, {DType::kInt32},
+    check::tensor("kv_start_loc", batch.kv_start_loc, config.device, {DType::kInt32},
                   {p->num_seqs + 1});
-    check::contiguous("batch.kv_start_loc", batch.kv_start_loc);
+    check::contiguous("kv_start_loc", batch.kv_start_loc);
     p->kv_start_loc = check::data<const std::int32_t>(batch.kv_start_loc);
     return;
   }
-  check::tensor("batch.seq_lens", batch.seq_lens, config.device, {DType::kInt32}, {p->num_seqs});
-  check::contiguous("batch.seq_lens", batch.seq_lens);
-  check::tensor("batch.block_table", batch.block_table, config.device, {DType::kInt32},
-                {kAny, kAny});
-  check::unit_last_stride("batch.block_table", batch.block_table);
-  check::at_least("batch.block_table", batch.block_table, 0, p->num_seqs, "one row a sequence");
-  const std::int64_t reachable = batch.block_table.shape[1] * config.block_size;
-  // max_seq_len is an upper bound; only a bound that no table entry could serve is a mistake.
-  check::that(
-      batch.max_seq_len <= 0 || batch.max_seq_len <= reachable || p->num_seqs == 0,
-      "batch.block_table",
-      [&] {
-        return "a width of at least max_seq_len " + std::to_string(batch.max_seq_len) +
-               " / block_size " + std::to_string(config.block_size);
-      },
-      batch.block_table);
+  check::tensor("seq_lens", batch.seq_lens, config.device, {DType::kInt32}, {p->num_seqs});
+  check::contiguous("seq_lens", batch.seq_lens);
+  check::tensor("block_table", batch.block_table, config.device, {DType::kInt32}, {kAny, kAny});
+  check::unit_last_stride("block_table", batch.block_table);
+  check::at_least("block_table", batch.block_table, 0, p->num_seqs, "one row a sequence");
   p->seq_lens = check::data<const std::int32_t>(batch.seq_lens);
   p->block_table = check::data<const std::int32_t>(batch.block_table);
   p->table_stride = batch.block_table.strides[0];
@@ -156,16 +145,16 @@ BatchParams lower_batch(const AttentionConfig& config, const CommonAttentionMeta
                         std::int64_t common_prefix_len) {
   const Device device = config.device;
   BatchParams p;
-  check::tensor("batch.query_start_loc", batch.query_start_loc, device, {DType::kInt32}, {kAny});
-  check::contiguous("batch.query_start_loc", batch.query_start_loc);
-  check::at_least("batch.query_start_loc", batch.query_start_loc, 0, 1, "num_seqs + 1 offsets");
-  check::that(batch.query_start_loc.shape[0] <= (1LL << 30), "batch.query_start_loc",
+  check::tensor("query_start_loc", batch.query_start_loc, device, {DType::kInt32}, {kAny});
+  check::contiguous("query_start_loc", batch.query_start_loc);
+  check::at_least("query_start_loc", batch.query_start_loc, 0, 1, "num_seqs + 1 offsets");
+  check::that(batch.query_start_loc.shape[0] <= (1LL << 30), "query_start_loc",
               "at most 2^30 sequences", batch.query_start_loc.shape[0]);
   p.num_seqs = static_cast<std::int32_t>(batch.num_seqs());
   check::that(batch.num_actual_tokens >= 0 && batch.num_actual_tokens < (1LL << 31),
-              "batch.num_actual_tokens", "0 to 2^31 - 1", batch.num_actual_tokens);
-  check::that(batch.max_query_len >= 0, "batch.max_query_len", "at least 0", batch.max_query_len);
-  check::that(batch.max_seq_len >= 0, "batch.max_seq_len", "at least 0", batch.max_seq_len);
+              "num_actual_tokens", "0 to 2^31 - 1", batch.num_actual_tokens);
+  check::that(batch.max_query_len >= 0, "max_query_len", "at least 0", batch.max_query_len);
+  check::that(batch.max_seq_len >= 0, "max_seq_len", "at least 0", batch.max_seq_len);
   check::that(common_prefix_len >= 0, "common_prefix_len", "at least 0", common_prefix_len);
   p.num_tokens = batch.num_actual_tokens;
   p.max_query_len = batch.max_query_len;
@@ -199,15 +188,13 @@ void lower_query(const AttentionConfig& config, const AttentionArgs& args, Atten
 
 void lower_paged(const AttentionConfig& config, const AttentionArgs& args, AttentionParams* p) {
   const PagedKvCache& cache = args.kv_cache;
-  check::that(
-      cache.dtype == config.kv_cache_dtype, "kv_cache.dtype",
-      [&] { return std::string("the plan's ") + to_string(config.kv_cache_dtype); },
-      to_string(cache.dtype));
   lower_cache(cache, config.device, &p->k, &p->v);
+  const KvCacheDType wanted = spelled_out(config.kv_cache_dtype, config.dtype);
   check::that(
-      cache.dtype != KvCacheDType::kAuto || cache.key.dtype == config.dtype, "kv_cache.key",
-      [&] { return std::string("the plan's dtype ") + to_string(config.dtype); },
-      to_string(cache.key.dtype));
+      spelled_out(cache.dtype, cache.key.dtype) == wanted,
+      cache.dtype == KvCacheDType::kAuto ? "kv_cache.key" : "kv_cache.dtype",
+      [&] { return std::string("the plan's kv_cache_dtype ") + to_string(wanted); },
+      cache.dtype == KvCacheDType::kAuto ? to_string(cache.key.dtype) : to_string(cache.dtype));
   check::tensor("kv_cache.key", cache.key, config.device, {cache.key.dtype},
                 {kAny, config.block_size, config.num_kv_heads, config.head_size});
   check::tensor("kv_cache.value", cache.value, config.device, {cache.value.dtype},
@@ -217,12 +204,12 @@ void lower_paged(const AttentionConfig& config, const AttentionArgs& args, Atten
   p->num_blocks = cache.num_blocks();
 }
 
-KvParams lower_direct_side(std::string_view name, const TensorView& view,
+KvParams lower_direct_side(std::string_view name, const ConstTensorView& view,
                            const AttentionConfig& config, std::int64_t head_size) {
   check::tensor(name, view, config.device, {config.dtype}, {kAny, config.num_kv_heads, head_size});
   check::unit_last_stride(name, view);
   KvParams params;
-  params.data = view.data;
+  params.data = const_cast<void*>(view.data);  // attention only reads it
   params.dtype = view.dtype;
   params.strides = {0, view.strides[0], view.strides[1]};
   return params;
@@ -315,13 +302,11 @@ namespace {
 
 const Backend& supporting_backend(const AttentionConfig& config) {
   const Backend& backend = pick_backend(config.device, config.backend);
-  const std::vector<std::string> reasons = backend.supports(config);
-  if (!reasons.empty()) {
-    std::string text;
-    for (const std::string& reason : reasons) text += (text.empty() ? "" : "; ") + reason;
-    throw Error("config", std::string("what backend ") + backend.name() + " supports", text);
-  }
-  return backend;
+  const std::vector<Unsupported> reasons = backend.unsupported(config);
+  if (reasons.empty()) return backend;
+  std::string others;
+  for (std::size_t i = 1; i < reasons.size(); ++i) others += "; " + reasons[i].text();
+  throw Error(reasons[0].argument, reasons[0].expected, reasons[0].got + others);
 }
 
 }  // namespace
@@ -339,20 +324,27 @@ Plan& Plan::operator=(Plan&&) noexcept = default;
 
 void Plan::update(const CommonAttentionMetadata& batch, std::int64_t common_prefix_len,
                   const Context& ctx) {
-  const BatchParams params = api::lower_batch(impl_->config, batch, common_prefix_len);
-  if (ctx.check_indices) api::check_batch_indices(*impl_->backend, impl_->layer, params, ctx);
-  impl_->planned = false;
-  impl_->backend->plan(*impl_->state, impl_->layer, params, ctx);
-  impl_->batch = batch;
-  impl_->batch_params = params;
-  impl_->planned = true;
+  Impl& self = impl();
+  const BatchParams params = api::lower_batch(self.config, batch, common_prefix_len);
+  if (ctx.check_indices) api::check_batch_indices(*self.backend, self.layer, params, ctx);
+  self.planned = false;
+  ++self.build_number;
+  self.backend->plan(*self.state, self.layer, params, ctx);
+  self.batch = batch;
+  self.batch_params = params;
+  self.planned = true;
 }
 
-const AttentionConfig& Plan::config() const { return impl_->config; }
-const CommonAttentionMetadata& Plan::batch() const { return impl_->batch; }
-const char* Plan::backend_name() const { return impl_->backend->name(); }
-std::int64_t Plan::workspace_bytes() const { return impl_->state->workspace_bytes(); }
-std::string Plan::to_string() const { return impl_->state->to_string(); }
+Plan::Impl& Plan::impl() const {
+  check::that(impl_ != nullptr, "plan", "a plan", "one that was moved from");
+  return *impl_;
+}
+
+const AttentionConfig& Plan::config() const { return impl().config; }
+const CommonAttentionMetadata& Plan::batch() const { return impl().batch; }
+const char* Plan::backend_name() const { return impl().backend->name(); }
+std::int64_t Plan::workspace_bytes() const { return impl().state->workspace_bytes(); }
+std::string Plan::to_string() const { return impl().state->to_string(); }
 
 Plan plan(const AttentionConfig& config, const CommonAttentionMetadata& batch,
           std::int64_t common_prefix_len, const Context& ctx) {
@@ -366,15 +358,17 @@ void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx) 
   check::that(impl.planned, "plan", "a plan that update() was called on", "none");
   LayerParams layer = impl.layer;
   const AttentionParams params = api::lower_attention(impl.config, impl.batch_params, args, &layer);
-  if (ctx.check_indices) api::check_block_table(*impl.backend, params, ctx);
+  if (ctx.check_indices) api::check_call_data(*impl.backend, params, ctx);
   if (impl.batch_params.num_tokens == 0 || impl.batch_params.num_seqs == 0) return;
   impl.backend->attention(*impl.state, params, ctx);
 }
 
 namespace {
 
-MergePart lower_part(std::string_view o_name, const TensorView& o, std::string_view lse_name,
-                     const TensorView& lse, const TensorView& like) {
+template <class Data>
+MergePart lower_part(std::string_view o_name, const BasicTensorView<Data>& o,
+                     std::string_view lse_name, const BasicTensorView<Data>& lse,
+                     const ConstTensorView& like) {
   using check::kAny;
   check::tensor(o_name, o, like.device, {like.dtype},
                 {like.shape[0], like.shape[1], like.shape[2]});
@@ -395,14 +389,16 @@ MergePart lower_part(std::string_view o_name, const TensorView& o, std::string_v
 
 }  // namespace
 
-void merge_states(const TensorView& o_a, const TensorView& lse_a, const TensorView& o_b,
-                  const TensorView& lse_b, const TensorView& output, const TensorView& lse,
-                  const Context& ctx) {
+void merge_states(const ConstTensorView& o_a, const ConstTensorView& lse_a,
+                  const ConstTensorView& o_b, const ConstTensorView& lse_b,
+                  const TensorView& output, const TensorView& lse, const Context& ctx) {
   using check::kAny;
   check::tensor("o_a", o_a, o_a.device, {DType::kFloat16, DType::kBFloat16, DType::kFloat32},
                 {kAny, kAny, kAny});
   check::that(static_cast<bool>(lse_a), "lse_a", "a tensor", "none");
   check::that(static_cast<bool>(lse_b), "lse_b", "a tensor", "none");
+  check::that(o_a.shape[1] <= kMaxHeads && o_a.shape[2] <= kMaxRowSize, "o_a",
+              "at most 65536 heads of at most 2^20 elements", o_a);
   MergeParams params;
   params.a = lower_part("o_a", o_a, "lse_a", lse_a, o_a);
   params.b = lower_part("o_b", o_b, "lse_b", lse_b, o_a);

@@ -11,12 +11,14 @@ AttentionMetadataBuilder::AttentionMetadataBuilder(const AttentionConfig& config
 AttentionMetadata AttentionMetadataBuilder::build(std::int64_t common_prefix_len,
                                                   const CommonAttentionMetadata& common,
                                                   bool /*fast_build*/, const Context& ctx) {
+  check::that(plan_ != nullptr, "plan", "a builder with a plan", "one that was moved from");
   plan_->update(common, common_prefix_len, ctx);
   AttentionMetadata metadata;
   metadata.common = common;
   metadata.use_cascade = common_prefix_len > 0 && !config_.batch_invariant;
   metadata.common_prefix_len = metadata.use_cascade ? common_prefix_len : 0;
   metadata.scheduler_metadata = plan_;
+  metadata.build_number = plan_->impl().build_number;
   return metadata;
 }
 
@@ -34,10 +36,8 @@ AttentionImpl::AttentionImpl(const AttentionConfig& config,
 namespace {
 
 PagedKvCache with_scales(PagedKvCache cache, const LayerScales& scales) {
-  if (is_per_tensor_fp8(cache.dtype)) {
-    cache.k_scale = scales.k;
-    cache.v_scale = scales.v;
-  }
+  if (scales.k) cache.k_scale = *scales.k;
+  if (scales.v) cache.v_scale = *scales.v;
   return cache;
 }
 
@@ -52,17 +52,44 @@ void fill_with_zeros(const AttentionConfig& config, const TensorView& output, co
   pick_backend(config.device, config.backend).fill_zero(output, ctx);
 }
 
-bool same_layer(const AttentionConfig& a, const AttentionConfig& b) {
-  return a.num_heads == b.num_heads && a.num_kv_heads == b.num_kv_heads &&
-         a.head_size == b.head_size && a.value_head_size() == b.value_head_size() &&
-         a.block_size == b.block_size && a.kv_cache_dtype == b.kv_cache_dtype && a.type == b.type &&
-         a.dtype == b.dtype && a.device == b.device && a.mask == b.mask;
+// The member in which a plan's configuration is not this layer's; "" if it serves the layer.
+std::string difference(const AttentionConfig& plan, const AttentionConfig& layer) {
+  std::string text;
+  const auto compare = [&](const char* member, bool same) {
+    if (!same && text.empty()) text = member;
+  };
+  compare("device", plan.device == layer.device);
+  compare("dtype", plan.dtype == layer.dtype);
+  compare("num_heads", plan.num_heads == layer.num_heads);
+  compare("num_kv_heads", plan.num_kv_heads == layer.num_kv_heads);
+  compare("head_size", plan.head_size == layer.head_size);
+  compare("head_size_v", plan.value_head_size() == layer.value_head_size());
+  compare("type", plan.type == layer.type);
+  compare("mask", plan.mask == layer.mask);
+  compare("block_size", plan.block_size == layer.block_size);
+  compare("kv_cache_dtype", api::spelled_out(plan.kv_cache_dtype, plan.dtype) ==
+                                api::spelled_out(layer.kv_cache_dtype, layer.dtype));
+  compare("batch_invariant", plan.batch_invariant || !layer.batch_invariant);
+  return text;
+}
+
+// The plan of metadata that is good for this layer now.
+const Plan& plan_of(const AttentionMetadata& metadata, const AttentionConfig& config) {
+  check::that(metadata.scheduler_metadata != nullptr, "metadata",
+              "metadata made by AttentionMetadataBuilder", "no plan in it");
+  const Plan& plan = *metadata.scheduler_metadata;
+  const std::string other = difference(plan.config(), config);
+  check::that(other.empty(), "metadata", "metadata built for this layer's configuration",
+              [&] { return "another " + other; });
+  check::that(plan.impl().planned && metadata.build_number == plan.impl().build_number, "metadata",
+              "the metadata of its builder's last build()", "that of an earlier one");
+  return plan;
 }
 
 }  // namespace
 
-TensorView AttentionImpl::forward(const LayerScales& scales, const TensorView& query,
-                                  const TensorView& key, const TensorView& value,
+TensorView AttentionImpl::forward(const LayerScales& scales, const ConstTensorView& query,
+                                  const ConstTensorView& key, const ConstTensorView& value,
                                   const PagedKvCache& kv_cache, const AttentionMetadata* metadata,
                                   const TensorView& output,
                                   const std::optional<Scale>& output_scale,
@@ -72,12 +99,7 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const TensorView& q
     fill_with_zeros(config_, output, ctx);
     return output;
   }
-  check::that(metadata->scheduler_metadata != nullptr, "metadata",
-              "metadata made by AttentionMetadataBuilder", "no plan in it");
-  const Plan& plan = *metadata->scheduler_metadata;
-  check::that(same_layer(plan.config(), config_), "metadata",
-              "metadata built for this layer's configuration", "another one's");
-
+  const Plan& plan = plan_of(*metadata, config_);
   const bool encoder = !plan.impl().layer.paged;
   AttentionArgs args;
   args.query = query;
@@ -97,10 +119,9 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const TensorView& q
 
   // Everything is checked before the cache changes.
   const Plan::Impl& impl = plan.impl();
-  check::that(impl.planned, "metadata", "metadata of a successful build()", "an unplanned batch");
   LayerParams layer = impl.layer;
   const AttentionParams params = api::lower_attention(impl.config, impl.batch_params, args, &layer);
-  if (ctx.check_indices) api::check_block_table(*impl.backend, params, ctx);
+  if (ctx.check_indices) api::check_call_data(*impl.backend, params, ctx);
   if (!encoder && (key || value)) {
     do_kv_cache_update(scales, key, value, kv_cache, metadata->common.slot_mapping, ctx);
   }
@@ -108,9 +129,10 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const TensorView& q
   return output;
 }
 
-void AttentionImpl::do_kv_cache_update(const LayerScales& scales, const TensorView& key,
-                                       const TensorView& value, const PagedKvCache& kv_cache,
-                                       const TensorView& slot_mapping, const Context& ctx) const {
+void AttentionImpl::do_kv_cache_update(const LayerScales& scales, const ConstTensorView& key,
+                                       const ConstTensorView& value, const PagedKvCache& kv_cache,
+                                       const ConstTensorView& slot_mapping,
+                                       const Context& ctx) const {
   if (!kv_sharing_target_layer_name_.empty()) return;
   write_kv_cache(key, value, with_scales(kv_cache, scales), slot_mapping, ctx);
 }

@@ -101,7 +101,7 @@ bool to_bool(std::int32_t value, std::string_view argument) {
 }
 
 Device to_device(const quire_device& device, std::string_view argument) {
-  return {to_enum(device.type, DeviceType::kCuda, argument), device.index};
+  return {to_enum(device.type, DeviceType::kCuda, argument, "a device type of "), device.index};
 }
 
 Scale to_scale(const quire_scale& from) {
@@ -114,17 +114,16 @@ Scale to_scale(const quire_scale& from) {
 
 TensorView to_view(const quire_tensor& tensor, const std::string& argument) {
   TensorView view;
-  view.dtype = to_enum(tensor.dtype, DType::kBool, argument + ".dtype");
+  view.dtype = to_enum(tensor.dtype, DType::kBool, argument, "a dtype of ");
   if (tensor.ndim < 0 || tensor.ndim > kMaxDims) {
-    throw Error(argument + ".ndim", "0 to " + std::to_string(kMaxDims),
-                std::to_string(tensor.ndim));
+    throw Error(argument, "ndim of 0 to " + std::to_string(kMaxDims), std::to_string(tensor.ndim));
   }
   if (view.dtype == DType::kNone) {
-    if (tensor.data != nullptr) throw Error(argument + ".dtype", "a dtype", "none");
+    if (tensor.data != nullptr) throw Error(argument, "a dtype", "none");
     return view;
   }
   view.data = tensor.data;
-  view.device = to_device(tensor.device, argument + ".device");
+  view.device = to_device(tensor.device, argument);
   view.ndim = tensor.ndim;
   std::copy_n(tensor.shape, tensor.ndim, view.shape.begin());
   std::copy_n(tensor.strides, tensor.ndim, view.strides.begin());

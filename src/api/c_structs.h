@@ -24,9 +24,10 @@ T& deref(T* pointer, std::string_view argument) {
 }
 
 template <class Enum>
-Enum to_enum(std::int32_t value, Enum last, std::string_view argument) {
+Enum to_enum(std::int32_t value, Enum last, std::string_view argument,
+             const std::string& what = "") {
   if (value < 0 || value > static_cast<std::int32_t>(last)) {
-    throw Error(argument, "0 to " + std::to_string(static_cast<std::int32_t>(last)),
+    throw Error(argument, what + "0 to " + std::to_string(static_cast<std::int32_t>(last)),
                 std::to_string(value));
   }
   return static_cast<Enum>(value);

@@ -1,5 +1,7 @@
 #include "api/check.h"
 
+#include <array>
+#include <charconv>
 #include <cmath>
 
 namespace quire::check {
@@ -26,7 +28,7 @@ std::string shape_text(std::initializer_list<std::int64_t> shape) {
   return text + "]";
 }
 
-bool shape_matches(const TensorView& view, std::initializer_list<std::int64_t> shape) {
+bool shape_matches(const ConstTensorView& view, std::initializer_list<std::int64_t> shape) {
   if (view.ndim != static_cast<int>(shape.size())) return false;
   int dim = 0;
   for (const std::int64_t size : shape) {
@@ -38,7 +40,7 @@ bool shape_matches(const TensorView& view, std::initializer_list<std::int64_t> s
 
 }  // namespace
 
-void tensor(std::string_view name, const TensorView& view, Device device,
+void tensor(std::string_view name, const ConstTensorView& view, Device device,
             std::initializer_list<DType> dtypes, std::initializer_list<std::int64_t> shape) {
   if (!view) throw Error(name, "a tensor of " + shape_text(shape), "none");
   bool dtype_ok = false;
@@ -51,18 +53,18 @@ void tensor(std::string_view name, const TensorView& view, Device device,
   }
 }
 
-void unit_last_stride(std::string_view name, const TensorView& view) {
+void unit_last_stride(std::string_view name, const ConstTensorView& view) {
   const int last = view.ndim - 1;
   if (view.shape[last] > 1 && view.strides[last] != 1) {
     throw Error(name, "unit stride in the last dimension", view.to_string());
   }
 }
 
-void contiguous(std::string_view name, const TensorView& view) {
+void contiguous(std::string_view name, const ConstTensorView& view) {
   if (!view.is_contiguous()) throw Error(name, "a contiguous tensor", view.to_string());
 }
 
-void at_least(std::string_view name, const TensorView& view, int dim, std::int64_t least,
+void at_least(std::string_view name, const ConstTensorView& view, int dim, std::int64_t least,
               std::string_view why) {
   if (view.shape[dim] < least) {
     throw Error(name,
@@ -72,10 +74,18 @@ void at_least(std::string_view name, const TensorView& view, int dim, std::int64
   }
 }
 
+std::string text_of(float number) {
+  std::array<char, 32> text;
+  const auto result = std::to_chars(text.data(), text.data() + text.size(), number);
+  return std::string(text.data(), result.ptr);
+}
+
+void scale_value(std::string_view name, float value) {
+  that(std::isfinite(value) && value > 0.0F, name, "a finite scale above 0", value);
+}
+
 void scale(std::string_view name, const Scale& scale) {
-  if (scale.data != nullptr) return;
-  that(std::isfinite(scale.value) && scale.value > 0.0F, name, "a finite scale above 0",
-       [&] { return std::to_string(scale.value); });
+  if (scale.data == nullptr) scale_value(name, scale.value);
 }
 
 }  // namespace quire::check

@@ -28,14 +28,14 @@ constexpr CacheDTypeName kCacheDTypeNames[] = {
 
 }  // namespace
 
-KvCacheDType parse_kv_cache_dtype(std::string_view name) {
+KvCacheDType parse_kv_cache_dtype(std::string_view kv_cache_dtype) {
   std::string known;
   for (const CacheDTypeName& entry : kCacheDTypeNames) {
-    if (name == entry.name) return entry.dtype;
+    if (kv_cache_dtype == entry.name) return entry.dtype;
     known += known.empty() ? "" : ", ";
     known += entry.name;
   }
-  throw Error("kv_cache_dtype", "one of " + known, "\"" + std::string(name) + "\"");
+  throw Error("kv_cache_dtype", "one of " + known, "\"" + std::string(kv_cache_dtype) + "\"");
 }
 
 const char* to_string(KvCacheDType dtype) {
@@ -62,16 +62,20 @@ DType storage_dtype(KvCacheDType dtype, DType model_dtype) {
 namespace {
 
 // Byte tensors hold fp8 or int8 caches of frameworks that lack those types.
-TensorView stored_as(TensorView view, KvCacheDType dtype) {
+TensorView reinterpreted(TensorView view, KvCacheDType dtype) {
   const DType storage = storage_dtype(dtype, view.dtype);
-  if (view.dtype == DType::kUInt8 && size_of(storage) == 1 && dtype != KvCacheDType::kAuto) {
-    view.dtype = storage;
-  }
+  if (view.dtype == DType::kUInt8 && size_of(storage) == 1) view.dtype = storage;
+  return view;
+}
+
+TensorView stored_as(const TensorView& kv_cache, KvCacheDType dtype) {
+  const TensorView view = reinterpreted(kv_cache, dtype);
   const bool plain = view.dtype == DType::kFloat16 || view.dtype == DType::kBFloat16 ||
                      view.dtype == DType::kFloat32;
   check::that(
-      view.dtype == storage && (plain || dtype != KvCacheDType::kAuto), "kv_cache",
-      [&] { return std::string("elements of a cache of kind ") + to_string(dtype); }, view);
+      view.dtype == storage_dtype(dtype, view.dtype) && (plain || dtype != KvCacheDType::kAuto),
+      "kv_cache", [&] { return std::string("elements of a cache of kind ") + to_string(dtype); },
+      view);
   return view;
 }
 
@@ -104,6 +108,17 @@ PagedKvCache PagedKvCache::from_packed(const TensorView& kv_cache, std::int64_t 
 }
 
 namespace api {
+
+KvCacheDType spelled_out(KvCacheDType dtype, DType model_dtype) {
+  if (dtype != KvCacheDType::kAuto) return dtype;
+  switch (model_dtype) {
+    case DType::kFloat16: return KvCacheDType::kFloat16;
+    case DType::kBFloat16: return KvCacheDType::kBFloat16;
+    case DType::kFloat32: return KvCacheDType::kFloat32;
+    default: return KvCacheDType::kAuto;
+  }
+}
+
 namespace {
 
 void check_token_scales(std::string_view name, const TensorView& scales, const TensorView& store,
@@ -143,13 +158,21 @@ KvParams lower_store(const TensorView& store, const TensorView& scales, Scale sc
 }  // namespace
 
 void lower_cache(const PagedKvCache& cache, Device device, KvParams* k, KvParams* v) {
-  check_store("kv_cache.key", cache.key, cache.dtype, device);
-  check_store("kv_cache.value", cache.value, cache.dtype, device);
-  const TensorView& key = cache.key;
-  const TensorView& value = cache.value;
+  check::that(cache.key || cache.value, "kv_cache", "a cache", "none");
+  const TensorView key = reinterpreted(cache.key, cache.dtype);
+  const TensorView value = reinterpreted(cache.value, cache.dtype);
+  check_store("kv_cache.key", key, cache.dtype, device);
+  check_store("kv_cache.value", value, cache.dtype, device);
   check::that(key.shape[0] == value.shape[0] && key.shape[1] == value.shape[1] &&
                   key.shape[2] == value.shape[2] && key.dtype == value.dtype,
               "kv_cache.value", "the key's dtype, num_blocks, block_size and num_kv_heads", value);
+  check::that(key.shape[0] < (1LL << 31), "kv_cache.key", "at most 2^31 - 1 blocks", key);
+  check::that(key.shape[1] >= 1 && key.shape[1] <= kMaxBlockSize, "kv_cache.key",
+              "a block_size of 1 to 2^20", key);
+  check::that(key.shape[2] <= kMaxHeads, "kv_cache.key", "at most 65536 heads", key);
+  check::that(key.shape[3] <= kMaxRowSize, "kv_cache.key", "a head_size of at most 2^20", key);
+  check::that(value.shape[3] <= kMaxRowSize, "kv_cache.value", "a head_size_v of at most 2^20",
+              value);
   check_token_scales("kv_cache.k_scale_cache", cache.k_scale_cache, key, cache.dtype);
   check_token_scales("kv_cache.v_scale_cache", cache.v_scale_cache, value, cache.dtype);
   if (is_per_tensor_fp8(cache.dtype)) {
@@ -160,14 +183,13 @@ void lower_cache(const PagedKvCache& cache, Device device, KvParams* k, KvParams
   *v = lower_store(value, cache.v_scale_cache, cache.v_scale, cache.dtype);
 }
 
-CacheWriteParams lower_cache_write(const TensorView& key, const TensorView& value,
-                                   const PagedKvCache& cache, const TensorView& slot_mapping) {
+CacheWriteParams lower_cache_write(const ConstTensorView& key, const ConstTensorView& value,
+                                   const PagedKvCache& cache, const ConstTensorView& slot_mapping) {
   using check::kAny;
   CacheWriteParams p;
   const Device device = cache.key.device;
   p.device = device;
   lower_cache(cache, device, &p.k, &p.v);
-  check::that(cache.block_size() >= 1, "kv_cache.key", "a block_size of at least 1", cache.key);
   check::tensor("slot_mapping", slot_mapping, device, {DType::kInt64}, {kAny});
   check::contiguous("slot_mapping", slot_mapping);
   p.num_slots = slot_mapping.shape[0];
@@ -188,7 +210,7 @@ CacheWriteParams lower_cache_write(const TensorView& key, const TensorView& valu
   p.key_head_stride = key.strides[1];
   p.value_token_stride = value.strides[0];
   p.value_head_stride = value.strides[1];
-  p.slot_mapping = check::data<std::int64_t>(slot_mapping);
+  p.slot_mapping = check::data<const std::int64_t>(slot_mapping);
   p.num_blocks = cache.num_blocks();
   p.block_size = cache.block_size();
   p.num_kv_heads = static_cast<std::int32_t>(cache.key.shape[2]);
@@ -200,12 +222,13 @@ CacheWriteParams lower_cache_write(const TensorView& key, const TensorView& valu
 
 }  // namespace api
 
-void write_kv_cache(const TensorView& key, const TensorView& value, const PagedKvCache& cache,
-                    const TensorView& slot_mapping, const Context& ctx) {
-  const CacheWriteParams params = api::lower_cache_write(key, value, cache, slot_mapping);
-  if (ctx.check_indices) api::check_slots(params, ctx);
+void write_kv_cache(const ConstTensorView& key, const ConstTensorView& value,
+                    const PagedKvCache& kv_cache, const ConstTensorView& slot_mapping,
+                    const Context& ctx) {
+  const CacheWriteParams params = api::lower_cache_write(key, value, kv_cache, slot_mapping);
+  if (ctx.check_indices) api::check_write_data(params, ctx);
   if (params.num_slots == 0) return;
-  pick_backend(cache.key.device, "", "kv_cache.key").cache_write(params, ctx);
+  pick_backend(kv_cache.key.device, "", "kv_cache.key").cache_write(params, ctx);
 }
 
 }  // namespace quire

@@ -14,17 +14,20 @@ BatchParams lower_batch(const AttentionConfig& config, const CommonAttentionMeta
 // `layer` starts as the plan's and receives the call's own score, if any.
 AttentionParams lower_attention(const AttentionConfig& config, const BatchParams& batch,
                                 const AttentionArgs& args, LayerParams* layer);
-CacheWriteParams lower_cache_write(const TensorView& key, const TensorView& value,
-                                   const PagedKvCache& cache, const TensorView& slot_mapping);
+CacheWriteParams lower_cache_write(const ConstTensorView& key, const ConstTensorView& value,
+                                   const PagedKvCache& cache, const ConstTensorView& slot_mapping);
+
+// The kind that kAuto stands for, so that a dtype spelled out equals it.
+KvCacheDType spelled_out(KvCacheDType dtype, DType model_dtype);
 
 // Checks a cache view and fills both sides.
 void lower_cache(const PagedKvCache& cache, Device device, KvParams* k, KvParams* v);
 
-// The data of index tensors (Context::check_indices), read through the backend.
+// The data of index tensors and of scales (Context::check_indices), read through the backend.
 void check_batch_indices(const Backend& backend, const LayerParams& layer, const BatchParams& batch,
                          const Context& ctx);
-void check_block_table(const Backend& backend, const AttentionParams& params, const Context& ctx);
-void check_slots(const CacheWriteParams& params, const Context& ctx);
+void check_call_data(const Backend& backend, const AttentionParams& params, const Context& ctx);
+void check_write_data(const CacheWriteParams& params, const Context& ctx);
 
 }  // namespace quire::api
 
@@ -38,6 +41,7 @@ struct Plan::Impl {
   BatchParams batch_params;
   std::unique_ptr<PlanState> state;
   bool planned = false;
+  std::uint64_t build_number = 0;  // updates so far: metadata of an earlier one is refused
 };
 
 }  // namespace quire

@@ -138,11 +138,11 @@ const char* quire_last_error(void) { return last_error.text.data(); }
 
 const char* quire_last_error_argument(void) { return last_error.argument.data(); }
 
-quire_status quire_tensor_init(quire_tensor* tensor, void* data, quire_dtype dtype, int32_t ndim,
-                               const int64_t* shape) {
+quire_status quire_tensor_init(quire_tensor* tensor, const void* data, quire_dtype dtype,
+                               int32_t ndim, const int64_t* shape) {
   return guarded([&] {
     quire_tensor out{};
-    out.data = data;
+    out.data = const_cast<void*>(data);  // a view of either: see the header
     out.dtype = dtype;
     out.ndim = ndim;
     if (ndim < 0 || ndim > QUIRE_MAX_DIMS) {
@@ -240,10 +240,10 @@ quire_status quire_plan_workspace_bytes(const quire_plan* plan, int64_t* bytes) 
 }
 
 quire_status quire_write_kv_cache(const quire_tensor* key, const quire_tensor* value,
-                                  const quire_kv_cache* cache, const quire_tensor* slot_mapping,
+                                  const quire_kv_cache* kv_cache, const quire_tensor* slot_mapping,
                                   const quire_context* context) {
   return guarded([&] {
-    quire::write_kv_cache(to_view(key, "key"), to_view(value, "value"), to_cache(cache),
+    quire::write_kv_cache(to_view(key, "key"), to_view(value, "value"), to_cache(kv_cache),
                           to_view(slot_mapping, "slot_mapping"), to_context(context));
   });
 }

@@ -14,101 +14,122 @@ bool has(const std::vector<T>& values, T value) {
 }
 
 struct Reasons {
-  std::vector<std::string> list;
-  void require(bool ok, const std::string& reason) {
-    if (!ok) list.push_back(reason);
+  std::vector<Unsupported> list;
+  template <class Got>
+  void require(bool ok, const char* argument, const std::string& expected, const Got& got) {
+    if (!ok) list.push_back({argument, expected, check::text_of(got)});
+  }
+  void feature(bool used, bool supported, const char* argument, const char* got) {
+    require(!used || supported, argument, "what this backend supports", got);
   }
 };
 
+std::string numbers(std::int64_t least, std::int64_t most, std::int64_t step) {
+  std::string text = std::to_string(least) + " to " + std::to_string(most);
+  return step == 1 ? text : text + " in steps of " + std::to_string(step);
+}
+
+bool is_one_of(std::int64_t value, std::int64_t least, std::int64_t most, std::int64_t step) {
+  return value >= least && value <= most && value % step == 0;
+}
+
 void check_sizes(const AttentionConfig& c, const BackendCapabilities& caps, Reasons& reasons) {
-  reasons.require(c.num_heads >= 1 && c.num_heads <= 65536,
-                  "num_heads must be 1 to 65536, not " + std::to_string(c.num_heads));
+  reasons.require(c.num_heads >= 1 && c.num_heads <= kMaxHeads, "num_heads",
+                  numbers(1, kMaxHeads, 1), c.num_heads);
   reasons.require(
       c.num_kv_heads >= 1 && c.num_heads % std::max<std::int64_t>(c.num_kv_heads, 1) == 0,
-      "num_kv_heads must divide num_heads " + std::to_string(c.num_heads) + ", not " +
-          std::to_string(c.num_kv_heads));
-  const auto size_ok = [&](std::int64_t size) {
-    return size >= caps.min_head_size && size <= caps.max_head_size &&
-           size % caps.head_size_multiple == 0;
+      "num_kv_heads", "a divisor of num_heads " + std::to_string(c.num_heads), c.num_kv_heads);
+  const auto head_size = [&](const char* argument, std::int64_t size) {
+    const std::int64_t least = caps.min_head_size, most = caps.max_head_size;
+    const std::int64_t step = caps.head_size_multiple;
+    reasons.require(is_one_of(size, least, most, step), argument, numbers(least, most, step), size);
   };
-  const std::string sizes = " must be " + std::to_string(caps.min_head_size) + " to " +
-                            std::to_string(caps.max_head_size) + " in steps of " +
-                            std::to_string(caps.head_size_multiple) + ", not ";
-  reasons.require(size_ok(c.head_size), "head_size" + sizes + std::to_string(c.head_size));
-  reasons.require(size_ok(c.value_head_size()),
-                  "head_size_v" + sizes + std::to_string(c.value_head_size()));
-  reasons.require(c.block_size >= 1 && c.block_size <= (1 << 20) &&
-                      c.block_size % caps.block_size_multiple == 0,
-                  "block_size must be a positive multiple of " +
-                      std::to_string(caps.block_size_multiple) + ", not " +
-                      std::to_string(c.block_size));
+  head_size("head_size", c.head_size);
+  if (c.head_size_v != 0) head_size("head_size_v", c.head_size_v);
+  const std::int64_t step = caps.block_size_multiple;
+  reasons.require(is_one_of(c.block_size, step, caps.max_block_size, step), "block_size",
+                  numbers(step, caps.max_block_size, step), c.block_size);
+}
+
+template <class T>
+std::string names(const std::vector<T>& values) {
+  std::string text;
+  for (const T value : values) text += (text.empty() ? "" : " or ") + std::string(to_string(value));
+  return text;
 }
 
 void check_dtypes(const AttentionConfig& c, const BackendCapabilities& caps, Reasons& reasons) {
-  reasons.require(has(caps.dtypes, c.dtype),
-                  std::string("dtype ") + to_string(c.dtype) + " is not supported for queries");
-  reasons.require(
-      has(caps.kv_cache_dtypes, c.kv_cache_dtype),
-      std::string("kv_cache_dtype ") + to_string(c.kv_cache_dtype) + " is not supported");
+  reasons.require(has(caps.dtypes, c.dtype), "dtype", names(caps.dtypes), to_string(c.dtype));
+  reasons.require(has(caps.kv_cache_dtypes, c.kv_cache_dtype), "kv_cache_dtype",
+                  names(caps.kv_cache_dtypes), to_string(c.kv_cache_dtype));
   if (c.dtype != DType::kFloat8E4M3) return;
   const bool paged = c.type == AttentionType::kDecoder || c.type == AttentionType::kEncoderDecoder;
-  reasons.require(!paged || is_per_tensor_fp8(c.kv_cache_dtype),
-                  std::string("an fp8 query needs a cache of per-tensor fp8, not ") +
-                      to_string(c.kv_cache_dtype));
-  reasons.require(paged, "an fp8 query needs a paged cache");
+  reasons.require(!paged || is_per_tensor_fp8(c.kv_cache_dtype), "kv_cache_dtype",
+                  "per-tensor fp8 for an fp8 query", to_string(c.kv_cache_dtype));
+  reasons.require(paged, "dtype", "float16, bfloat16 or float32 without a paged cache",
+                  to_string(c.dtype));
 }
 
 void check_mask(const AttentionConfig& c, const BackendCapabilities& caps, Reasons& reasons) {
   const Mask& mask = c.mask;
   const bool windowed = mask.window != WindowKind::kNone;
-  reasons.require(!windowed || (mask.window_size >= 1 && mask.window_size < (1LL << 31)),
-                  "mask.window_size must be 1 to 2^31 - 1 with a window, not " +
-                      std::to_string(mask.window_size));
   const bool chunked = mask.window == WindowKind::kChunked;
-  reasons.require(
-      !chunked || (mask.chunk_lookback >= 0 && mask.chunk_lookback < (1LL << 31)),
-      "mask.chunk_lookback must be 0 to 2^31 - 1, not " + std::to_string(mask.chunk_lookback));
-  reasons.require(!chunked || !mask.clamp_ranges,
-                  "mask.clamp_ranges is about sliding windows, not about chunks");
-  reasons.require(!windowed || chunked || caps.sliding_window, "sliding windows are not supported");
-  reasons.require(!chunked || caps.chunked, "chunked attention is not supported");
+  reasons.require(mask.window <= WindowKind::kChunked, "window", "a WindowKind",
+                  static_cast<int>(mask.window));
+  reasons.require(!windowed || (mask.window_size >= 1 && mask.window_size < (1LL << 31)),
+                  "window_size", "1 to 2^31 - 1 with a window", mask.window_size);
+  reasons.require(!chunked || (mask.chunk_lookback >= 0 && mask.chunk_lookback < (1LL << 31)),
+                  "chunk_lookback", "0 to 2^31 - 1", mask.chunk_lookback);
+  reasons.require(!chunked || !mask.clamp_ranges, "clamp_ranges", "a sliding window or none",
+                  "chunks");
+  reasons.feature(windowed && !chunked, caps.sliding_window, "window", "a sliding window");
+  reasons.feature(chunked, caps.chunked, "window", "chunked attention");
+  reasons.require(c.type <= AttentionType::kEncoderDecoder, "type", "an AttentionType",
+                  static_cast<int>(c.type));
   const bool cross = c.type == AttentionType::kEncoderDecoder;
-  reasons.require(!cross || caps.cross_attention, "cross attention is not supported");
   const bool encoder = c.type == AttentionType::kEncoder || c.type == AttentionType::kEncoderOnly;
-  reasons.require(!encoder || caps.encoder_attention, "encoder attention is not supported");
+  reasons.feature(cross, caps.cross_attention, "type", "cross attention");
+  reasons.feature(encoder, caps.encoder_attention, "type", "encoder attention");
 }
 
 void check_score(const AttentionConfig& c, const BackendCapabilities& caps, Reasons& reasons) {
   const Score& score = c.score;
-  reasons.require(std::isfinite(score.softmax_scale), "score.softmax_scale must be finite");
-  reasons.require(std::isfinite(score.soft_cap) && score.soft_cap >= 0,
-                  "score.soft_cap must be finite and at least 0");
-  reasons.require(score.soft_cap == 0 || caps.soft_cap, "soft caps are not supported");
-  reasons.require(!score.alibi_slopes || caps.alibi, "ALiBi is not supported");
-  reasons.require(!score.alibi_sqrt || score.alibi_slopes,
-                  "score.alibi_sqrt needs score.alibi_slopes");
-  reasons.require(!score.sinks || caps.sinks, "sinks are not supported");
-  reasons.require(!c.batch_invariant || caps.batch_invariant,
-                  "batch-invariant mode is not supported");
+  reasons.require(std::isfinite(score.softmax_scale), "softmax_scale", "a finite scale",
+                  score.softmax_scale);
+  reasons.require(std::isfinite(score.soft_cap) && score.soft_cap >= 0, "soft_cap",
+                  "a finite cap of at least 0", score.soft_cap);
+  reasons.feature(score.soft_cap != 0, caps.soft_cap, "soft_cap", "a soft cap");
+  reasons.feature(static_cast<bool>(score.alibi_slopes), caps.alibi, "alibi_slopes", "ALiBi");
+  reasons.require(!score.alibi_sqrt || score.alibi_slopes, "alibi_slopes",
+                  "slopes to go with alibi_sqrt", "none");
+  reasons.feature(static_cast<bool>(score.sinks), caps.sinks, "sinks", "attention sinks");
+  reasons.feature(c.batch_invariant, caps.batch_invariant, "batch_invariant", "true");
 }
 
 }  // namespace
 
-std::vector<std::string> Backend::supports(const AttentionConfig& config) const {
+std::vector<Unsupported> Backend::unsupported(const AttentionConfig& config) const {
   Reasons reasons;
   const BackendCapabilities& caps = capabilities();
-  reasons.require(available(), std::string("backend ") + name() +
-                                   " cannot run here: " + (available() ? "" : instruction_set()));
-  reasons.require(config.device.type == device_type(),
-                  "device " + to_string(config.device) + " is not this backend's");
+  reasons.require(available(), "backend", "one that can run here",
+                  std::string(name()) + " (" + (available() ? "" : instruction_set()) + ")");
+  reasons.require(config.device.type == device_type(), "device", "a device of this backend",
+                  to_string(config.device));
   reasons.require(!available() || (config.device.index >= 0 && config.device.index < num_devices()),
-                  "there is no device " + to_string(config.device) + ": " +
-                      std::to_string(num_devices()) + " of its kind, counted from 0");
+                  "device",
+                  "one of the " + std::to_string(num_devices()) + " of its kind, counted from 0",
+                  to_string(config.device));
   check_sizes(config, caps, reasons);
   check_dtypes(config, caps, reasons);
   check_mask(config, caps, reasons);
   check_score(config, caps, reasons);
   return reasons.list;
+}
+
+std::vector<std::string> Backend::supports(const AttentionConfig& config) const {
+  std::vector<std::string> texts;
+  for (const Unsupported& reason : unsupported(config)) texts.push_back(reason.text());
+  return texts;
 }
 
 BackendCapabilities full_capabilities() {
@@ -125,6 +146,7 @@ BackendCapabilities full_capabilities() {
   caps.output_dtypes = {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat8E4M3};
   caps.min_head_size = 8;
   caps.max_head_size = 576;
+  caps.max_block_size = kMaxBlockSize;
   for (bool BackendCapabilities::*flag :
        {&BackendCapabilities::sinks, &BackendCapabilities::alibi, &BackendCapabilities::soft_cap,
         &BackendCapabilities::sliding_window, &BackendCapabilities::chunked,
@@ -143,12 +165,14 @@ std::vector<std::int64_t> AttentionBackend::kv_cache_shape(std::int64_t num_bloc
                                                            std::int64_t num_kv_heads,
                                                            std::int64_t head_size) const {
   const BackendCapabilities& caps = capabilities();
-  check::that(num_blocks >= 0, "num_blocks", "at least 0", num_blocks);
-  check::that(block_size >= 1 && block_size % caps.block_size_multiple == 0, "block_size",
-              "a positive multiple of " + std::to_string(caps.block_size_multiple), block_size);
-  check::that(num_kv_heads >= 1, "num_kv_heads", "at least 1", num_kv_heads);
-  check::that(head_size >= caps.min_head_size && head_size <= caps.max_head_size, "head_size",
-              std::to_string(caps.min_head_size) + " to " + std::to_string(caps.max_head_size),
+  const std::int64_t step = caps.block_size_multiple;
+  check::that(num_blocks >= 1, "num_blocks", "at least 1", num_blocks);
+  check::that(is_one_of(block_size, step, caps.max_block_size, step), "block_size",
+              numbers(step, caps.max_block_size, step), block_size);
+  check::that(num_kv_heads >= 1 && num_kv_heads <= kMaxHeads, "num_kv_heads",
+              numbers(1, kMaxHeads, 1), num_kv_heads);
+  check::that(is_one_of(head_size, caps.min_head_size, caps.max_head_size, caps.head_size_multiple),
+              "head_size", numbers(caps.min_head_size, caps.max_head_size, caps.head_size_multiple),
               head_size);
   return {num_blocks, 2, block_size, num_kv_heads, head_size};
 }

@@ -27,43 +27,45 @@ std::string to_string(Device device) {
   return (cpu ? "cpu:" : "cuda:") + std::to_string(device.index);
 }
 
-namespace {
-
-int checked_rank(std::size_t rank) {
-  if (rank > kMaxDims) throw Error("shape", "at most 6 dimensions", std::to_string(rank));
-  return static_cast<int>(rank);
+void Sizes::check_count() const {
+  if (count_ > kMaxDims) {
+    throw Error("shape", "at most " + std::to_string(kMaxDims) + " dimensions",
+                std::to_string(count_));
+  }
 }
 
-}  // namespace
-
-TensorView::TensorView(void* data_, DType dtype_, std::initializer_list<std::int64_t> shape_,
-                       Device device_)
-    : data(data_), dtype(dtype_), device(device_), ndim(checked_rank(shape_.size())) {
-  std::copy(shape_.begin(), shape_.end(), shape.begin());
+template <class Data>
+BasicTensorView<Data>::BasicTensorView(Data* data_, DType dtype_, const Sizes& shape_,
+                                       Device device_)
+    : data(data_), dtype(dtype_), device(device_), ndim(shape_.size()) {
   std::int64_t stride = 1;
   for (int d = ndim - 1; d >= 0; --d) {
+    shape[d] = shape_[d];
     strides[d] = stride;
     stride *= shape[d];
   }
 }
 
-TensorView::TensorView(void* data_, DType dtype_, std::initializer_list<std::int64_t> shape_,
-                       std::initializer_list<std::int64_t> strides_, Device device_)
-    : TensorView(data_, dtype_, shape_, device_) {
-  if (strides_.size() != shape_.size()) {
-    throw Error("strides", std::to_string(shape_.size()) + " strides, one for each dimension",
+template <class Data>
+BasicTensorView<Data>::BasicTensorView(Data* data_, DType dtype_, const Sizes& shape_,
+                                       const Sizes& strides_, Device device_)
+    : BasicTensorView(data_, dtype_, shape_, device_) {
+  if (strides_.size() != ndim) {
+    throw Error("strides", std::to_string(ndim) + " strides, one for each dimension",
                 std::to_string(strides_.size()));
   }
-  std::copy(strides_.begin(), strides_.end(), strides.begin());
+  for (int d = 0; d < ndim; ++d) strides[d] = strides_[d];
 }
 
-std::int64_t TensorView::num_elements() const {
+template <class Data>
+std::int64_t BasicTensorView<Data>::num_elements() const {
   std::int64_t count = 1;
   for (int d = 0; d < ndim; ++d) count *= shape[d];
   return count;
 }
 
-bool TensorView::is_contiguous() const {
+template <class Data>
+bool BasicTensorView<Data>::is_contiguous() const {
   std::int64_t stride = 1;
   for (int d = ndim - 1; d >= 0; --d) {
     if (shape[d] == 0) return true;
@@ -75,22 +77,29 @@ bool TensorView::is_contiguous() const {
 
 namespace {
 
-void check_dim(const TensorView& view, int dim) {
+void check_dim(const ConstTensorView& view, int dim) {
   if (dim < 0 || dim >= view.ndim) {
     throw Error("dim", "a dimension of " + view.to_string(), std::to_string(dim));
   }
 }
 
+template <class Data>
+Data* offset_by(Data* data, std::int64_t elements, DType dtype) {
+  using Bytes = std::conditional_t<std::is_const_v<Data>, const char, char>;
+  return static_cast<Bytes*>(data) + elements * size_of(dtype);
+}
+
 }  // namespace
 
-TensorView TensorView::select(int dim, std::int64_t i) const {
+template <class Data>
+BasicTensorView<Data> BasicTensorView<Data>::select(int dim, std::int64_t i) const {
   check_dim(*this, dim);
   if (i < 0 || i >= shape[dim]) {
     throw Error("i", "an index into dimension " + std::to_string(dim) + " of " + to_string(),
                 std::to_string(i));
   }
-  TensorView view = *this;
-  view.data = static_cast<char*>(data) + i * strides[dim] * size_of(dtype);
+  BasicTensorView view = *this;
+  view.data = offset_by(data, i * strides[dim], dtype);
   for (int d = dim; d + 1 < ndim; ++d) {
     view.shape[d] = shape[d + 1];
     view.strides[d] = strides[d + 1];
@@ -101,37 +110,47 @@ TensorView TensorView::select(int dim, std::int64_t i) const {
   return view;
 }
 
-TensorView TensorView::slice(int dim, std::int64_t begin, std::int64_t end) const {
+template <class Data>
+BasicTensorView<Data> BasicTensorView<Data>::slice(int dim, std::int64_t begin,
+                                                   std::int64_t end) const {
   check_dim(*this, dim);
   if (begin < 0 || begin > end || end > shape[dim]) {
     throw Error("begin", "0 <= begin <= end <= " + std::to_string(shape[dim]),
                 std::to_string(begin) + ", " + std::to_string(end));
   }
-  TensorView view = *this;
-  view.data = static_cast<char*>(data) + begin * strides[dim] * size_of(dtype);
+  BasicTensorView view = *this;
+  view.data = offset_by(data, begin * strides[dim], dtype);
   view.shape[dim] = end - begin;
   return view;
 }
 
-TensorView TensorView::transpose(int dim_a, int dim_b) const {
+template <class Data>
+BasicTensorView<Data> BasicTensorView<Data>::transpose(int dim_a, int dim_b) const {
   check_dim(*this, dim_a);
   check_dim(*this, dim_b);
-  TensorView view = *this;
+  BasicTensorView view = *this;
   std::swap(view.shape[dim_a], view.shape[dim_b]);
   std::swap(view.strides[dim_a], view.strides[dim_b]);
   return view;
 }
 
-std::string TensorView::to_string() const {
-  if (!*this) return "no tensor";
+template <class Data>
+std::string BasicTensorView<Data>::to_string() const {
+  if (!*this) return "none";
   const auto list = [this](const std::array<std::int64_t, kMaxDims>& values) {
+    // A caller's struct, so its ndim may be anything.
     std::string text = "[";
-    for (int d = 0; d < ndim; ++d) text += (d == 0 ? "" : ", ") + std::to_string(values[d]);
+    for (int d = 0; d < std::min(ndim, kMaxDims); ++d) {
+      text += (d == 0 ? "" : ", ") + std::to_string(values[d]);
+    }
     return text + "]";
   };
   return std::string(quire::to_string(dtype)) + " " + list(shape) + " strides " + list(strides) +
          " on " + quire::to_string(device);
 }
+
+template struct BasicTensorView<void>;
+template struct BasicTensorView<const void>;
 
 namespace detail {
 
@@ -158,7 +177,7 @@ DType dtype_from_dlpack(int code, int bits, int lanes) {
   for (const DlpackType& type : kDlpackTypes) {
     if (lanes == 1 && type.code == code && type.bits == bits) return type.dtype;
   }
-  throw Error("tensor.dtype", "a DLPack type that Quire knows",
+  throw Error("tensor", "a DLPack type that Quire knows",
               "code " + std::to_string(code) + ", " + std::to_string(bits) + " bits, " +
                   std::to_string(lanes) + " lanes");
 }
@@ -167,14 +186,14 @@ std::pair<int, int> dtype_to_dlpack(DType dtype) {
   for (const DlpackType& type : kDlpackTypes) {
     if (type.dtype == dtype) return {type.code, type.bits};
   }
-  throw Error("view.dtype", "a type that DLPack knows", to_string(dtype));
+  throw Error("view", "a type that DLPack knows", to_string(dtype));
 }
 
 Device device_from_dlpack(int type, int index) {
   // kDLCPU 1, kDLCUDA 2, kDLCUDAHost 3 (pinned memory, readable by the CPU).
   if (type == 1 || type == 3) return {DeviceType::kCpu, 0};
   if (type == 2) return {DeviceType::kCuda, index};
-  throw Error("tensor.device", "a CPU (1) or CUDA (2) device", std::to_string(type));
+  throw Error("tensor", "a CPU (1) or CUDA (2) device", std::to_string(type));
 }
 
 }  // namespace detail

@@ -63,16 +63,6 @@ class LayerCall : public Call {
     return on_device.buffers().download(tensors.output) == tensors.output.buffer->bytes;
   }
 
-  std::string verdict() {
-    conformance::Actual actual;
-    actual.output = on_device.buffers().download(tensors.output);
-    if (tensors.lse) actual.lse = on_device.buffers().download(tensors.lse);
-    if (tensors.output_block_scale) {
-      actual.output_block_scale = on_device.buffers().download(tensors.output_block_scale);
-    }
-    return conformance::compare(tensors, actual, conformance::literal_attention(tensors));
-  }
-
   TensorView key, value;
   LayerScales scales;
 };
@@ -98,6 +88,38 @@ TEST(Forward, ScalesOfTheLayerReplaceTheCaches) {
   spec.config.kv_cache_dtype = KvCacheDType::kFp8E5M2;
   LayerCall call(spec);
   call.args.kv_cache.k_scale = 123.0F;
+  call.args.kv_cache.v_scale = 456.0F;
+  AttentionMetadataBuilder builder(call.config);
+  const AttentionMetadata metadata = builder.build(0, call.batch);
+  call.forward(AttentionImpl(call.config), &metadata);
+  EXPECT_TRUE(call.caches_are(true));
+  EXPECT_EQ(call.verdict(), "");
+}
+
+TEST(Forward, WithoutScalesOfTheLayerTheCachesCount) {
+  CaseSpec spec = Call::default_spec();
+  spec.config.kv_cache_dtype = KvCacheDType::kFp8E4M3;
+  for (const bool separately : {false, true}) {
+    LayerCall call(spec);
+    ASSERT_NE(call.tensors.k_scale(), 1.0F);
+    ASSERT_NE(call.tensors.v_scale(), 1.0F);
+    call.scales = {};
+    AttentionMetadataBuilder builder(call.config);
+    const AttentionMetadata metadata = builder.build(0, call.batch);
+    const AttentionImpl impl(call.config);
+    if (separately) {
+      impl.do_kv_cache_update({}, call.key, call.value, call.args.kv_cache,
+                              call.batch.slot_mapping);
+      EXPECT_TRUE(call.caches_are(true));
+      call.key = call.value = {};
+    }
+    call.forward(impl, &metadata);
+    EXPECT_TRUE(call.caches_are(true));
+    EXPECT_EQ(call.verdict(), "");
+  }
+  // One of both: the other stays the cache's.
+  LayerCall call(spec);
+  call.scales = {.v = call.tensors.v_scale()};
   call.args.kv_cache.v_scale = 456.0F;
   AttentionMetadataBuilder builder(call.config);
   const AttentionMetadata metadata = builder.build(0, call.batch);
@@ -204,7 +226,8 @@ TEST(Forward, EverythingIsCheckedBeforeTheCacheIsWritten) {
       {"key", [](LayerCall& c) { c.key.shape[1] = 1; }},
       {"value", [](LayerCall& c) { c.value.dtype = DType::kFloat16; }},
       {"kv_cache.value", [](LayerCall& c) { c.args.kv_cache.value.shape[3] = 8; }},
-      {"kv_cache.dtype", [](LayerCall& c) { c.args.kv_cache.dtype = KvCacheDType::kFp8E4M3; }}};
+      {"kv_cache", [](LayerCall& c) { c.args.kv_cache = {}; }},
+      {"kv_cache.key", [](LayerCall& c) { c.args.kv_cache.dtype = KvCacheDType::kFp8E4M3; }}};
   for (const Wrong& wrong : wrongs) {
     LayerCall call;
     AttentionMetadataBuilder builder(call.config);
@@ -222,7 +245,8 @@ TEST(Forward, BadIndicesAreFoundBeforeTheCacheIsWritten) {
   call.context.check_indices = true;
   AttentionMetadataBuilder builder(call.config);
   const AttentionMetadata metadata = builder.build(0, call.batch);
-  static_cast<std::int32_t*>(call.batch.block_table.data)[1] = 1 << 20;
+  const_cast<std::int32_t*>(static_cast<const std::int32_t*>(call.batch.block_table.data))[1] =
+      1 << 20;
   EXPECT_EQ(argument_named_by([&] { call.forward(AttentionImpl(call.config), &metadata); }),
             "block_table[0][1]");
   EXPECT_TRUE(call.caches_are(false));
@@ -240,6 +264,59 @@ TEST(Forward, MetadataOfAnotherLayerIsRefused) {
   const AttentionMetadata empty;
   EXPECT_EQ(argument_named_by([&] { call.forward(AttentionImpl(call.config), &empty); }),
             "metadata");
+}
+
+TEST(Forward, MetadataOfAnEarlierBuildIsRefused) {
+  LayerCall call;
+  const AttentionImpl impl(call.config);
+  AttentionMetadataBuilder builder(call.config);
+  const AttentionMetadata first = builder.build(0, call.batch);
+  const AttentionMetadata copy = first;
+  const auto refused = [&](const AttentionMetadata& metadata) {
+    return argument_named_by([&] { call.forward(impl, &metadata); });
+  };
+  // Another batch: one sequence instead of two.
+  CommonAttentionMetadata other = call.batch;
+  other.query_start_loc = other.query_start_loc.slice(0, 0, 2);
+  other.seq_lens = other.seq_lens.slice(0, 0, 1);
+  const AttentionMetadata second = builder.build(0, other);
+  EXPECT_EQ(refused(first), "metadata");
+  EXPECT_EQ(refused(copy), "metadata");
+  // The same batch again: the older one stays old.
+  const AttentionMetadata third = builder.build(0, call.batch);
+  EXPECT_EQ(refused(first), "metadata");
+  EXPECT_EQ(refused(second), "metadata");
+  const AttentionMetadata captured = builder.build_for_cudagraph_capture(call.batch);
+  EXPECT_EQ(refused(third), "metadata");
+  // Nor is a plan's own update, or another builder's that is a copy, passed over.
+  AttentionMetadataBuilder twin = builder;
+  const AttentionMetadata of_twin = twin.build(0, call.batch);
+  EXPECT_EQ(refused(captured), "metadata");
+  of_twin.scheduler_metadata->update(call.batch);
+  EXPECT_EQ(refused(of_twin), "metadata");
+  EXPECT_TRUE(call.caches_are(false));
+  EXPECT_TRUE(call.output_is_untouched());
+  // A build that fails leaves the last one good.
+  const AttentionMetadata last = builder.build(0, call.batch);
+  other.seq_lens = {};
+  EXPECT_EQ(argument_named_by([&] { builder.build(0, other); }), "seq_lens");
+  const AttentionMetadata copy_of_last = last;
+  call.forward(impl, &copy_of_last);
+  EXPECT_EQ(call.verdict(), "");
+}
+
+TEST(Forward, MetadataThatDoesNotKeepBatchInvarianceIsRefused) {
+  LayerCall call;
+  AttentionMetadataBuilder builder(call.config);
+  const AttentionMetadata metadata = builder.build(0, call.batch);
+  call.config.batch_invariant = true;
+  EXPECT_EQ(argument_named_by([&] { call.forward(AttentionImpl(call.config), &metadata); }),
+            "metadata");
+  AttentionMetadataBuilder invariant(call.config);
+  const AttentionMetadata kept = invariant.build(0, call.batch);
+  call.config.batch_invariant = false;
+  call.forward(AttentionImpl(call.config), &kept);
+  EXPECT_EQ(call.verdict(), "");
 }
 
 TEST(Forward, EncoderReadsKeyAndValue) {

@@ -13,18 +13,9 @@
 
 namespace quire {
 
-// Runs `call` and returns the argument its Error names; "(no error)" if it throws none.
-inline std::string argument_named_by(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    const std::string what = error.what();
-    EXPECT_EQ(what.rfind(error.argument() + ": expected ", 0), 0U) << what;
-    EXPECT_NE(what.find(", got "), std::string::npos) << what;
-    return error.argument();
-  }
-  return "(no error)";
-}
+// Runs `call` and returns the argument its Error names; "(no error)" if it throws none. The name
+// must follow the rule at quire::Error, the text too.
+std::string argument_named_by(const std::function<void()>& call);
 
 using conformance::best_backends;
 
@@ -71,6 +62,17 @@ class Call {
   // What the call leaves changed: "" after an error.
   std::string damage() { return on_device.buffers().damage({}); }
 
+  // What is wrong with the result, "" if nothing.
+  std::string verdict() {
+    conformance::Actual actual;
+    actual.output = on_device.buffers().download(tensors.output);
+    if (tensors.lse) actual.lse = on_device.buffers().download(tensors.lse);
+    if (tensors.output_block_scale) {
+      actual.output_block_scale = on_device.buffers().download(tensors.output_block_scale);
+    }
+    return conformance::compare(tensors, actual, conformance::literal_attention(tensors));
+  }
+
   conformance::Case tensors;
   conformance::DeviceCase on_device;
   AttentionConfig config;
@@ -102,9 +104,10 @@ inline void expect_named(const std::vector<Mistake>& mistakes,
 }
 
 // Mistakes that any tensor argument can have. `dtype` is one that it must not have.
-inline std::vector<Mistake> mistakes_of_a_tensor(const char* argument,
-                                                 const std::function<TensorView&(Call&)>& view,
-                                                 DType dtype, bool unit_last_stride = true) {
+// `view` is a function from a Call to a reference to the tensor.
+template <class View>
+std::vector<Mistake> mistakes_of_a_tensor(const char* argument, const View& view, DType dtype,
+                                          bool unit_last_stride = true) {
   std::vector<Mistake> mistakes{
       {"absent", argument, [view](Call& call) { view(call) = {}; }},
       {"dtype", argument, [view, dtype](Call& call) { view(call).dtype = dtype; }},
@@ -117,15 +120,15 @@ inline std::vector<Mistake> mistakes_of_a_tensor(const char* argument,
       {"null data", argument, [view](Call& call) { view(call).data = nullptr; }}};
   if (unit_last_stride) {
     mistakes.push_back({"last stride", argument, [view](Call& call) {
-                          TensorView& tensor = view(call);
+                          auto& tensor = view(call);
                           tensor.strides[tensor.ndim - 1] = 2;
                         }});
   }
   return mistakes;
 }
 
-inline Mistake wrong_size(const char* argument, const std::function<TensorView&(Call&)>& view,
-                          int dim, std::int64_t change) {
+template <class View>
+Mistake wrong_size(const char* argument, const View& view, int dim, std::int64_t change) {
   return {"size", argument, [view, dim, change](Call& call) { view(call).shape[dim] += change; }};
 }
 

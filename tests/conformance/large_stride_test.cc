@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <iostream>
+#include <span>
 
 #include "tests/conformance/fixture.h"
 
@@ -33,21 +34,23 @@ class Reservation {
   void* data_;
 };
 
-std::int64_t entry_bytes(const TensorView& view) {
+std::int64_t entry_bytes(const ConstTensorView& view) {
   std::int64_t last = 0;
   for (int d = 1; d < view.ndim; ++d) last += (view.shape[d] - 1) * view.strides[d];
   return (last + 1) * size_of(view.dtype);
 }
 
 // Moves the entries of dimension 0 apart.
-TensorView spread(const TensorView& view, const Reservation& to, bool copy) {
-  TensorView wide = view;
-  wide.data = to.data();
+TensorView spread(const ConstTensorView& view, const Reservation& to, bool copy) {
+  const auto rank = static_cast<std::size_t>(view.ndim);
+  TensorView wide(to.data(), view.dtype, std::span(view.shape.data(), rank),
+                  std::span(view.strides.data(), rank), view.device);
   wide.strides[0] = kFar;
   const std::int64_t element = size_of(view.dtype);
   for (std::int64_t i = 0; copy && i < view.shape[0]; ++i) {
     std::memcpy(to.data() + i * kFar * element,
-                static_cast<char*>(view.data) + i * view.strides[0] * element, entry_bytes(view));
+                static_cast<const char*>(view.data) + i * view.strides[0] * element,
+                entry_bytes(view));
   }
   return wide;
 }
@@ -60,7 +63,7 @@ void gather(const TensorView& wide, const TensorView& view) {
   }
 }
 
-std::int64_t reserved_bytes(const TensorView& view) {
+std::int64_t reserved_bytes(const ConstTensorView& view) {
   return view.shape[0] * kFar * size_of(view.dtype);
 }
 

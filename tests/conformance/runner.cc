@@ -21,7 +21,7 @@ ThreadPool* pool_of(int threads) {
 // The first sequence alone: a batch that the plan served before.
 CommonAttentionMetadata first_sequence_of(CommonAttentionMetadata batch) {
   batch.query_start_loc = batch.query_start_loc.slice(0, 0, 2);
-  for (TensorView* view :
+  for (ConstTensorView* view :
        {&batch.seq_lens, &batch.block_table, &batch.causal, &batch.mm_prefix_range,
         &batch.visible_prefix_lens, &batch.kv_offset, &batch.kv_stride, &batch.q_offset}) {
     if (*view) *view = view->slice(0, 0, 1);
