@@ -72,16 +72,12 @@ TEST(CheckMode, TheDeadMiddleBehindAVisiblePrefixMayBeGone) {
   expect_found("block_table[0][8]", spec, freed(2, 9));
 }
 
-TEST(CheckMode, RangesAndCausalFlagsCount) {
+TEST(CheckMode, RangesCount) {
   // The query at 40 lies in a range that begins at key 14: block 3.
   CaseSpec spec = spec_of({{1, 41, true, {{{14, 40}}}, 0}, {1, 7}}, Mask::sliding_window(6));
   spec.ranges = true;
   expect_found("(no error)", spec, freed(0, 3));
   expect_found("block_table[0][3]", spec, freed(0, 4));
-  // 4 queries at 0 to 3 of 20 keys see block 0 alone, unless causality is switched off.
-  CaseSpec flags = spec_of({{20, 20}, {1, 7}});
-  flags.causal_flags = true;
-  expect_found("block_table[0][4]", flags, freed(4, 5));
 }
 
 TEST(CheckMode, SequencesWithoutRowsNeedNoBlocks) {
