@@ -27,7 +27,8 @@ namespace quire {
 // `argument()` names the parameter, or the member of a parameter's struct, as the public header
 // spells it, without the struct: "num_heads", "window_size", "query", "seq_lens", "softmax_scale".
 // Members of PagedKvCache have "kv_cache." ahead, since attention has arguments of the same names:
-// "kv_cache.key". An entry of an index tensor has its index behind: "block_table[3][0]".
+// "kv_cache.key". An entry of an index tensor has its index behind: "block_table[3][0]". An
+// environment variable goes by its own name: "QUIRE_BACKEND".
 class Error : public std::invalid_argument {
  public:
   Error(std::string_view argument, std::string_view expected, std::string_view got)
