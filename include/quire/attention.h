@@ -47,8 +47,8 @@ struct AttentionConfig {
   // it into the cache. Switches cascade off. (He et al., "Defeating Nondeterminism in LLM
   // Inference", 2025.)
   //
-  // Not promised: that a token has the same bits in steps of another query_len (prefilled at once or
-  // in chunks, decoded, verified as a draft), since kernels are chosen and keys are cut by it. CPU:
+  // Not promised: that a token has the same bits in steps of another query_len (prefilled at once
+  // or in chunks, decoded, verified as a draft), since kernels are chosen and keys cut by it. CPU:
   // the bits are the same in all steps that give the sequence more than 64 query rows, query_len *
   // num_heads / num_kv_heads. CUDA: rely on nothing.
   bool batch_invariant = false;

@@ -90,8 +90,8 @@ class AttentionMetadataBuilder {
   // Throws Error if the configuration is not supported.
   explicit AttentionMetadataBuilder(const AttentionConfig& config);
 
-  // Plans the batch. The result, and every copy of it, shares this builder's plan: it is valid until
-  // the next build() of either kind, and AttentionImpl::forward() refuses it afterwards.
+  // Plans the batch. The result, and every copy of it, shares this builder's plan: it is valid
+  // until the next build() of either kind, and AttentionImpl::forward() refuses it afterwards.
   // `common_prefix_len` as in Plan::update; `fast_build` is accepted for vLLM's sake (planning is
   // already cheap enough to do every time).
   AttentionMetadata build(std::int64_t common_prefix_len, const CommonAttentionMetadata& common,

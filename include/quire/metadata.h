@@ -73,9 +73,9 @@ struct CommonAttentionMetadata {
 
 // The metadata an attention layer takes: the batch, and how it is to be worked on. Made by
 // AttentionMetadataBuilder; copies share the plan, and all are valid until the builder's next
-// build(). It stands for vLLM's TritonAttentionMetadata, whose cu_prefix_query_lens, prefix_kv_lens,
-// suffix_kv_lens and prefix_scheduler_metadata have no fields here: the plan covers prefix and
-// suffix.
+// build(). It stands for vLLM's TritonAttentionMetadata, whose cu_prefix_query_lens,
+// prefix_kv_lens, suffix_kv_lens and prefix_scheduler_metadata have no fields here: the plan covers
+// prefix and suffix.
 struct AttentionMetadata {
   CommonAttentionMetadata common{};
 

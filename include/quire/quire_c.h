@@ -63,7 +63,7 @@ QUIRE_C_API const char* quire_last_error(void);
 
 /* The argument that the last failure is about, spelled as in the headers and without the structure
  * that it is a member of: "query", "num_heads", "block_table[3][0]". Members of quire_kv_cache have
- * "kv_cache." ahead, and struct_size its structure: "config.struct_size". "" if it is about none. */
+ * "kv_cache." ahead, struct_size has its structure: "config.struct_size". "" if there is none. */
 QUIRE_C_API const char* quire_last_error_argument(void);
 
 /* ------------------------------------------------------------------------------------------------
