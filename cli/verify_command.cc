@@ -12,6 +12,7 @@
 #include "cli/commands.h"
 #include "cli/common/options.h"
 #include "cli/common/output.h"
+#include "cli/verify_campaign.h"
 #include "quire/quire.h"
 #include "tests/conformance/covering.h"
 #include "tests/conformance/golden.h"
@@ -30,6 +31,7 @@ struct Options {
   bool covering = false;
   std::string isa;
   std::vector<std::string> golden;
+  CampaignOptions campaign;
 };
 
 // Counts verdicts and shows people who look on how far it is.
@@ -133,10 +135,13 @@ void verify_covering(const AttentionBackend& backend) {
 
 void run(const Options& options) {
   set_environment(options);
+  if (options.campaign.wanted()) prepare_campaign(options.campaign);
   const AttentionBackend& backend = backend_of(options);
   std::printf("backend %s on %s\n", backend.name(), backend.instruction_set().c_str());
   flush_stdout();
-  if (options.covering) {
+  if (options.campaign.wanted()) {
+    verify_campaign(backend, options.campaign, options.seed, options.cases, options.only_case);
+  } else if (options.covering) {
     verify_covering(backend);
   } else if (options.golden.empty()) {
     verify_random(backend, options);
@@ -178,6 +183,7 @@ void add_verify_command(CLI::App& app) {
                             ->check(CLI::ExistingFile);
   for (CLI::Option* random : {cases, seed, one}) random->excludes(covering)->excludes(golden);
   golden->excludes(covering);
+  add_campaign_options(command, &options->campaign);
   command->callback([options] { run(*options); });
 }
 

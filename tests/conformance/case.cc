@@ -29,6 +29,8 @@ void make_lengths(Case* c) {
   c->seq_lens = make_int32(lens);
 }
 
+}  // namespace
+
 // Rows of a packed [Q | K | V] tensor, with a gap between heads, where the case wants strides.
 Layout query_layout(const CaseSpec& spec, Rng* rng) {
   if (!spec.strided_query) return {};
@@ -37,6 +39,8 @@ Layout query_layout(const CaseSpec& spec, Rng* rng) {
           .offset = rng->uniform(0, 5),
           .slack = rng->uniform(0, 5)};
 }
+
+namespace {
 
 void make_query(Case* c, Rng* rng) {
   const CaseSpec& spec = c->spec;
@@ -129,6 +133,8 @@ void make_qq_bias(Case* c, Rng* rng) {
   });
 }
 
+}  // namespace
+
 void make_outputs(Case* c, Rng* rng) {
   const CaseSpec& spec = c->spec;
   const std::int64_t rows = spec.num_rows();
@@ -155,6 +161,8 @@ void make_outputs(Case* c, Rng* rng) {
     c->output_block_scale = make_tensor(DType::kFloat32, {rows, (heads * size + 127) / 128});
   }
 }
+
+namespace {
 
 void make_scales(Case* c, Rng* rng) {
   const CaseSpec& spec = c->spec;
@@ -195,11 +203,19 @@ Case build_case(const CaseSpec& spec) {
   Rng rng(spec.seed ^ 0xC0FFEEU, static_cast<std::uint64_t>(spec.index));
   make_lengths(&c);
   make_scales(&c, &rng);
-  make_query(&c, &rng);
+  if (spec.is_large()) {
+    make_large_query(&c, &rng);
+  } else {
+    make_query(&c, &rng);
+  }
   make_score_tensors(&c, &rng);
   make_batch_masks(&c);
   make_qq_bias(&c, &rng);
-  if (spec.has_cache()) {
+  if (spec.is_large() && spec.has_cache()) {
+    make_pooled_cache(&c, &rng);
+  } else if (spec.is_large()) {
+    make_large_encoder_keys(&c, &rng);
+  } else if (spec.has_cache()) {
     make_block_table(&c, &rng);
     make_cache(&c, &rng);
   } else {

@@ -82,6 +82,11 @@ struct CaseSpec {
   std::int64_t extra_table_width = 1;
   std::int64_t wild_blocks = 0;  // table entries that name no block of the cache
 
+  // Large cases: > 0: sequences share this many blocks of noise in their tables (case_large.cc),
+  // and what no row of a sequence sees is poison, unless `poison` is off.
+  std::int64_t pool_blocks = 0;
+  bool poison = true;
+
   // Memory.
   CacheLayout layout = CacheLayout::kNhd;
   std::int64_t page_padding = 0;    // elements behind each block
@@ -102,6 +107,7 @@ struct CaseSpec {
   bool replan = false;  // the plan served another batch before
   bool repeat = false;  // run twice: equal bits
 
+  bool is_large() const { return pool_blocks > 0; }
   DType query_dtype() const { return config.dtype; }
   DType out_dtype() const { return output_dtype == DType::kNone ? model_dtype : output_dtype; }
   bool has_cache() const {

@@ -27,19 +27,6 @@ std::int64_t count_blocks(const CaseSpec& spec) {
   return std::max<std::int64_t>(count, 1);
 }
 
-std::int32_t wild_block(std::int64_t num_blocks, Rng* rng) {
-  constexpr std::int32_t kMin = std::numeric_limits<std::int32_t>::min();
-  constexpr std::int32_t kMax = std::numeric_limits<std::int32_t>::max();
-  const auto n = static_cast<std::int32_t>(num_blocks);
-  return rng->pick({kMin, kMax, -1, n, n + 1, -n - 1, 1 << 30});
-}
-
-// Names no block, or a block of garbage: neither may be looked at.
-std::int32_t table_padding(std::int64_t num_blocks, Rng* rng) {
-  if (rng->chance(0.5)) return wild_block(num_blocks, rng);
-  return static_cast<std::int32_t>(rng->uniform(0, num_blocks - 1));
-}
-
 // Bytes from one slot's row to the next: the elements, and room for a float32 scale behind them.
 std::int64_t row_elements(std::int64_t elements, DType storage, bool inline_scale) {
   if (!inline_scale) return elements;
@@ -116,41 +103,6 @@ void lay_out_combined(Case* c, const CacheShape& n) {
   c->key_cache = view_of(whole.buffer, whole.dtype, shape, strides, whole.offset);
   c->value_cache = view_of(whole.buffer, whole.dtype, shape, strides,
                            whole.offset + whole.strides[1] * size_of(whole.dtype));
-}
-
-void lay_out_cache(Case* c) {
-  const CaseSpec& spec = c->spec;
-  const AttentionConfig& config = spec.config;
-  const DType storage = spec.cache_storage();
-  CacheShape n{count_blocks(spec),
-               config.block_size,
-               config.num_kv_heads,
-               config.head_size,
-               config.value_head_size(),
-               0,
-               0};
-  n.row_k = row_elements(n.head_size, storage, spec.inline_scales);
-  n.row_v = row_elements(n.head_size_v, storage, spec.inline_scales);
-  const bool combinable = n.head_size == n.head_size_v;
-  if (spec.layout == CacheLayout::kPacked || spec.layout == CacheLayout::kPackedNhd) {
-    lay_out_packed(c, n, spec.layout == CacheLayout::kPacked);
-  } else if (spec.layout == CacheLayout::kSeparate || !combinable) {
-    c->key_cache = lay_out_one(spec, n, n.head_size, n.row_k);
-    c->value_cache = lay_out_one(spec, n, n.head_size_v, n.row_v);
-  } else {
-    lay_out_combined(c, n);
-  }
-  if (!is_per_token_head(config.kv_cache_dtype)) return;
-  if (spec.inline_scales) {
-    c->k_scale_cache = inline_scale_view(c->key_cache, n.head_size);
-    c->v_scale_cache = inline_scale_view(c->value_cache, n.head_size_v);
-  } else {
-    const Sizes shape{n.num_blocks, n.block_size, n.num_kv_heads};
-    c->k_scale_cache = make_tensor(DType::kFloat32, shape);
-    Layout heads_outside;
-    heads_outside.order = {0, 2, 1};
-    c->v_scale_cache = make_tensor(DType::kFloat32, shape, heads_outside);
-  }
 }
 
 // Whatever no token occupies: NaN in floats and scales, sometimes infinity.
@@ -303,6 +255,54 @@ void put_tokens(Case* c, bool fresh, std::vector<bool>* filled, Rng* rng) {
 
 }  // namespace
 
+std::int32_t wild_block(std::int64_t num_blocks, Rng* rng) {
+  constexpr std::int32_t kMin = std::numeric_limits<std::int32_t>::min();
+  constexpr std::int32_t kMax = std::numeric_limits<std::int32_t>::max();
+  const auto n = static_cast<std::int32_t>(num_blocks);
+  return rng->pick({kMin, kMax, -1, n, n + 1, -n - 1, 1 << 30});
+}
+
+// Names no block, or a block of garbage: neither may be looked at.
+std::int32_t table_padding(std::int64_t num_blocks, Rng* rng) {
+  if (rng->chance(0.5)) return wild_block(num_blocks, rng);
+  return static_cast<std::int32_t>(rng->uniform(0, num_blocks - 1));
+}
+
+void lay_out_cache(Case* c, std::int64_t num_blocks) {
+  const CaseSpec& spec = c->spec;
+  const AttentionConfig& config = spec.config;
+  const DType storage = spec.cache_storage();
+  CacheShape n{num_blocks,
+               config.block_size,
+               config.num_kv_heads,
+               config.head_size,
+               config.value_head_size(),
+               0,
+               0};
+  n.row_k = row_elements(n.head_size, storage, spec.inline_scales);
+  n.row_v = row_elements(n.head_size_v, storage, spec.inline_scales);
+  const bool combinable = n.head_size == n.head_size_v;
+  if (spec.layout == CacheLayout::kPacked || spec.layout == CacheLayout::kPackedNhd) {
+    lay_out_packed(c, n, spec.layout == CacheLayout::kPacked);
+  } else if (spec.layout == CacheLayout::kSeparate || !combinable) {
+    c->key_cache = lay_out_one(spec, n, n.head_size, n.row_k);
+    c->value_cache = lay_out_one(spec, n, n.head_size_v, n.row_v);
+  } else {
+    lay_out_combined(c, n);
+  }
+  if (!is_per_token_head(config.kv_cache_dtype)) return;
+  if (spec.inline_scales) {
+    c->k_scale_cache = inline_scale_view(c->key_cache, n.head_size);
+    c->v_scale_cache = inline_scale_view(c->value_cache, n.head_size_v);
+  } else {
+    const Sizes shape{n.num_blocks, n.block_size, n.num_kv_heads};
+    c->k_scale_cache = make_tensor(DType::kFloat32, shape);
+    Layout heads_outside;
+    heads_outside.order = {0, 2, 1};
+    c->v_scale_cache = make_tensor(DType::kFloat32, shape, heads_outside);
+  }
+}
+
 void make_block_table(Case* c, Rng* rng) {
   const CaseSpec& spec = c->spec;
   const std::int64_t num_blocks = count_blocks(spec);
@@ -345,7 +345,7 @@ void make_block_table(Case* c, Rng* rng) {
 }
 
 void make_cache(Case* c, Rng* rng) {
-  lay_out_cache(c);
+  lay_out_cache(c, count_blocks(c->spec));
   fill_garbage(*c, rng);
   if (c->spec.write) make_step_tensors(c, rng);
   // What no row sees stays garbage: freed blocks that other requests use may look like that.

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "tests/conformance/case.h"
+#include "tests/conformance/case_parts.h"
 #include "tests/conformance/number_format.h"
 
 namespace quire::conformance {
@@ -12,48 +12,6 @@ namespace {
 // Multiply-adds of a case, and elements in its cache: what keeps 20,000 cases to some minutes.
 constexpr double kMaxWork = 2.0e6;
 constexpr std::int64_t kMaxCacheElements = 120'000;
-
-void draw_dtypes(CaseSpec* spec, Rng* rng) {
-  AttentionConfig& config = spec->config;
-  spec->model_dtype = rng->pick({DType::kFloat16, DType::kBFloat16, DType::kFloat32});
-  config.dtype = spec->model_dtype;
-  if (!spec->has_cache()) return;
-  config.kv_cache_dtype =
-      rng->pick({KvCacheDType::kAuto, KvCacheDType::kAuto, KvCacheDType::kAuto,
-                 KvCacheDType::kFloat16, KvCacheDType::kBFloat16, KvCacheDType::kFloat32,
-                 KvCacheDType::kFp8E4M3, KvCacheDType::kFp8E4M3, KvCacheDType::kFp8E5M2,
-                 KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead});
-  if (is_per_tensor_fp8(config.kv_cache_dtype) && rng->chance(0.4)) {
-    config.dtype = DType::kFloat8E4M3;
-  }
-}
-
-void draw_head_sizes(CaseSpec* spec, Rng* rng) {
-  AttentionConfig& config = spec->config;
-  if (rng->chance(0.6)) {
-    config.head_size = rng->pick<std::int64_t>({64, 64, 128, 128, 128, 32, 96, 256});
-    return;
-  }
-  if (rng->chance(0.3)) {  // V of another size
-    const std::int64_t pair = rng->uniform(0, 4);
-    const std::int64_t sizes[5][2] = {{192, 128}, {576, 512}, {64, 128}, {40, 8}, {24, 33}};
-    config.head_size = sizes[pair][0];
-    config.head_size_v = sizes[pair][1];
-    return;
-  }
-  config.head_size =
-      rng->pick<std::int64_t>({8, 9, 16, 20, 33, 40, 72, 80, 100, 112, 160, 192, 257, 512, 576});
-  if (rng->chance(0.3)) config.head_size = rng->uniform(8, 576);
-}
-
-void draw_heads(CaseSpec* spec, Rng* rng) {
-  AttentionConfig& config = spec->config;
-  config.num_kv_heads = rng->pick<std::int64_t>({1, 1, 2, 2, 3, 4, 8});
-  std::int64_t group = rng->pick<std::int64_t>({1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 12, 16});
-  if (rng->chance(0.03)) group = 71;  // Falcon
-  while (config.num_kv_heads > 1 && group * config.num_kv_heads > 32) config.num_kv_heads /= 2;
-  config.num_heads = group * config.num_kv_heads;
-}
 
 double work_of(const CaseSpec& spec) {
   const AttentionConfig& config = spec.config;
@@ -313,7 +271,88 @@ void draw_output(CaseSpec* spec, Rng* rng) {
   spec->lse = rng->chance(0.5);
 }
 
+// What a host that pads its batches says: rows that num_actual_tokens counts although no sequence
+// owns them, and the longest query, exactly or as a bound.
+void draw_said_lengths(CaseSpec* spec, Rng* rng) {
+  if (spec->padded_rows > 0 && spec->cut_rows == 0 && rng->chance(0.5)) {
+    spec->counted_rows = rng->uniform(1, spec->padded_rows);
+  }
+  if (!rng->chance(0.5)) return;
+  for (const SequenceSpec& s : spec->sequences) {
+    spec->max_query_len = std::max(spec->max_query_len, s.query_len);
+  }
+  if (rng->chance(0.3)) spec->max_query_len += rng->uniform(0, 40);
+}
+
 }  // namespace
+
+void draw_type(CaseSpec* spec, Rng* rng) {
+  if (rng->chance(0.2)) {
+    spec->config.type = rng->pick({AttentionType::kEncoder, AttentionType::kEncoderOnly,
+                                   AttentionType::kEncoderDecoder, AttentionType::kEncoderDecoder});
+  }
+  spec->kv_start_loc = !spec->has_cache() && rng->chance(0.4);
+}
+
+void draw_dtypes(CaseSpec* spec, Rng* rng) {
+  AttentionConfig& config = spec->config;
+  spec->model_dtype = rng->pick({DType::kFloat16, DType::kBFloat16, DType::kFloat32});
+  config.dtype = spec->model_dtype;
+  if (!spec->has_cache()) return;
+  config.kv_cache_dtype =
+      rng->pick({KvCacheDType::kAuto, KvCacheDType::kAuto, KvCacheDType::kAuto,
+                 KvCacheDType::kFloat16, KvCacheDType::kBFloat16, KvCacheDType::kFloat32,
+                 KvCacheDType::kFp8E4M3, KvCacheDType::kFp8E4M3, KvCacheDType::kFp8E5M2,
+                 KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead});
+  if (is_per_tensor_fp8(config.kv_cache_dtype) && rng->chance(0.4)) {
+    config.dtype = DType::kFloat8E4M3;
+  }
+}
+
+void draw_head_sizes(CaseSpec* spec, Rng* rng) {
+  AttentionConfig& config = spec->config;
+  if (rng->chance(0.6)) {
+    config.head_size = rng->pick<std::int64_t>({64, 64, 128, 128, 128, 32, 96, 256});
+    return;
+  }
+  if (rng->chance(0.3)) {  // V of another size
+    const std::int64_t pair = rng->uniform(0, 4);
+    const std::int64_t sizes[5][2] = {{192, 128}, {576, 512}, {64, 128}, {40, 8}, {24, 33}};
+    config.head_size = sizes[pair][0];
+    config.head_size_v = sizes[pair][1];
+    return;
+  }
+  config.head_size =
+      rng->pick<std::int64_t>({8, 9, 16, 20, 33, 40, 72, 80, 100, 112, 160, 192, 257, 512, 576});
+  if (rng->chance(0.3)) config.head_size = rng->uniform(8, 576);
+}
+
+void draw_heads(CaseSpec* spec, Rng* rng) {
+  AttentionConfig& config = spec->config;
+  config.num_kv_heads = rng->pick<std::int64_t>({1, 1, 2, 2, 3, 4, 8});
+  std::int64_t group = rng->pick<std::int64_t>({1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 12, 16});
+  if (rng->chance(0.03)) group = 71;  // Falcon
+  while (config.num_kv_heads > 1 && group * config.num_kv_heads > 32) config.num_kv_heads /= 2;
+  config.num_heads = group * config.num_kv_heads;
+}
+
+void draw_features(CaseSpec* spec, Rng* rng) {
+  draw_window(spec, rng);
+  draw_batch_masks(spec, rng);
+  draw_score(spec, rng);
+  draw_sharing(spec, rng);
+  draw_memory(spec, rng);
+  draw_padding(spec, rng);
+  draw_output(spec, rng);
+  spec->write = spec->config.type == AttentionType::kDecoder && rng->chance(0.6);
+  spec->config.batch_invariant = rng->chance(0.15);
+  spec->config.auto_cascade = !rng->chance(0.2);
+  spec->threads = rng->pick({0, 0, 0, 0, 1, 2, 3});
+  spec->replan = rng->chance(0.15);
+  spec->repeat = rng->chance(0.15);
+  draw_positions(spec, rng);
+  draw_said_lengths(spec, rng);
+}
 
 CaseSpec random_spec(std::uint64_t seed, std::int64_t index) {
   Rng rng(seed, static_cast<std::uint64_t>(index));
@@ -321,31 +360,14 @@ CaseSpec random_spec(std::uint64_t seed, std::int64_t index) {
   spec.seed = seed;
   spec.index = index;
   AttentionConfig& config = spec.config;
-  if (rng.chance(0.2)) {
-    config.type = rng.pick({AttentionType::kEncoder, AttentionType::kEncoderOnly,
-                            AttentionType::kEncoderDecoder, AttentionType::kEncoderDecoder});
-  }
-  spec.kv_start_loc = !spec.has_cache() && rng.chance(0.4);
+  draw_type(&spec, &rng);
   draw_dtypes(&spec, &rng);
   draw_head_sizes(&spec, &rng);
   draw_heads(&spec, &rng);
   config.block_size = rng.pick<std::int64_t>({16, 16, 16, 32, 64, 128, 1, 2, 8, 17, 48, 256});
   draw_batch(&spec, &rng);
   fit_budget(&spec);
-  draw_window(&spec, &rng);
-  draw_batch_masks(&spec, &rng);
-  draw_score(&spec, &rng);
-  draw_sharing(&spec, &rng);
-  draw_memory(&spec, &rng);
-  draw_padding(&spec, &rng);
-  draw_output(&spec, &rng);
-  spec.write = config.type == AttentionType::kDecoder && rng.chance(0.6);
-  config.batch_invariant = rng.chance(0.15);
-  config.auto_cascade = !rng.chance(0.2);
-  spec.threads = rng.pick({0, 0, 0, 0, 1, 2, 3});
-  spec.replan = rng.chance(0.15);
-  spec.repeat = rng.chance(0.15);
-  draw_positions(&spec, &rng);
+  draw_features(&spec, &rng);
   return spec;
 }
 
@@ -405,6 +427,8 @@ std::string describe(const CaseSpec& spec) {
   flag("write", spec.write);
   number("threads", spec.threads);
   flag("replan", spec.replan);
+  number("pool_blocks", spec.pool_blocks);
+  number("sequences", static_cast<std::int64_t>(spec.sequences.size()));
   text += " [query_len/seq_len:";
   for (std::size_t s = 0; s < spec.sequences.size(); ++s) {
     if (s == 12) {

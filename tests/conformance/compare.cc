@@ -40,47 +40,71 @@ bool is_as_bad(double got, double wanted) {
 // Reads the written elements of an output, checks them, and remembers which bytes they are.
 class OutputCheck {
  public:
-  OutputCheck(const Case& c, const Actual& actual, const Expected& expected, double tolerance)
-      : c_(c), actual_(actual), expected_(expected), tolerance_(tolerance) {}
+  OutputCheck(const Case& c, const Actual& actual, double tolerance)
+      : c_(c),
+        actual_(actual),
+        head_size_v_(c.spec.config.value_head_size()),
+        tolerance_(tolerance) {}
 
-  std::string run() {
-    const bool is_fp8 = is_float8(c_.output.dtype);
-    for (std::int64_t row = 0; row < expected_.num_rows; ++row) {
-      if (!expected_.written[row]) continue;
-      if (c_.output_block_scale) {
-        std::string problem = check_block_scales(row);
-        if (!problem.empty()) return problem;
-      }
-      for (std::int64_t head = 0; head < expected_.num_heads; ++head) {
-        const std::string problem = is_fp8 ? check_fp8(row, head) : check_float(row, head);
-        if (!problem.empty()) return problem;
-      }
+  std::string run(const Expected& expected) {
+    for (std::int64_t row = 0; row < expected.num_rows; ++row) {
+      if (!expected.written[row]) continue;
+      const std::string problem = check_row(row, 0, expected.num_heads, expected.out(row, 0));
+      if (!problem.empty()) return problem;
     }
+    const bool is_fp8 = is_float8(c_.output.dtype);
     const double relative = std::sqrt(error_ / std::max(norm_, 1e-60));
     const double limit = is_fp8 ? std::max(tolerance_, 5e-2) : tolerance_;
     if (error_ > 0 && relative > limit) {
       return format("output: relative Frobenius error %.3g, allowed %.3g", relative, limit);
     }
-    return check_untouched();
+    return check_untouched(expected.written);
+  }
+
+  // Heads [first_head, first_head + count) of a row; `wanted` is [count, head_size_v].
+  std::string check_row(std::int64_t row, std::int64_t first_head, std::int64_t count,
+                        const double* wanted) {
+    std::string problem;
+    if (c_.output_block_scale) problem = check_block_scales(row, first_head, count, wanted);
+    for (std::int64_t i = 0; i < count && problem.empty(); ++i) {
+      const double* values = wanted + i * head_size_v_;
+      problem = is_float8(c_.output.dtype) ? check_fp8(row, first_head + i, values)
+                                           : check_float(row, first_head + i, values);
+    }
+    return problem;
+  }
+
+  // Everything that no written element covers still holds the poison.
+  std::string check_untouched(const std::vector<bool>& written) const {
+    std::vector<std::byte> now = actual_.output;
+    const std::vector<std::byte>& poison = c_.output.buffer->bytes;
+    const std::int64_t size = size_of(c_.output.dtype);
+    for (std::size_t row = 0; row < written.size(); ++row) {
+      if (!written[row]) continue;
+      for (std::int64_t head = 0; head < c_.spec.config.num_heads; ++head) {
+        const std::int64_t begin = offset_of(static_cast<std::int64_t>(row), head, 0);
+        std::copy_n(poison.begin() + begin, head_size_v_ * size, now.begin() + begin);
+      }
+    }
+    if (now == poison) return {};
+    const auto place = std::mismatch(now.begin(), now.end(), poison.begin()).first - now.begin();
+    return format(
+        "output: byte %lld of the buffer belongs to no row to be written, and was written",
+        static_cast<long long>(place));
+  }
+
+  std::int64_t offset_of(std::int64_t row, std::int64_t head, std::int64_t d) const {
+    return output_offset(c_, row, head) + d * size_of(c_.output.dtype);
   }
 
  private:
-  std::int64_t offset_of(std::int64_t row, std::int64_t head, std::int64_t d) const {
-    const Tensor& output = c_.output;
-    const std::int64_t position = output.shape.size() == 3
-                                      ? row * output.strides[0] + head * output.strides[1] + d
-                                      : row * output.strides[0] + head * expected_.head_size_v + d;
-    return output.offset + position * size_of(output.dtype);
-  }
-
   void account(double error, double wanted) {
     error_ += error * error;
     norm_ += wanted * wanted;
   }
 
-  std::string check_float(std::int64_t row, std::int64_t head) {
-    const double* wanted = expected_.out(row, head);
-    const std::int64_t size = expected_.head_size_v;
+  std::string check_float(std::int64_t row, std::int64_t head, const double* wanted) {
+    const std::int64_t size = head_size_v_;
     const double row_scale = root_mean_square(wanted, size);
     const double step = smallest_step(c_.output.dtype);
     for (std::int64_t d = 0; d < size; ++d) {
@@ -99,9 +123,8 @@ class OutputCheck {
 
   // The stored code may be a neighbour of the right one (a tie that fell the other way), or as far
   // off as the arithmetic before the rounding may be.
-  std::string check_fp8(std::int64_t row, std::int64_t head) {
-    const double* wanted = expected_.out(row, head);
-    const std::int64_t size = expected_.head_size_v;
+  std::string check_fp8(std::int64_t row, std::int64_t head, const double* wanted) {
+    const std::int64_t size = head_size_v_;
     const double row_scale = root_mean_square(wanted, size);
     for (std::int64_t d = 0; d < size; ++d) {
       const double scale = scale_of(row, head * size + d);
@@ -131,13 +154,19 @@ class OutputCheck {
     return decode(DType::kFloat32, &actual_.output_block_scale[scales.offset + position * 4]);
   }
 
-  std::string check_block_scales(std::int64_t row) const {
-    const std::int64_t elements = expected_.num_heads * expected_.head_size_v;
-    const double* wanted = expected_.out(row, 0);
-    for (std::int64_t begin = 0; begin < elements; begin += 128) {
+  // Of the groups that lie in these heads.
+  std::string check_block_scales(std::int64_t row, std::int64_t first_head, std::int64_t count,
+                                 const double* wanted) const {
+    const std::int64_t elements = c_.spec.config.num_heads * head_size_v_;
+    const std::int64_t first = first_head * head_size_v_;
+    const std::int64_t last = first + count * head_size_v_;
+    for (std::int64_t begin = (first + 127) / 128 * 128; begin < last; begin += 128) {
       const std::int64_t end = std::min(begin + 128, elements);
+      if (end > last) break;
       double absmax = 0;
-      for (std::int64_t e = begin; e < end; ++e) absmax = std::max(absmax, std::fabs(wanted[e]));
+      for (std::int64_t e = begin; e < end; ++e) {
+        absmax = std::max(absmax, std::fabs(wanted[e - first]));
+      }
       const double got = scale_of(row, begin);
       const double right = absmax / 448;
       // A group of zeros has a tiny scale of the backend's choice.
@@ -151,71 +180,80 @@ class OutputCheck {
     return {};
   }
 
-  // Everything that no written element covers still holds the poison.
-  std::string check_untouched() const {
-    std::vector<std::byte> now = actual_.output;
-    const std::vector<std::byte>& poison = c_.output.buffer->bytes;
-    const std::int64_t size = size_of(c_.output.dtype);
-    for (std::int64_t row = 0; row < expected_.num_rows; ++row) {
-      if (!expected_.written[row]) continue;
-      for (std::int64_t head = 0; head < expected_.num_heads; ++head) {
-        const std::int64_t begin = offset_of(row, head, 0);
-        const std::int64_t bytes = expected_.head_size_v * size;
-        std::copy_n(poison.begin() + begin, bytes, now.begin() + begin);
-      }
-    }
-    if (now == poison) return {};
-    const auto place = std::mismatch(now.begin(), now.end(), poison.begin()).first - now.begin();
-    return format(
-        "output: byte %lld of the buffer belongs to no row to be written, and was written",
-        static_cast<long long>(place));
-  }
-
   const Case& c_;
   const Actual& actual_;
-  const Expected& expected_;
+  std::int64_t head_size_v_;
   double tolerance_;
   double error_ = 0;
   double norm_ = 0;
 };
 
-std::string check_lse(const Case& c, const Actual& actual, const Expected& expected,
-                      double tolerance) {
+std::string check_lse(const Case& c, const Actual& actual, std::int64_t row, std::int64_t head,
+                      double wanted, double tolerance) {
   if (!c.lse) return {};
-  std::vector<std::byte> now = actual.lse;
-  const std::vector<std::byte>& poison = c.lse.buffer->bytes;
+  const double got = decode(DType::kFloat32, &actual.lse[lse_offset(c, row, head)]);
+  const bool ok = !std::isfinite(wanted)
+                      ? got == wanted || (std::isnan(wanted) && std::isnan(got))
+                      : std::fabs(got - wanted) <= tolerance * (1 + std::fabs(wanted));
+  if (ok) return {};
+  return format("lse[%lld][%lld] is %.9g, not %.9g", static_cast<long long>(head),
+                static_cast<long long>(row), got, wanted);
+}
+
+std::string check_all_lse(const Case& c, const Actual& actual, const Expected& expected,
+                          double tolerance) {
   for (std::int64_t head = 0; head < expected.num_heads; ++head) {
     for (std::int64_t row = 0; row < expected.num_rows; ++row) {
       if (!expected.written[row]) continue;
-      const std::int64_t at = c.lse.offset + (head * c.lse.strides[0] + row * c.lse.strides[1]) * 4;
-      const double got = decode(DType::kFloat32, &actual.lse[at]);
       const double wanted = expected.lse[head * expected.num_rows + row];
-      const bool ok = !std::isfinite(wanted)
-                          ? got == wanted || (std::isnan(wanted) && std::isnan(got))
-                          : std::fabs(got - wanted) <= tolerance * (1 + std::fabs(wanted));
-      if (!ok) {
-        return format("lse[%lld][%lld] is %.9g, not %.9g", static_cast<long long>(head),
-                      static_cast<long long>(row), got, wanted);
-      }
+      const std::string problem = check_lse(c, actual, row, head, wanted, tolerance);
+      if (!problem.empty()) return problem;
+    }
+  }
+  return {};
+}
+
+std::string check_untouched_lse(const Case& c, const Actual& actual,
+                                const std::vector<bool>& written) {
+  if (!c.lse) return {};
+  std::vector<std::byte> now = actual.lse;
+  const std::vector<std::byte>& poison = c.lse.buffer->bytes;
+  for (std::int64_t head = 0; head < c.lse.shape[0]; ++head) {
+    for (std::int64_t row = 0; row < c.lse.shape[1]; ++row) {
+      if (!written[row]) continue;
+      const std::int64_t at = lse_offset(c, row, head);
       std::copy_n(poison.begin() + at, 4, now.begin() + at);
     }
   }
   return now == poison ? "" : "lse: an element of a row that is not to be written was written";
 }
 
-std::string check_scale_rows(const Case& c, const Actual& actual, const Expected& expected) {
+std::string check_untouched_scales(const Case& c, const Actual& actual,
+                                   const std::vector<bool>& written) {
   if (!c.output_block_scale) return {};
   std::vector<std::byte> now = actual.output_block_scale;
   const std::vector<std::byte>& poison = c.output_block_scale.buffer->bytes;
   const std::int64_t row_bytes = c.output_block_scale.strides[0] * 4;
-  for (std::int64_t row = 0; row < expected.num_rows; ++row) {
-    if (!expected.written[row]) continue;
-    std::copy_n(poison.begin() + row * row_bytes, row_bytes, now.begin() + row * row_bytes);
+  for (std::size_t row = 0; row < written.size(); ++row) {
+    if (!written[row]) continue;
+    const auto at = static_cast<std::int64_t>(row) * row_bytes;
+    std::copy_n(poison.begin() + at, row_bytes, now.begin() + at);
   }
   return now == poison ? "" : "output_block_scale: a row that is not to be written was written";
 }
 
 }  // namespace
+
+std::int64_t output_offset(const Case& c, std::int64_t row, std::int64_t head) {
+  const Tensor& output = c.output;
+  const std::int64_t head_stride =
+      output.shape.size() == 3 ? output.strides[1] : c.spec.config.value_head_size();
+  return output.offset + (row * output.strides[0] + head * head_stride) * size_of(output.dtype);
+}
+
+std::int64_t lse_offset(const Case& c, std::int64_t row, std::int64_t head) {
+  return c.lse.offset + (head * c.lse.strides[0] + row * c.lse.strides[1]) * 4;
+}
 
 double tolerance_of(const CaseSpec& spec) {
   double tolerance = tolerance_of(spec.query_dtype());
@@ -228,9 +266,31 @@ double tolerance_of(const CaseSpec& spec) {
 std::string compare(const Case& c, const Actual& actual, const Expected& expected,
                     double tolerance) {
   if (tolerance == 0) tolerance = tolerance_of(c.spec);
-  std::string problem = OutputCheck(c, actual, expected, tolerance).run();
-  if (problem.empty()) problem = check_lse(c, actual, expected, tolerance);
-  if (problem.empty()) problem = check_scale_rows(c, actual, expected);
+  std::string problem = OutputCheck(c, actual, tolerance).run(expected);
+  if (problem.empty() && c.lse) problem = check_all_lse(c, actual, expected, tolerance);
+  if (problem.empty()) problem = check_untouched_lse(c, actual, expected.written);
+  if (problem.empty()) problem = check_untouched_scales(c, actual, expected.written);
+  return problem;
+}
+
+std::string compare_row(const Case& c, const Actual& actual, const RowPlace& place,
+                        const RowOfHeads& wanted) {
+  const double tolerance = tolerance_of(c.spec);
+  const std::int64_t row =
+      static_cast<std::int64_t>(c.query_start_loc.get({place.s})) + place.i;
+  std::string problem = OutputCheck(c, actual, tolerance)
+                            .check_row(row, place.first_head, place.count, wanted.output.data());
+  for (std::int64_t i = 0; i < place.count && problem.empty(); ++i) {
+    problem = check_lse(c, actual, row, place.first_head + i, wanted.lse[i], tolerance);
+  }
+  return problem;
+}
+
+std::string compare_untouched(const Case& c, const Actual& actual,
+                              const std::vector<bool>& written) {
+  std::string problem = OutputCheck(c, actual, tolerance_of(c.spec)).check_untouched(written);
+  if (problem.empty()) problem = check_untouched_lse(c, actual, written);
+  if (problem.empty()) problem = check_untouched_scales(c, actual, written);
   return problem;
 }
 

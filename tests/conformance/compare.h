@@ -15,6 +15,7 @@ struct Actual {
   std::vector<std::byte> output;
   std::vector<std::byte> lse;
   std::vector<std::byte> output_block_scale;
+  bool operator==(const Actual&) const = default;
 };
 
 // Relative Frobenius error that the case's dtypes grant.
@@ -23,6 +24,17 @@ double tolerance_of(const CaseSpec& spec);
 // Empty if all is well, else what differs first and worst. `tolerance` 0: the case's own.
 std::string compare(const Case& c, const Actual& actual, const Expected& expected,
                     double tolerance = 0);
+
+// Samples of a large output: some heads of one row, its lse and block scales.
+std::string compare_row(const Case& c, const Actual& actual, const RowPlace& place,
+                        const RowOfHeads& wanted);
+// Whether everything but the rows that are `written` still holds the poison.
+std::string compare_untouched(const Case& c, const Actual& actual,
+                              const std::vector<bool>& written);
+
+// Bytes from the start of the buffer to a row's head.
+std::int64_t output_offset(const Case& c, std::int64_t row, std::int64_t head);
+std::int64_t lse_offset(const Case& c, std::int64_t row, std::int64_t head);
 
 // Empty if `now` equals `wanted`, but for NaN of float tensors in `views`, which may differ in sign
 // and payload; else the first difference.

@@ -3,6 +3,7 @@
 #include <cxxabi.h>
 
 #include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -47,6 +48,19 @@ std::set<std::string> kernels_of(cudaGraph_t graph) {
   return names;
 }
 
+// A recorded graph and the stream that it runs on.
+struct Graph {
+  explicit Graph(void* stream_) : stream(static_cast<cudaStream_t>(stream_)) {}
+  ~Graph() {
+    if (executable != nullptr) cudaGraphExecDestroy(executable);
+    cudaStreamDestroy(stream);
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  cudaStream_t stream;
+  cudaGraphExec_t executable = nullptr;
+};
+
 class CudaMemory : public DeviceMemory {
  public:
   Device device() const override { return {DeviceType::kCuda, 0}; }
@@ -63,6 +77,39 @@ class CudaMemory : public DeviceMemory {
     check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "download");
   }
   void synchronize() override { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
+
+  void* make_stream() override {
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    return stream;
+  }
+  void release_stream(void* stream) override { cudaStreamDestroy(static_cast<cudaStream_t>(stream)); }
+
+  std::function<void()> record(const std::function<void(const Context&)>& work) override {
+    auto graph = std::make_shared<Graph>(make_stream());
+    Context context;
+    context.stream = graph->stream;
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // this stream waits for no upload
+    work(context);  // warms up: the capture below must not allocate
+    check(cudaStreamSynchronize(graph->stream), "warm-up of a graph");
+    cudaGraph_t captured = nullptr;
+    check(cudaStreamBeginCapture(graph->stream, cudaStreamCaptureModeThreadLocal), "begin capture");
+    try {
+      work(context);
+    } catch (...) {
+      cudaStreamEndCapture(graph->stream, &captured);
+      if (captured != nullptr) cudaGraphDestroy(captured);
+      throw;
+    }
+    check(cudaStreamEndCapture(graph->stream, &captured), "end capture");
+    check(cudaGraphInstantiate(&graph->executable, captured, 0), "cudaGraphInstantiate");
+    cudaGraphDestroy(captured);
+    return [graph] {
+      check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+      check(cudaGraphLaunch(graph->executable, graph->stream), "cudaGraphLaunch");
+      check(cudaStreamSynchronize(graph->stream), "run of a graph");
+    };
+  }
 
   std::set<std::string> launched_kernels(const std::function<void(const Context&)>& work) override {
     Context context;

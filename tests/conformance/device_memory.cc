@@ -11,6 +11,10 @@ namespace quire::conformance {
 std::unique_ptr<DeviceMemory> make_cuda_memory();  // cuda_memory.cc
 #endif
 
+// guarded_memory.cc
+std::unique_ptr<DeviceMemory> make_guarded_memory();
+std::unique_ptr<DeviceMemory> make_arena(std::unique_ptr<DeviceMemory> base);
+
 namespace {
 
 class CpuMemory : public DeviceMemory {
@@ -61,8 +65,14 @@ DeviceMemory& memory_of(DeviceType type) {
   return *entry.memory;
 }
 
-void register_memory(DeviceType type, std::function<std::unique_ptr<DeviceMemory>()> make) {
-  registry()[type].make = std::move(make);
+void use_guard_pages() {
+  registry()[DeviceType::kCpu].make = [] { return make_guarded_memory(); };
+}
+
+void use_arena() {
+  Entry& entry = registry()[DeviceType::kCuda];
+  if (!entry.make) return;
+  entry.make = [make = entry.make] { return make_arena(make()); };
 }
 
 }  // namespace quire::conformance

@@ -33,6 +33,20 @@ class DeviceMemory {
     return {};
   }
 
+  // A stream of its own for Context::stream; null where a device has none.
+  virtual void* make_stream() { return nullptr; }
+  virtual void release_stream(void* /*stream*/) {}
+
+  // Runs `work` and then records it as a graph: calling the result runs the record, and returns
+  // when it is done. Empty where a device has no such thing.
+  virtual std::function<void()> record(const std::function<void(const Context&)>& /*work*/) {
+    return {};
+  }
+
+  // Bytes with a known pattern that belong before and behind each buffer; 0 where the memory guards
+  // its ends by itself.
+  virtual std::size_t guard_bytes() const { return 256; }
+
   // Whether AddressSanitizer watches this memory, so that guard zones can be closed for reads too.
   virtual bool poisonable() const { return false; }
 };
@@ -40,7 +54,12 @@ class DeviceMemory {
 // Throws Error for a device type that no memory is registered for.
 DeviceMemory& memory_of(DeviceType type);
 
-// A device's backend registers its memory once (CUDA does it from its own translation unit).
-void register_memory(DeviceType type, std::function<std::unique_ptr<DeviceMemory>()> make);
+// CPU memory from now on lies against pages that cannot be touched, at its end or at its start by
+// turns: a read outside ends the process. Before the first use of memory_of().
+void use_guard_pages();
+
+// CUDA memory from now on comes out of one large allocation: sixteen processes that allocate and
+// free at the same time wait for each other most of the time. Before the first use of memory_of().
+void use_arena();
 
 }  // namespace quire::conformance

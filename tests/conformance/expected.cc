@@ -11,6 +11,18 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
+// In eight running sums, which the compiler may keep in vector registers: the order of one running
+// sum it must not change.
+double dot_product(const double* a, const double* b, std::int64_t size) {
+  double sums[8] = {};
+  std::int64_t d = 0;
+  for (; d + 8 <= size; d += 8) {
+    for (int lane = 0; lane < 8; ++lane) sums[lane] += a[d + lane] * b[d + lane];
+  }
+  for (; d < size; ++d) sums[0] += a[d] * b[d];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 // One sequence of the batch, in the words of semantics.md.
 struct Sequence {
   std::int64_t s;
@@ -44,31 +56,40 @@ Sequence sequence_at(const Case& c, std::int64_t s) {
   return sequence;
 }
 
-// Rows of K or V of one sequence and kv head, dequantised: [seq_len, size]. A block that is not
-// there reads as zeros.
-std::vector<double> gather(const Case& c, const Sequence& sequence, std::int64_t head,
-                           bool is_key) {
+// One row of K or V of a sequence, dequantised. A block that is not there reads as zeros.
+void read_row(const Case& c, const Sequence& sequence, std::int64_t kv_head, bool is_key,
+              std::int64_t j, double* to) {
   const bool cached = c.spec.has_cache();
   const Tensor& rows = cached ? (is_key ? c.key_cache : c.value_cache) : (is_key ? c.key : c.value);
-  const Tensor& scales = is_key ? c.k_scale_cache : c.v_scale_cache;
   const std::int64_t size = rows.shape.back();
-  std::vector<double> gathered(sequence.seq_len * size, 0.0);
+  if (!cached) {
+    const Tensor& starts = c.kv_start_loc ? c.kv_start_loc : c.query_start_loc;
+    const auto first = static_cast<std::int64_t>(starts.get({sequence.s}));
+    decode_row(rows.dtype, rows.at({first + j, kv_head, 0}), size, to);
+    return;
+  }
+  const Tensor& scales = is_key ? c.k_scale_cache : c.v_scale_cache;
+  const std::int64_t block_size = c.spec.config.block_size;
+  const auto block = static_cast<std::int64_t>(c.block_table.get({sequence.s, j / block_size}));
+  if (block < 0 || block >= rows.shape[0]) {
+    std::fill_n(to, size, 0.0);
+    return;
+  }
+  decode_row(rows.dtype, rows.at({block, j % block_size, kv_head, 0}), size, to);
+  double scale = 1;
+  if (is_per_tensor_fp8(c.spec.config.kv_cache_dtype)) scale = is_key ? c.k_scale() : c.v_scale();
+  if (scales) scale = scales.get({block, j % block_size, kv_head});
+  if (scale == 1) return;
+  for (std::int64_t d = 0; d < size; ++d) to[d] *= scale;
+}
+
+// Rows of K or V of one sequence and kv head: [seq_len, size].
+std::vector<double> gather(const Case& c, const Sequence& sequence, std::int64_t kv_head,
+                           bool is_key) {
+  const std::int64_t size = is_key ? c.spec.config.head_size : c.spec.config.value_head_size();
+  std::vector<double> gathered(sequence.seq_len * size);
   for (std::int64_t j = 0; j < sequence.seq_len; ++j) {
-    double* to = gathered.data() + j * size;
-    if (!cached) {
-      const Tensor& starts = c.kv_start_loc ? c.kv_start_loc : c.query_start_loc;
-      const auto first = static_cast<std::int64_t>(starts.get({sequence.s}));
-      decode_row(rows.dtype, rows.at({first + j, head, 0}), size, to);
-      continue;
-    }
-    const std::int64_t block_size = c.spec.config.block_size;
-    const auto block = static_cast<std::int64_t>(c.block_table.get({sequence.s, j / block_size}));
-    if (block < 0 || block >= rows.shape[0]) continue;
-    decode_row(rows.dtype, rows.at({block, j % block_size, head, 0}), size, to);
-    double scale = 1;
-    if (is_per_tensor_fp8(c.spec.config.kv_cache_dtype)) scale = is_key ? c.k_scale() : c.v_scale();
-    if (scales) scale = scales.get({block, j % block_size, head});
-    for (std::int64_t d = 0; d < size; ++d) to[d] *= scale;
+    read_row(c, sequence, kv_head, is_key, j, gathered.data() + j * size);
   }
   return gathered;
 }
@@ -118,9 +139,9 @@ bool allowed(const Case& c, std::int64_t s, std::int64_t p, std::int64_t j) {
   return (base && window) || range;
 }
 
-// Steps 1 to 5 for one query row and one key.
-double score(const Case& c, const Sequence& sequence, std::int64_t head, std::int64_t i,
-             std::int64_t j, double dot) {
+// Steps 1 to 5, less the mask, for one query row and one key that it sees.
+double visible_score(const Case& c, const Sequence& sequence, std::int64_t head, std::int64_t i,
+                     std::int64_t j, double dot) {
   const Score& config = c.spec.config.score;
   const std::int64_t p = sequence.q_offset + i;
   const std::int64_t position = sequence.key_position(j);
@@ -129,7 +150,6 @@ double score(const Case& c, const Sequence& sequence, std::int64_t head, std::in
                            : 1.0 / std::sqrt(static_cast<double>(c.spec.config.head_size));
   double s = scale * dot;
   if (config.soft_cap > 0) s = config.soft_cap * std::tanh(s / config.soft_cap);
-  if (!allowed(c, sequence.s, p, position)) return -kInfinity;
   if (c.alibi_slopes) {
     const double slope = c.alibi_slopes.get({head});
     const auto distance = static_cast<double>(p - position);
@@ -148,6 +168,13 @@ double score(const Case& c, const Sequence& sequence, std::int64_t head, std::in
     s = bias == -kInfinity ? bias : s + bias;  // hidden, whatever the score
   }
   return s;
+}
+
+// Steps 1 to 5.
+double score(const Case& c, const Sequence& sequence, std::int64_t head, std::int64_t i,
+             std::int64_t j, double dot) {
+  if (!allowed(c, sequence.s, sequence.q_offset + i, sequence.key_position(j))) return -kInfinity;
+  return visible_score(c, sequence, head, i, j, dot);
 }
 
 // Softmax over the scores and the weighted sum of the values, for one row and head.
@@ -203,21 +230,83 @@ bool is_visible(const Case& c, std::int64_t s, std::int64_t i, std::int64_t j) {
   return allowed(c, s, sequence.q_offset + i, sequence.key_position(j));
 }
 
+std::vector<bool> written_rows(const Case& c) {
+  std::vector<bool> written(c.spec.num_rows(), false);
+  const auto begin = static_cast<std::int64_t>(c.query_start_loc.get({0}));
+  const auto end = static_cast<std::int64_t>(c.query_start_loc.get({c.num_seqs()}));
+  for (std::int64_t row = begin; row < std::min(end, c.spec.num_actual_tokens()); ++row) {
+    written[row] = true;
+  }
+  return written;
+}
+
 Expected empty_expected(const Case& c) {
   const AttentionConfig& config = c.spec.config;
   Expected expected;
   expected.num_rows = c.spec.num_rows();
   expected.num_heads = config.num_heads;
   expected.head_size_v = config.value_head_size();
-  expected.written.assign(expected.num_rows, false);
-  const auto begin = static_cast<std::int64_t>(c.query_start_loc.get({0}));
-  const auto end = static_cast<std::int64_t>(c.query_start_loc.get({c.num_seqs()}));
-  for (std::int64_t row = begin; row < std::min(end, c.spec.num_actual_tokens()); ++row) {
-    expected.written[row] = true;
-  }
+  expected.written = written_rows(c);
   expected.output.assign(expected.num_rows * expected.num_heads * expected.head_size_v, 0.0);
   expected.lse.assign(expected.num_rows * expected.num_heads, -kInfinity);
   return expected;
+}
+
+RowOfHeads literal_row(const Case& c, const RowPlace& place) {
+  const AttentionConfig& config = c.spec.config;
+  const Sequence sequence = sequence_at(c, place.s);
+  const std::int64_t kv_head = place.first_head / (config.num_heads / config.num_kv_heads);
+  const std::int64_t size = config.head_size;
+  const std::int64_t size_v = config.value_head_size();
+  std::vector<std::int64_t> visible;
+  for (std::int64_t j = 0; j < sequence.seq_len; ++j) {
+    if (allowed(c, place.s, sequence.q_offset + place.i, sequence.key_position(j))) {
+      visible.push_back(j);
+    }
+  }
+  const auto n = static_cast<std::int64_t>(visible.size());
+  std::vector<double> q(place.count * size);
+  for (std::int64_t h = 0; h < place.count; ++h) {
+    const std::byte* row = c.query.at({sequence.first_row + place.i, place.first_head + h, 0});
+    decode_row(c.query.dtype, row, size, q.data() + h * size);
+  }
+  std::vector<double> scores(place.count * n);
+  std::vector<double> row(std::max(size, size_v));
+  for (std::int64_t v = 0; v < n; ++v) {
+    read_row(c, sequence, kv_head, true, visible[v], row.data());
+    for (std::int64_t h = 0; h < place.count; ++h) {
+      const double dot = dot_product(q.data() + h * size, row.data(), size) * c.q_scale();
+      scores[h * n + v] =
+          visible_score(c, sequence, place.first_head + h, place.i, visible[v], dot);
+    }
+  }
+  RowOfHeads result{std::vector<double>(place.count * size_v, 0.0),
+                    std::vector<double>(place.count, -kInfinity)};
+  for (std::int64_t h = 0; h < place.count; ++h) {
+    double* weights = scores.data() + h * n;
+    const double sink = c.sinks ? c.sinks.get({place.first_head + h}) : -kInfinity;
+    const double highest = std::max(sink, n > 0 ? *std::max_element(weights, weights + n) : sink);
+    if (highest == -kInfinity) {
+      std::fill_n(weights, n, 0.0);
+      continue;
+    }
+    double denominator = std::exp(sink - highest);
+    for (std::int64_t v = 0; v < n; ++v) {
+      weights[v] = std::exp(weights[v] - highest);
+      denominator += weights[v];
+    }
+    for (std::int64_t v = 0; v < n; ++v) weights[v] /= denominator;
+    result.lse[h] = highest + std::log(denominator);
+  }
+  for (std::int64_t v = 0; v < n; ++v) {
+    read_row(c, sequence, kv_head, false, visible[v], row.data());
+    for (std::int64_t h = 0; h < place.count; ++h) {
+      const double weight = scores[h * n + v];
+      double* out = result.output.data() + h * size_v;
+      for (std::int64_t d = 0; d < size_v; ++d) out[d] += weight * row[d];
+    }
+  }
+  return result;
 }
 
 Expected literal_attention(const Case& c) {

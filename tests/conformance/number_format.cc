@@ -74,6 +74,30 @@ std::vector<float> decode_table(const Format& format) {
   return table;
 }
 
+// Values of all codes of a binary float of at most 16 bits; null for other types.
+const float* table_of(DType dtype) {
+  static const std::vector<float> half = decode_table(kHalf);
+  static const std::vector<float> brain = decode_table(kBrain);
+  static const std::vector<float> e4m3 = decode_table(kE4m3);
+  static const std::vector<float> e5m2 = decode_table(kE5m2);
+  switch (dtype) {
+    case DType::kFloat16: return half.data();
+    case DType::kBFloat16: return brain.data();
+    case DType::kFloat8E4M3: return e4m3.data();
+    case DType::kFloat8E5M2: return e5m2.data();
+    default: return nullptr;
+  }
+}
+
+template <class T>
+void table_row(const float* table, const char* codes, std::int64_t count, double* values) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    T code;
+    std::memcpy(&code, codes + i * static_cast<std::int64_t>(sizeof(T)), sizeof(T));
+    values[i] = table[code];
+  }
+}
+
 template <class T>
 T load(const void* from) {
   T value;
@@ -102,16 +126,13 @@ void store_integer(double value, void* to) {
 }  // namespace
 
 double decode(DType dtype, const void* element) {
-  static const std::vector<float> half = decode_table(kHalf);
-  static const std::vector<float> brain = decode_table(kBrain);
-  static const std::vector<float> e4m3 = decode_table(kE4m3);
-  static const std::vector<float> e5m2 = decode_table(kE5m2);
+  const float* table = table_of(dtype);
   switch (dtype) {
     case DType::kFloat32: return load<float>(element);
-    case DType::kFloat16: return half[load<std::uint16_t>(element)];
-    case DType::kBFloat16: return brain[load<std::uint16_t>(element)];
-    case DType::kFloat8E4M3: return e4m3[load<std::uint8_t>(element)];
-    case DType::kFloat8E5M2: return e5m2[load<std::uint8_t>(element)];
+    case DType::kFloat16:
+    case DType::kBFloat16: return table[load<std::uint16_t>(element)];
+    case DType::kFloat8E4M3:
+    case DType::kFloat8E5M2: return table[load<std::uint8_t>(element)];
     case DType::kInt8: return load<std::int8_t>(element);
     case DType::kUInt8:
     case DType::kBool: return load<std::uint8_t>(element);
@@ -141,6 +162,9 @@ void encode(DType dtype, double value, void* element) {
 void decode_row(DType dtype, const void* elements, std::int64_t count, double* values) {
   const auto* bytes = static_cast<const char*>(elements);
   const std::int64_t size = size_of(dtype);
+  const float* table = table_of(dtype);
+  if (table != nullptr && size == 2) return table_row<std::uint16_t>(table, bytes, count, values);
+  if (table != nullptr) return table_row<std::uint8_t>(table, bytes, count, values);
   for (std::int64_t i = 0; i < count; ++i) values[i] = decode(dtype, bytes + i * size);
 }
 
@@ -180,7 +204,11 @@ void fill_poison(DType dtype, void* elements, std::int64_t count) {
                                        : -std::numeric_limits<double>::infinity();
   auto* bytes = static_cast<char*>(elements);
   const std::int64_t size = size_of(dtype);
-  for (std::int64_t i = 0; i < count; ++i) encode(dtype, value, bytes + i * size);
+  if (count <= 0) return;
+  encode(dtype, value, bytes);
+  for (std::int64_t done = 1; done < count; done *= 2) {
+    std::memcpy(bytes + done * size, bytes, std::min(done, count - done) * size);
+  }
 }
 
 double tolerance_of(DType dtype) {

@@ -27,6 +27,9 @@ class DeviceCase {
   std::string write_cache();
   // Plans and runs attention into freshly poisoned outputs.
   Actual attend();
+  // Its parts.
+  void poison_outputs();
+  Actual outputs();
   // Whether all memory but the outputs is as it was.
   std::string damage();
 

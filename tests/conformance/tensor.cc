@@ -14,7 +14,6 @@
 namespace quire::conformance {
 namespace {
 
-constexpr std::size_t kGuardBytes = 256;
 constexpr std::byte kGuardPattern{0xC5};
 
 }  // namespace
@@ -23,15 +22,16 @@ std::int64_t Tensor::num_elements() const {
   return std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies<>());
 }
 
-std::byte* Tensor::at(const Sizes& index) const {
+std::byte* Tensor::at(Index index) const {
   std::int64_t position = 0;
-  for (std::size_t d = 0; d < index.size(); ++d) position += index[d] * strides[d];
+  const std::int64_t* stride = strides.data();
+  for (const std::int64_t i : index) position += i * *stride++;
   return buffer->bytes.data() + offset + position * size_of(dtype);
 }
 
-double Tensor::get(const Sizes& index) const { return decode(dtype, at(index)); }
+double Tensor::get(Index index) const { return decode(dtype, at(index)); }
 
-void Tensor::set(const Sizes& index, double value) const { encode(dtype, value, at(index)); }
+void Tensor::set(Index index, double value) const { encode(dtype, value, at(index)); }
 
 void Tensor::set_int64(std::int64_t index, std::int64_t value) const {
   std::memcpy(at({index}), &value, sizeof value);
@@ -108,10 +108,13 @@ DeviceBuffers::Allocation& DeviceBuffers::allocation_of(const Tensor& tensor) {
   if (allocation.base != nullptr) return allocation;
   allocation.image = tensor.buffer;
   allocation.bytes = tensor.buffer->bytes.size();
-  std::vector<std::byte> image(allocation.bytes + 2 * kGuardBytes, kGuardPattern);
-  std::copy(tensor.buffer->bytes.begin(), tensor.buffer->bytes.end(), image.begin() + kGuardBytes);
-  allocation.base = static_cast<std::byte*>(memory_->allocate(image.size()));
-  memory_->upload(allocation.base, image.data(), image.size());
+  const std::vector<std::byte> guard(guard_bytes_, kGuardPattern);
+  allocation.base =
+      static_cast<std::byte*>(memory_->allocate(allocation.bytes + 2 * guard_bytes_));
+  std::byte* start = allocation.base + guard_bytes_;
+  memory_->upload(allocation.base, guard.data(), guard_bytes_);
+  memory_->upload(start, tensor.buffer->bytes.data(), allocation.bytes);
+  memory_->upload(start + allocation.bytes, guard.data(), guard_bytes_);
   open_guards(allocation, false);
   return allocation;
 }
@@ -119,13 +122,13 @@ DeviceBuffers::Allocation& DeviceBuffers::allocation_of(const Tensor& tensor) {
 void DeviceBuffers::open_guards(const Allocation& allocation, bool open) const {
 #if defined(__SANITIZE_ADDRESS__)
   if (!memory_->poisonable()) return;
-  std::byte* behind = allocation.base + kGuardBytes + allocation.bytes;
+  std::byte* behind = allocation.base + guard_bytes_ + allocation.bytes;
   if (open) {
-    __asan_unpoison_memory_region(allocation.base, kGuardBytes);
-    __asan_unpoison_memory_region(behind, kGuardBytes);
+    __asan_unpoison_memory_region(allocation.base, guard_bytes_);
+    __asan_unpoison_memory_region(behind, guard_bytes_);
   } else {
-    __asan_poison_memory_region(allocation.base, kGuardBytes);
-    __asan_poison_memory_region(behind, kGuardBytes);
+    __asan_poison_memory_region(allocation.base, guard_bytes_);
+    __asan_poison_memory_region(behind, guard_bytes_);
   }
 #else
   (void)allocation;
@@ -136,7 +139,7 @@ void DeviceBuffers::open_guards(const Allocation& allocation, bool open) const {
 TensorView DeviceBuffers::view(const Tensor& tensor) {
   if (!tensor) return {};
   TensorView view;
-  view.data = allocation_of(tensor).base + kGuardBytes + tensor.offset;
+  view.data = allocation_of(tensor).base + guard_bytes_ + tensor.offset;
   view.dtype = tensor.dtype;
   view.device = memory_->device();
   view.ndim = static_cast<int>(tensor.shape.size());
@@ -148,33 +151,34 @@ TensorView DeviceBuffers::view(const Tensor& tensor) {
 std::vector<std::byte> DeviceBuffers::download(const Tensor& tensor) {
   const Allocation& allocation = allocation_of(tensor);
   std::vector<std::byte> bytes(allocation.bytes);
-  memory_->download(bytes.data(), allocation.base + kGuardBytes, bytes.size());
+  memory_->download(bytes.data(), allocation.base + guard_bytes_, bytes.size());
   return bytes;
 }
 
 void DeviceBuffers::store(const Tensor& tensor, const std::vector<std::byte>& bytes) {
   const Allocation& allocation = allocation_of(tensor);
-  memory_->upload(allocation.base + kGuardBytes, bytes.data(), allocation.bytes);
+  memory_->upload(allocation.base + guard_bytes_, bytes.data(), allocation.bytes);
 }
 
 std::string DeviceBuffers::damage(const std::vector<const Tensor*>& outputs) {
+  const auto guard = static_cast<std::ptrdiff_t>(guard_bytes_);
   for (const auto& [image, allocation] : allocations_) {
     open_guards(allocation, true);
-    std::vector<std::byte> now(allocation.bytes + 2 * kGuardBytes);
+    std::vector<std::byte> now(allocation.bytes + 2 * guard_bytes_);
     memory_->download(now.data(), allocation.base, now.size());
     open_guards(allocation, false);
     const auto is_guard = [](std::byte b) { return b == kGuardPattern; };
-    if (!std::all_of(now.begin(), now.begin() + kGuardBytes, is_guard)) {
+    if (!std::all_of(now.begin(), now.begin() + guard, is_guard)) {
       return "wrote before the start of a buffer of " + std::to_string(allocation.bytes) + " bytes";
     }
-    if (!std::all_of(now.end() - kGuardBytes, now.end(), is_guard)) {
+    if (!std::all_of(now.end() - guard, now.end(), is_guard)) {
       return "wrote past the end of a buffer of " + std::to_string(allocation.bytes) + " bytes";
     }
     const bool is_output = std::any_of(outputs.begin(), outputs.end(), [&](const Tensor* output) {
       return output->buffer.get() == image;
     });
     if (!is_output &&
-        !std::equal(image->bytes.begin(), image->bytes.end(), now.begin() + kGuardBytes)) {
+        !std::equal(image->bytes.begin(), image->bytes.end(), now.begin() + guard)) {
       return "changed an input buffer of " + std::to_string(allocation.bytes) + " bytes";
     }
   }

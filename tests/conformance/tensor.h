@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -41,9 +42,12 @@ struct Tensor {
   explicit operator bool() const { return dtype != DType::kNone; }
   std::int64_t num_elements() const;
 
-  std::byte* at(const Sizes& index) const;
-  double get(const Sizes& index) const;
-  void set(const Sizes& index, double value) const;
+  // Lists, not vectors: these are called for every element, and a vector's allocation costs more
+  // than all the rest.
+  using Index = std::initializer_list<std::int64_t>;
+  std::byte* at(Index index) const;
+  double get(Index index) const;
+  void set(Index index, double value) const;
   // Integers beyond 2^53 (slots) need this one.
   void set_int64(std::int64_t index, std::int64_t value) const;
 
@@ -65,7 +69,8 @@ void fill_normal(const Tensor& tensor, Rng* rng, double mean = 0, double deviati
 // AddressSanitizer the zones are closed for reads as well while the library runs.
 class DeviceBuffers {
  public:
-  explicit DeviceBuffers(DeviceMemory* memory) : memory_(memory) {}
+  explicit DeviceBuffers(DeviceMemory* memory)
+      : memory_(memory), guard_bytes_(memory->guard_bytes()) {}
   ~DeviceBuffers();
   DeviceBuffers(const DeviceBuffers&) = delete;
   DeviceBuffers& operator=(const DeviceBuffers&) = delete;
@@ -93,6 +98,7 @@ class DeviceBuffers {
   void open_guards(const Allocation& allocation, bool open) const;
 
   DeviceMemory* memory_;
+  std::size_t guard_bytes_;
   std::unordered_map<const Buffer*, Allocation> allocations_;
 };
 

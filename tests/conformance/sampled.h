@@ -1,0 +1,28 @@
+// Judging outputs too large to compute in float64: samples of the rows are, and all of it is scanned.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tests/conformance/case.h"
+#include "tests/conformance/compare.h"
+#include "tests/conformance/random.h"
+
+namespace quire::conformance {
+
+// No written row holds NaN (the poison of what was not written is NaN), everything else is
+// untouched, and sampled rows are what literal_row() says: the ends and the middle of random
+// sequences, and always some of the last sequence. "" or what is wrong.
+std::string check_sampled(const Case& c, const Actual& actual, Rng* rng);
+
+// What this step's write must have made of the cache, given the cache's buffers as they are after
+// it (in the order of cache_buffers()). The case's own buffers take over the written rows, so that
+// attention is judged by what the cache holds. Two tokens of one slot: the last one wins, or any
+// if not `last_wins`.
+std::string adopt_written(Case* c, const std::vector<std::vector<std::byte>>& after,
+                          bool last_wins, Rng* rng);
+// The views of the cache, one for each buffer.
+std::vector<const Tensor*> cache_buffers(const Case& c);
+
+}  // namespace quire::conformance
