@@ -238,6 +238,7 @@ void make_key_and_value(Case* c, std::int64_t rows, Range filled, Rng* rng) {
   c->key = make_tensor(spec.model_dtype, shape, layout);
   const Sizes shape_v{rows, config.num_kv_heads, config.value_head_size()};
   c->value = make_tensor(spec.model_dtype, shape_v, layout);
+  if (!spec.poison) filled = {0, rows};
   fill_rows(c->key, amplitude_of(spec).key, filled, rng);
   fill_rows(c->value, 1.0, filled, rng);
 }
@@ -250,7 +251,8 @@ void make_large_query(Case* c, Rng* rng) {
   c->query = make_tensor(config.dtype, {spec.num_rows(), config.num_heads, config.head_size},
                          query_layout(spec, rng));
   const std::int64_t end = std::min(spec.num_actual_tokens(), spec.num_rows() - spec.padded_rows);
-  fill_rows(c->query, amplitude_of(spec).query, {spec.leading_rows, end}, rng);
+  const Range filled = spec.poison ? Range{spec.leading_rows, end} : Range{0, spec.num_rows()};
+  fill_rows(c->query, amplitude_of(spec).query, filled, rng);
 }
 
 void make_pooled_cache(Case* c, Rng* rng) {

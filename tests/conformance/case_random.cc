@@ -347,7 +347,7 @@ void draw_features(CaseSpec* spec, Rng* rng) {
   spec->write = spec->config.type == AttentionType::kDecoder && rng->chance(0.6);
   spec->config.batch_invariant = rng->chance(0.15);
   spec->config.auto_cascade = !rng->chance(0.2);
-  spec->threads = rng->pick({0, 0, 0, 0, 1, 2, 3});
+  spec->threads = rng->pick({0, 0, 0, 0, 1, 2, 3, 16, CaseSpec::kBackwardPool});
   spec->replan = rng->chance(0.15);
   spec->repeat = rng->chance(0.15);
   draw_positions(spec, rng);

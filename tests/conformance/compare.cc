@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 
 #include "tests/conformance/number_format.h"
@@ -83,10 +84,10 @@ class OutputCheck {
       if (!written[row]) continue;
       for (std::int64_t head = 0; head < c_.spec.config.num_heads; ++head) {
         const std::int64_t begin = offset_of(static_cast<std::int64_t>(row), head, 0);
-        std::copy_n(poison.begin() + begin, head_size_v_ * size, now.begin() + begin);
+        std::memcpy(&now[begin], &poison[begin], head_size_v_ * size);
       }
     }
-    if (now == poison) return {};
+    if (same_bytes(now, poison)) return {};
     const auto place = std::mismatch(now.begin(), now.end(), poison.begin()).first - now.begin();
     return format(
         "output: byte %lld of the buffer belongs to no row to be written, and was written",
@@ -225,7 +226,7 @@ std::string check_untouched_lse(const Case& c, const Actual& actual,
       std::copy_n(poison.begin() + at, 4, now.begin() + at);
     }
   }
-  return now == poison ? "" : "lse: an element of a row that is not to be written was written";
+  return same_bytes(now, poison) ? "" : "lse: an element of a row that is not to be written was written";
 }
 
 std::string check_untouched_scales(const Case& c, const Actual& actual,
@@ -239,7 +240,7 @@ std::string check_untouched_scales(const Case& c, const Actual& actual,
     const auto at = static_cast<std::int64_t>(row) * row_bytes;
     std::copy_n(poison.begin() + at, row_bytes, now.begin() + at);
   }
-  return now == poison ? "" : "output_block_scale: a row that is not to be written was written";
+  return same_bytes(now, poison) ? "" : "output_block_scale: a row that is not to be written was written";
 }
 
 }  // namespace
@@ -296,7 +297,7 @@ std::string compare_untouched(const Case& c, const Actual& actual,
 
 std::string compare_bytes(const std::vector<const Tensor*>& views,
                           const std::vector<std::byte>& now, const std::vector<std::byte>& wanted) {
-  if (now == wanted) return {};
+  if (same_bytes(now, wanted)) return {};
   std::vector<std::byte> forgiven = now;
   for (const Tensor* view : views) {
     if (!*view || !is_float(view->dtype)) continue;

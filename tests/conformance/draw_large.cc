@@ -34,8 +34,8 @@ Budget draw_budget(const CampaignCase& which, const AttentionBackend& backend, R
                : Budget{part * 1e10, 24 << 20, 5'000'000, 500'000, 2000, 100'000};
   }
   const double speed = is_slow(backend) ? 0.05 : 1;
-  return big ? Budget{part * speed * 4e9, 48 << 20, 8'000'000, 1'000'000, 2000, 100'000}
-             : Budget{part * speed * 4e8, 8 << 20, 2'000'000, 200'000, 2000, 100'000};
+  return big ? Budget{part * speed * 2e10, 96 << 20, 16'000'000, 2'000'000, 2000, 100'000}
+             : Budget{part * speed * 3e9, 12 << 20, 3'000'000, 300'000, 2000, 100'000};
 }
 
 struct Geometry {

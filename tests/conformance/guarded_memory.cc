@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -24,7 +25,7 @@ class GuardedMemory : public DeviceMemory {
   Device device() const override { return {DeviceType::kCpu, 0}; }
 
   void* allocate(std::size_t bytes) override {
-    const std::size_t pages = (bytes + page_ - 1) / page_ + (bytes == 0 ? 1 : 0);
+    const std::size_t pages = size_class((bytes + page_ - 1) / page_);
     std::byte* first = take(pages);
     // What behind the end is left of 4 bytes is all that a read could go unnoticed in.
     const std::size_t used = (bytes + 3) / 4 * 4;
@@ -37,11 +38,7 @@ class GuardedMemory : public DeviceMemory {
     const auto found = live_.find(static_cast<std::byte*>(memory));
     const auto [first, pages] = found->second;
     live_.erase(found);
-    if (pages > kKeptPages) {
-      munmap(first - page_, (pages + 2) * page_);
-    } else {
-      free_[pages].push_back(first);
-    }
+    free_[pages].push_back(first);
   }
   void upload(void* to, const void* from, std::size_t bytes) override {
     if (bytes > 0) std::memcpy(to, from, bytes);
@@ -53,7 +50,13 @@ class GuardedMemory : public DeviceMemory {
   std::size_t guard_bytes() const override { return 0; }
 
  private:
-  static constexpr std::size_t kKeptPages = 64;
+  // Mappings are kept: new ones cost a page fault for every 4 KB. Few sizes, so that they are used
+  // again: four to each power of two.
+  static std::size_t size_class(std::size_t pages) {
+    std::size_t step = 1;
+    while (step * 8 <= pages) step *= 2;
+    return std::max<std::size_t>((pages + step - 1) / step * step, 1);
+  }
 
   std::byte* take(std::size_t pages) {
     std::vector<std::byte*>& kept = free_[pages];

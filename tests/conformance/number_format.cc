@@ -26,16 +26,31 @@ constexpr Format kBrain{8, 7, 0x1.FEp127, true, 0x7FC0};
 constexpr Format kE4m3{4, 3, 448.0, false, 0x7F};
 constexpr Format kE5m2{5, 2, 57344.0, false, 0x7E};
 
+// Of a normal number; below all exponents of Format for zero and subnormals.
+int exponent_of(double magnitude) {
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &magnitude, sizeof bits);
+  return static_cast<int>(bits >> 52U & 0x7FFU) - 1023;
+}
+
+double power_of_two(int exponent) {
+  const std::uint64_t bits =
+      static_cast<std::uint64_t>(std::clamp(exponent, -1022, 1023) + 1023) << 52U;
+  double value = 0;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 std::uint32_t encode_bits(const Format& format, double value) {
   const std::uint32_t sign = std::signbit(value) ? format.sign_bit() : 0;
   if (std::isnan(value)) return sign | format.nan;
   const double magnitude = std::fabs(value);
-  int exponent = format.min_exponent();
-  if (magnitude > 0 && std::isfinite(magnitude)) {
-    exponent = std::max(exponent, std::ilogb(magnitude));
-  }
-  const double quantum = std::ldexp(1.0, exponent - format.mantissa_bits);
-  const double steps = std::nearbyint(magnitude / quantum);  // ties to even
+  const int exponent = std::max(format.min_exponent(), exponent_of(magnitude));
+  // Steps of the binade; a product with a power of two is exact. The sum with 2^52 leaves no bits
+  // for a fraction: rounds to nearest, ties to even. (nearbyint() is a call without SSE4.1.)
+  const double quantum = power_of_two(exponent - format.mantissa_bits);
+  double steps = magnitude * power_of_two(format.mantissa_bits - exponent);
+  if (steps < 0x1p51) steps = (steps + 0x1p52) - 0x1p52;
   if (!std::isfinite(magnitude) || steps * quantum > format.max_finite) {
     if (format.has_infinity) {
       return sign | (((1U << format.exponent_bits) - 1) << format.mantissa_bits);

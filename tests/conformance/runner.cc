@@ -1,19 +1,39 @@
 #include "tests/conformance/runner.h"
 
 #include <algorithm>
+#include <atomic>
 #include <exception>
 #include <map>
 #include <memory>
+#include <thread>
 
 #include "tests/conformance/number_format.h"
 
 namespace quire::conformance {
 namespace {
 
+// A pool as an engine may have one: threads of its own for every run, tasks from the last to the
+// first, and workers numbered from the highest down.
+class BackwardPool : public ThreadPool {
+ public:
+  int num_threads() const override { return 3; }
+  void run(std::int64_t num_tasks, Task task, void* context) override {
+    std::atomic<std::int64_t> left{num_tasks};
+    const auto work = [&](int worker) {
+      for (std::int64_t index = --left; index >= 0; index = --left) task(context, index, worker);
+    };
+    std::thread second(work, 2);
+    work(1);
+    second.join();
+  }
+};
+
 ThreadPool* pool_of(int threads) {
   if (threads == 0) return nullptr;
-  static std::map<int, std::unique_ptr<ThreadPool>> pools;
+  // Two cases may run from two threads at the same time.
+  thread_local std::map<int, std::unique_ptr<ThreadPool>> pools;
   std::unique_ptr<ThreadPool>& pool = pools[threads];
+  if (pool == nullptr && threads == CaseSpec::kBackwardPool) pool.reset(new BackwardPool);
   if (pool == nullptr) pool = make_thread_pool(threads);
   return pool.get();
 }

@@ -11,7 +11,7 @@ namespace quire::conformance {
 namespace {
 
 // Multiply-adds of float64 that a case's samples may cost, and how many samples that may be.
-constexpr double kOracleWork = 6e7;
+constexpr double kOracleWork = 1e8;
 constexpr int kMostSamples = 48;
 
 // A bit pattern above this one, sign aside, is NaN.

@@ -96,6 +96,7 @@ class DeviceBuffers {
   };
   Allocation& allocation_of(const Tensor& tensor);
   void open_guards(const Allocation& allocation, bool open) const;
+  bool holds(const std::byte* memory, const std::byte* wanted, std::size_t bytes) const;
 
   DeviceMemory* memory_;
   std::size_t guard_bytes_;

@@ -147,7 +147,7 @@ std::string adopt_written(Case* c, const std::vector<std::vector<std::byte>>& af
   }
   for (std::size_t i = 0; i < buffers.size() && problem.empty(); ++i) {
     const std::vector<std::byte>& wanted = buffers[i]->buffer->bytes;
-    if (after[i] == wanted) continue;
+    if (same_bytes(after[i], wanted)) continue;
     const auto place = std::mismatch(after[i].begin(), after[i].end(), wanted.begin()).first;
     problem = "write_kv_cache: changed byte " + std::to_string(place - after[i].begin()) +
               " of the cache, which belongs to no slot of slot_mapping";
