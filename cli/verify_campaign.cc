@@ -99,9 +99,11 @@ void prepare_campaign(const CampaignOptions& options) {
 
 void verify_campaign(const AttentionBackend& backend, const CampaignOptions& options,
                      std::uint64_t seed, std::int64_t cases, std::int64_t only_case) {
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // they report more
   for (const int fatal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGALRM, SIGTERM}) {
     std::signal(fatal, die_with_the_case);
   }
+#endif
   const std::int64_t begin = only_case >= 0 ? only_case : options.first;
   const std::int64_t end = only_case >= 0 ? begin + 1 : begin + cases;
   if (only_case >= 0) {
