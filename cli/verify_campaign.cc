@@ -1,6 +1,5 @@
 #include "cli/verify_campaign.h"
 
-#include <malloc.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 #include <map>
 #include <utility>
 
+#include "cli/common/output.h"
 #include "tests/conformance/campaign.h"
 #include "tests/conformance/device_memory.h"
 
@@ -89,9 +89,6 @@ void add_campaign_options(CLI::App* command, CampaignOptions* options) {
 }
 
 void prepare_campaign(const CampaignOptions& options) {
-  // Buffers of tens of megabytes come and go: the pages stay.
-  mallopt(M_MMAP_THRESHOLD, 1 << 30);
-  mallopt(M_TRIM_THRESHOLD, 1 << 30);
   conformance::use_guard_pages();
   // Not for one mode alone, which is how compute-sanitizer is run: it knows allocations.
   if (options.mode.empty()) conformance::use_arena();
@@ -131,7 +128,7 @@ void verify_campaign(const AttentionBackend& backend, const CampaignOptions& opt
     ++count.failures;
     ++failures;
     std::printf("FAILED %s\n", problem.c_str());
-    std::fflush(stdout);
+    flush_stdout();
   }
   alarm(0);
   for (const auto& [kind, count] : counts) {
@@ -141,7 +138,7 @@ void verify_campaign(const AttentionBackend& backend, const CampaignOptions& opt
   }
   std::printf("%lld passed, %lld failed\n", static_cast<long long>(index - begin - failures),
               static_cast<long long>(failures));
-  std::fflush(stdout);
+  flush_stdout();
   if (failures > 0) throw CLI::RuntimeError(1);
 }
 

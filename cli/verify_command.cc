@@ -184,6 +184,9 @@ void add_verify_command(CLI::App& app) {
   for (CLI::Option* random : {cases, seed, one}) random->excludes(covering)->excludes(golden);
   golden->excludes(covering);
   add_campaign_options(command, &options->campaign);
+  for (const char* campaign : {"--campaign", "--mode"}) {
+    command->get_option(campaign)->excludes(covering)->excludes(golden);
+  }
   command->callback([options] { run(*options); });
 }
 

@@ -47,6 +47,9 @@ quire=$bin/quire
 # The default pool of each process: threads of their own in every process, but few.
 export QUIRE_NUM_THREADS=${QUIRE_NUM_THREADS:-2}
 
+# Buffers of tens of megabytes come and go: their pages stay (glibc; the highest value it takes).
+export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824
+
 if [ "$sanitize" = 1 ]; then
   status=0
   # Each of the suite's cases by name fills the device; see tests/conformance/large_test.cc.

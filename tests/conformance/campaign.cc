@@ -24,12 +24,12 @@ void expect(const std::string& problem, const std::string& where = {}) {
   throw std::runtime_error(where.empty() ? problem : where + ": " + problem);
 }
 
-bool is_gpu(const AttentionBackend& backend) {
-  return backend.device_type() == DeviceType::kCuda;
-}
+bool is_gpu(const AttentionBackend& backend) { return backend.device_type() == DeviceType::kCuda; }
 
-// Whether all of two tokens for one slot, or any one of them, is promised to be kept.
-bool last_token_wins(const AttentionBackend& backend) { return !is_gpu(backend); }
+// On CUDA a warp writes a token's row of one head, K and V apart: in which order is nobody's promise.
+SharedSlot promise_of(const AttentionBackend& backend) {
+  return is_gpu(backend) ? SharedSlot::kAnything : SharedSlot::kLastWins;
+}
 
 // The step's cache write on the device, and the case's own cache as it is afterwards.
 void write_and_adopt(Case* c, DeviceCase* on_device, const AttentionBackend& backend, Rng* rng) {
@@ -39,7 +39,7 @@ void write_and_adopt(Case* c, DeviceCase* on_device, const AttentionBackend& bac
   memory_of(backend.device_type()).synchronize();
   std::vector<std::vector<std::byte>> after;
   for (const Tensor* view : cache_buffers(*c)) after.push_back(buffers.download(*view));
-  expect(adopt_written(c, after, last_token_wins(backend), rng));
+  expect(adopt_written(c, after, promise_of(backend), rng));
   expect(buffers.damage({}), "write_kv_cache");
 }
 
@@ -182,9 +182,7 @@ void run_graph(Case* c, const AttentionBackend& backend, Rng* rng) {
 // A case with a plan, a stream and a thread pool of its own.
 struct Job {
   Job(Case* c, const AttentionBackend& backend)
-      : memory(memory_of(backend.device_type())),
-        on_device(*c, backend),
-        plan(on_device.config()) {
+      : memory(memory_of(backend.device_type())), on_device(*c, backend), plan(on_device.config()) {
     ctx = on_device.context();
     ctx.stream = memory.make_stream();
     announced = c->spec.announced_prefix_len;
@@ -260,7 +258,8 @@ void run_write(Case* c, const AttentionBackend& backend, Rng* rng) {
     if (row > 0 && rng->chance(twice)) slot = order[rng->uniform(0, std::min(row, slots) - 1)];
     if (few > 0) slot = order[rng->uniform(0, few - 1)];
     if (row < c->spec.leading_rows || row >= real) slot = -1;
-    if (rng->chance(0.05)) slot = rng->pick<std::int64_t>({-1, slots, slots + 1, INT64_MIN, INT64_MAX});
+    if (rng->chance(0.05))
+      slot = rng->pick<std::int64_t>({-1, slots, slots + 1, INT64_MIN, INT64_MAX});
     c->slot_mapping.set_int64(row, slot);
   }
   DeviceCase on_device(*c, backend);
@@ -310,7 +309,8 @@ void run_mode(const CampaignCase& which, Case* c, const AttentionBackend& backen
 }  // namespace
 
 const char* to_string(Mode mode) {
-  const char* const names[] = {"plain", "invariant", "cascade", "graph", "streams", "write", "wild"};
+  const char* const names[] = {"plain",   "invariant", "cascade", "graph",
+                               "streams", "write",     "wild"};
   return names[static_cast<int>(mode)];
 }
 

@@ -103,7 +103,7 @@ struct CaseSpec {
   bool output_strided = false;
   bool block_scale = false;  // fp8 output with computed scales, else with a static one
   float output_scale = 0.02F;
-  int threads = 0;      // 0: the default pool
+  int threads = 0;  // 0: the default pool
   static constexpr int kBackwardPool = -1;
   bool replan = false;  // the plan served another batch before
   bool repeat = false;  // run twice: equal bits

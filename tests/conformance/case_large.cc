@@ -209,7 +209,8 @@ void fill_cache(const Case& c, const Tensor& cache, const Tensor& scales, bool i
         full ? source.fill(row) : source.poison(row);
         if (!scales) continue;
         const double scale = amplitude * (0.02 + 0.05 * rng->unit());
-        const float value = full ? static_cast<float>(scale) : std::numeric_limits<float>::quiet_NaN();
+        const float value =
+            full ? static_cast<float>(scale) : std::numeric_limits<float>::quiet_NaN();
         std::memcpy(scales.at({block, slot, head}), &value, sizeof value);
       }
     }
@@ -266,14 +267,16 @@ void make_pooled_cache(Case* c, Rng* rng) {
     bool writes_this = false;
     tables.push_back(pool.table_of(static_cast<std::int64_t>(s), &writes_this));
     writes.push_back(writes_this);
-    width = std::max(width, static_cast<std::int64_t>(tables.back().size()) + spec.extra_table_width);
+    width =
+        std::max(width, static_cast<std::int64_t>(tables.back().size()) + spec.extra_table_width);
   }
   const auto num_blocks = static_cast<std::int64_t>(pool.filled().size()) + spec.extra_blocks;
   std::vector<std::int32_t> place(num_blocks);
   std::iota(place.begin(), place.end(), 0);
   rng->shuffle(&place);
   std::vector<Range> filled(num_blocks, {0, spec.poison ? 0 : block_size});
-  for (std::size_t b = 0; spec.poison && b < pool.filled().size(); ++b) filled[place[b]] = pool.filled()[b];
+  for (std::size_t b = 0; spec.poison && b < pool.filled().size(); ++b)
+    filled[place[b]] = pool.filled()[b];
 
   Layout layout;
   layout.padding = {0, rng->uniform(0, 3)};

@@ -226,7 +226,8 @@ std::string check_untouched_lse(const Case& c, const Actual& actual,
       std::copy_n(poison.begin() + at, 4, now.begin() + at);
     }
   }
-  return same_bytes(now, poison) ? "" : "lse: an element of a row that is not to be written was written";
+  return same_bytes(now, poison) ? ""
+                                 : "lse: an element of a row that is not to be written was written";
 }
 
 std::string check_untouched_scales(const Case& c, const Actual& actual,
@@ -240,7 +241,9 @@ std::string check_untouched_scales(const Case& c, const Actual& actual,
     const auto at = static_cast<std::int64_t>(row) * row_bytes;
     std::copy_n(poison.begin() + at, row_bytes, now.begin() + at);
   }
-  return same_bytes(now, poison) ? "" : "output_block_scale: a row that is not to be written was written";
+  return same_bytes(now, poison)
+             ? ""
+             : "output_block_scale: a row that is not to be written was written";
 }
 
 }  // namespace
@@ -277,8 +280,7 @@ std::string compare(const Case& c, const Actual& actual, const Expected& expecte
 std::string compare_row(const Case& c, const Actual& actual, const RowPlace& place,
                         const RowOfHeads& wanted) {
   const double tolerance = tolerance_of(c.spec);
-  const std::int64_t row =
-      static_cast<std::int64_t>(c.query_start_loc.get({place.s})) + place.i;
+  const std::int64_t row = static_cast<std::int64_t>(c.query_start_loc.get({place.s})) + place.i;
   std::string problem = OutputCheck(c, actual, tolerance)
                             .check_row(row, place.first_head, place.count, wanted.output.data());
   for (std::int64_t i = 0; i < place.count && problem.empty(); ++i) {

@@ -83,7 +83,9 @@ class CudaMemory : public DeviceMemory {
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
     return stream;
   }
-  void release_stream(void* stream) override { cudaStreamDestroy(static_cast<cudaStream_t>(stream)); }
+  void release_stream(void* stream) override {
+    cudaStreamDestroy(static_cast<cudaStream_t>(stream));
+  }
 
   std::function<void()> record(const std::function<void(const Context&)>& work) override {
     auto graph = std::make_shared<Graph>(make_stream());

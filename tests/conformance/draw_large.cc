@@ -50,11 +50,11 @@ void draw_geometry(CaseSpec* spec, Rng* rng) {
     return;
   }
   const Geometry g = rng->pick<Geometry>({
-      {32, 8, 128, 128},  {32, 8, 128, 128}, {64, 8, 128, 128}, {28, 4, 128, 128},
-      {16, 8, 256, 256},  {8, 4, 256, 256},  {64, 8, 64, 64},   {16, 1, 576, 512},
-      {128, 1, 576, 512}, {32, 32, 128, 128}, {32, 32, 96, 96}, {32, 8, 80, 80},
-      {8, 1, 128, 128},   {4, 1, 128, 128},  {24, 8, 64, 64},   {12, 12, 64, 64},
-      {40, 8, 128, 128},  {16, 16, 72, 72},  {71, 1, 64, 64},   {16, 16, 192, 128},
+      {32, 8, 128, 128},  {32, 8, 128, 128},  {64, 8, 128, 128}, {28, 4, 128, 128},
+      {16, 8, 256, 256},  {8, 4, 256, 256},   {64, 8, 64, 64},   {16, 1, 576, 512},
+      {128, 1, 576, 512}, {32, 32, 128, 128}, {32, 32, 96, 96},  {32, 8, 80, 80},
+      {8, 1, 128, 128},   {4, 1, 128, 128},   {24, 8, 64, 64},   {12, 12, 64, 64},
+      {40, 8, 128, 128},  {16, 16, 72, 72},   {71, 1, 64, 64},   {16, 16, 192, 128},
   });
   config.num_heads = g.num_heads;
   config.num_kv_heads = g.num_kv_heads;
@@ -72,8 +72,7 @@ void draw_block_size(CaseSpec* spec, const Budget& budget, Rng* rng) {
   std::int64_t& size = spec->config.block_size;
   size = rng->pick<std::int64_t>({16, 16, 16, 16, 32, 64, 64, 128, 256, 1, 8, 17, 48});
   while (size > 1 && 32 * block_bytes(*spec) > budget.pool_bytes) size = (size + 1) / 2;
-  spec->pool_blocks =
-      std::clamp<std::int64_t>(budget.pool_bytes / block_bytes(*spec), 4, 100'000);
+  spec->pool_blocks = std::clamp<std::int64_t>(budget.pool_bytes / block_bytes(*spec), 4, 100'000);
 }
 
 std::int64_t log_uniform(double low, double high, Rng* rng) {
@@ -159,9 +158,7 @@ void draw_large_batch(CaseSpec* spec, const Budget& budget, Rng* rng) {
     switch (lengths) {
       case Lengths::kEqual: s.seq_len = longest; break;
       case Lengths::kUniform: s.seq_len = rng->uniform(1, longest); break;
-      case Lengths::kSkewed:
-        s.seq_len = log_uniform(1, static_cast<double>(longest), rng);
-        break;
+      case Lengths::kSkewed: s.seq_len = log_uniform(1, static_cast<double>(longest), rng); break;
       case Lengths::kOneLong: s.seq_len = i == 0 ? longest : rng->uniform(1, 200); break;
     }
     const bool fresh = mix == Mix::kPrefill || rng->chance(0.02);
@@ -205,9 +202,7 @@ void fit_mode(CaseSpec* spec, Mode mode, Rng* rng) {
       break;
     }
     case Mode::kGraph:
-    case Mode::kStreams:
-      spec->cut_rows = 0;
-      break;
+    case Mode::kStreams: spec->cut_rows = 0; break;
     case Mode::kWild:
       spec->poison = false;
       spec->write = false;
@@ -227,8 +222,8 @@ CaseSpec campaign_spec(const CampaignCase& which, const AttentionBackend& backen
   CaseSpec spec;
   spec.seed = which.seed;
   spec.index = which.index;
-  const bool decoder_only = which.mode == Mode::kCascade || which.mode == Mode::kWrite ||
-                            which.mode == Mode::kGraph;
+  const bool decoder_only =
+      which.mode == Mode::kCascade || which.mode == Mode::kWrite || which.mode == Mode::kGraph;
   if (!decoder_only) draw_type(&spec, &rng);
   draw_dtypes(&spec, &rng);
   Budget budget = draw_budget(which, backend, &rng);

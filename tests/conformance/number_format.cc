@@ -34,8 +34,8 @@ int exponent_of(double magnitude) {
 }
 
 double power_of_two(int exponent) {
-  const std::uint64_t bits =
-      static_cast<std::uint64_t>(std::clamp(exponent, -1022, 1023) + 1023) << 52U;
+  const std::uint64_t bits = static_cast<std::uint64_t>(std::clamp(exponent, -1022, 1023) + 1023)
+                             << 52U;
   double value = 0;
   std::memcpy(&value, &bits, sizeof value);
   return value;

@@ -103,10 +103,9 @@ std::string check_sampled(const Case& c, const Actual& actual, Rng* rng) {
     RowPlace place{s, draw_row(end - first, rng), 0, group};
     if (!written[first + place.i]) continue;  // cut off
     const std::int64_t kv_head = rng->uniform(0, config.num_kv_heads - 1);
-    const double keys =
-        c.spec.has_cache() ? c.seq_lens.get({s})
-        : c.kv_start_loc   ? c.kv_start_loc.get({s + 1}) - c.kv_start_loc.get({s})
-                           : static_cast<double>(end - first);
+    const double keys = c.spec.has_cache() ? c.seq_lens.get({s})
+                        : c.kv_start_loc   ? c.kv_start_loc.get({s + 1}) - c.kv_start_loc.get({s})
+                                           : static_cast<double>(end - first);
     const double head_work =
         (keys + 1) * static_cast<double>(config.head_size + config.value_head_size());
     // Of a group that costs too much, a few heads.

@@ -16,12 +16,14 @@ namespace quire::conformance {
 // sequences, and always some of the last sequence. "" or what is wrong.
 std::string check_sampled(const Case& c, const Actual& actual, Rng* rng);
 
+// What is promised of a slot that two tokens share.
+enum class SharedSlot : std::uint8_t { kLastWins, kOneWins, kAnything };
+
 // What this step's write must have made of the cache, given the cache's buffers as they are after
 // it (in the order of cache_buffers()). The case's own buffers take over the written rows, so that
-// attention is judged by what the cache holds. Two tokens of one slot: the last one wins, or any
-// if not `last_wins`.
+// attention is judged by what the cache holds.
 std::string adopt_written(Case* c, const std::vector<std::vector<std::byte>>& after,
-                          bool last_wins, Rng* rng);
+                          SharedSlot promise, Rng* rng);
 // The views of the cache, one for each buffer.
 std::vector<const Tensor*> cache_buffers(const Case& c);
 

@@ -31,7 +31,8 @@ Tensor gathered(const Tensor& tensor, const std::vector<std::int64_t>& chosen, s
     const std::int64_t run = inner.empty() ? 1 : inner.back();
     const std::int64_t middle = inner.size() == 2 ? inner[0] : 1;
     for (std::int64_t m = 0; m < middle; ++m) {
-      const std::int64_t to_offset = at * to.strides[0] + (inner.size() == 2 ? m * to.strides[1] : 0);
+      const std::int64_t to_offset =
+          at * to.strides[0] + (inner.size() == 2 ? m * to.strides[1] : 0);
       std::byte* target = to.buffer->bytes.data() + to.offset + to_offset * size;
       if (from < 0) {
         std::memset(target, 0, run * size);
@@ -141,8 +142,7 @@ std::vector<std::pair<const Tensor*, const Tensor*>> batch_tensors(const Case& c
   for (const auto& [to, from] :
        {std::pair{&c.query, &other.query}, std::pair{&c.query_start_loc, &other.query_start_loc},
         std::pair{&c.seq_lens, &other.seq_lens}, std::pair{&c.block_table, &other.block_table},
-        std::pair{&c.causal, &other.causal},
-        std::pair{&c.mm_prefix_range, &other.mm_prefix_range},
+        std::pair{&c.causal, &other.causal}, std::pair{&c.mm_prefix_range, &other.mm_prefix_range},
         std::pair{&c.visible_prefix_lens, &other.visible_prefix_lens},
         std::pair{&c.qq_bias, &other.qq_bias}}) {
     if (*to) pairs.emplace_back(to, from);
@@ -196,9 +196,9 @@ std::string compare_elements(const Case& c, const Actual& a, const Actual& b) {
       const double scale = std::sqrt(squares / static_cast<double>(size));
       const double step = smallest_step(c.output.dtype) * 2;
       for (std::int64_t d = 0; d < size; ++d) {
-        const bool equal = (std::isnan(va[d]) && std::isnan(vb[d])) || va[d] == vb[d] ||
-                           std::fabs(va[d] - vb[d]) <=
-                               tolerance * (2 * scale + std::fabs(va[d])) + step;
+        const bool equal =
+            (std::isnan(va[d]) && std::isnan(vb[d])) || va[d] == vb[d] ||
+            std::fabs(va[d] - vb[d]) <= tolerance * (2 * scale + std::fabs(va[d])) + step;
         if (!equal) {
           return "output[" + std::to_string(row) + "][" + std::to_string(head) + "][" +
                  std::to_string(d) + "] is " + std::to_string(va[d]) + " and " +

@@ -22,16 +22,16 @@ std::int64_t Tensor::num_elements() const {
   return std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies<>());
 }
 
-std::byte* Tensor::at(Index index) const {
+std::byte* Tensor::at(const std::int64_t* index, std::size_t ndim) const {
   std::int64_t position = 0;
-  const std::int64_t* stride = strides.data();
-  for (const std::int64_t i : index) position += i * *stride++;
+  for (std::size_t d = 0; d < ndim; ++d) position += index[d] * strides[d];
   return buffer->bytes.data() + offset + position * size_of(dtype);
 }
 
 double Tensor::get(Index index) const { return decode(dtype, at(index)); }
-
+double Tensor::get(const Sizes& index) const { return decode(dtype, at(index)); }
 void Tensor::set(Index index, double value) const { encode(dtype, value, at(index)); }
+void Tensor::set(const Sizes& index, double value) const { encode(dtype, value, at(index)); }
 
 void Tensor::set_int64(std::int64_t index, std::int64_t value) const {
   std::memcpy(at({index}), &value, sizeof value);
@@ -109,8 +109,7 @@ DeviceBuffers::Allocation& DeviceBuffers::allocation_of(const Tensor& tensor) {
   allocation.image = tensor.buffer;
   allocation.bytes = tensor.buffer->bytes.size();
   const std::vector<std::byte> guard(guard_bytes_, kGuardPattern);
-  allocation.base =
-      static_cast<std::byte*>(memory_->allocate(allocation.bytes + 2 * guard_bytes_));
+  allocation.base = static_cast<std::byte*>(memory_->allocate(allocation.bytes + 2 * guard_bytes_));
   std::byte* start = allocation.base + guard_bytes_;
   memory_->upload(allocation.base, guard.data(), guard_bytes_);
   memory_->upload(start, tensor.buffer->bytes.data(), allocation.bytes);

@@ -42,18 +42,24 @@ struct Tensor {
   explicit operator bool() const { return dtype != DType::kNone; }
   std::int64_t num_elements() const;
 
-  // Lists, not vectors: these are called for every element, and a vector's allocation costs more
+  // Lists beside vectors: these are called for every element, and a vector's allocation costs more
   // than all the rest.
   using Index = std::initializer_list<std::int64_t>;
-  std::byte* at(Index index) const;
+  std::byte* at(Index index) const { return at(index.begin(), index.size()); }
+  std::byte* at(const Sizes& index) const { return at(index.data(), index.size()); }
   double get(Index index) const;
+  double get(const Sizes& index) const;
   void set(Index index, double value) const;
+  void set(const Sizes& index, double value) const;
   // Integers beyond 2^53 (slots) need this one.
   void set_int64(std::int64_t index, std::int64_t value) const;
 
   // Calls visit(byte offset of the element in the buffer) for each element in row-major order.
   template <class Visit>
   void for_each_element(Visit visit) const;
+
+ private:
+  std::byte* at(const std::int64_t* index, std::size_t ndim) const;
 };
 
 // All elements, and all bytes between them, hold poison (fill_poison).

@@ -18,7 +18,7 @@ class WriteCheck {
   WriteCheck(const Case& c, Rng* rng) : c_(c), rng_(rng) {
     const std::int64_t tokens = c.slot_mapping.shape[0];
     exact_share_ = static_cast<double>(kExactRows) / static_cast<double>(std::max<std::int64_t>(
-                       tokens * c.spec.config.num_kv_heads, 1));
+                                                         tokens * c.spec.config.num_kv_heads, 1));
     row_.resize(c.spec.config.head_size + c.spec.config.value_head_size());
     stored_.resize(row_.size());
   }
@@ -122,7 +122,7 @@ std::vector<const Tensor*> cache_buffers(const Case& c) {
 }
 
 std::string adopt_written(Case* c, const std::vector<std::vector<std::byte>>& after,
-                          bool last_wins, Rng* rng) {
+                          SharedSlot promise, Rng* rng) {
   const std::int64_t slots = c->key_cache.shape[0] * c->spec.config.block_size;
   std::unordered_map<std::int64_t, std::vector<std::int64_t>> tokens;  // of each slot, in order
   for (std::int64_t token = 0; token < c->slot_mapping.shape[0]; ++token) {
@@ -135,10 +135,12 @@ std::string adopt_written(Case* c, const std::vector<std::vector<std::byte>>& af
   std::string problem;
   for (const auto& [slot, claims] : tokens) {
     copy_slot(*c, slot, buffers, after);
-    const bool right = last_wins ? check.holds(slot, claims.back())
-                                 : std::any_of(claims.begin(), claims.end(), [&](auto token) {
-                                     return check.holds(slot, token);
-                                   });
+    bool right = claims.size() > 1 && promise == SharedSlot::kAnything;
+    // The last first: it is the one that is kept mostly.
+    for (auto token = claims.rbegin(); token != claims.rend() && !right; ++token) {
+      right = check.holds(slot, *token);
+      if (promise == SharedSlot::kLastWins) break;
+    }
     if (!right && problem.empty()) {
       problem = "write_kv_cache: slot " + std::to_string(slot) + " does not hold token " +
                 std::to_string(claims.back()) +
