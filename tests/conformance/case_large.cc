@@ -38,23 +38,38 @@ std::vector<Range> live_keys(const CaseSpec& spec, const SequenceSpec& s) {
   const Mask& mask = spec.config.mask;
   if (!spec.poison) return {{0, s.seq_len}};
   if (s.query_len == 0 || s.seq_len == 0) return {};
-  const std::int64_t first = s.seq_len - s.query_len;  // positions of the sequence's rows
-  const std::int64_t last = s.seq_len - 1;
-  Range window{0, s.seq_len};
+  const std::int64_t offset = spec.kv_offsets ? s.kv_offset : 0;
+  const std::int64_t stride = spec.kv_strides ? s.kv_stride : 1;
+  const std::int64_t first = spec.q_offsets ? s.q_offset : s.seq_len - s.query_len;
+  const std::int64_t last = first + s.query_len - 1;
+  // All in positions, which become indices at the end.
+  const bool causal = spec.config.type == AttentionType::kDecoder && mask.causal &&
+                      (!spec.causal_flags || s.causal);
+  constexpr std::int64_t kFar = std::int64_t{1} << 50U;
+  Range window{-kFar, causal ? last + 1 : kFar};
   switch (mask.window) {
     case WindowKind::kNone: break;
     case WindowKind::kLeft: window.begin = first - mask.window_size + 1; break;
-    case WindowKind::kBoth: window = {first - mask.window_size + 1, last + mask.window_size}; break;
+    case WindowKind::kBoth:
+      window = {first - mask.window_size + 1, std::min(window.end, last + mask.window_size)};
+      break;
     case WindowKind::kChunked: {
-      const std::int64_t chunk = std::max<std::int64_t>(first, 0) / mask.window_size;
+      const std::int64_t chunk = first >= 0 ? first / mask.window_size : -kFar / mask.window_size;
       window.begin = (chunk - mask.chunk_lookback) * mask.window_size;
       break;
     }
   }
   std::vector<Range> ranges{window};
-  if (spec.visible_prefixes) ranges.push_back({0, s.visible_prefix});
+  if (spec.visible_prefixes) ranges.push_back({-kFar, s.visible_prefix});
   for (const auto& [start, end] : s.ranges) {
-    if (spec.ranges && start < end && end >= first) ranges.push_back({start, end + 1});
+    const bool seen = start < end && end >= first && start <= last;
+    if (spec.ranges && seen) ranges.push_back({start, std::int64_t{end} + 1});
+  }
+  for (Range& range : ranges) {
+    const auto index_from = [&](std::int64_t position) {
+      return position <= offset ? 0 : (position - offset + stride - 1) / stride;
+    };
+    range = {index_from(range.begin), index_from(range.end)};
   }
   std::sort(ranges.begin(), ranges.end(),
             [](const Range& a, const Range& b) { return a.begin < b.begin; });

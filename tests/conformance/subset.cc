@@ -98,6 +98,9 @@ Case subset_of(const Case& c, const std::vector<std::int64_t>& chosen,
   subset.causal = gathered(c.causal, chosen, total);
   subset.mm_prefix_range = gathered(c.mm_prefix_range, chosen, total);
   subset.visible_prefix_lens = gathered(c.visible_prefix_lens, chosen, total);
+  subset.kv_offset = gathered(c.kv_offset, chosen, total);
+  subset.kv_stride = gathered(c.kv_stride, chosen, total);
+  subset.q_offset = gathered(c.q_offset, chosen, total);
   if (spec.qq_bias_per_sequence) subset.qq_bias = gathered(c.qq_bias, chosen, total);
   const std::vector<std::int64_t> rows = places_of(c.query_start_loc, chosen, padding.leading_rows);
   subset.query = gathered(c.query, rows, spec.num_rows());
@@ -144,7 +147,8 @@ std::vector<std::pair<const Tensor*, const Tensor*>> batch_tensors(const Case& c
         std::pair{&c.seq_lens, &other.seq_lens}, std::pair{&c.block_table, &other.block_table},
         std::pair{&c.causal, &other.causal}, std::pair{&c.mm_prefix_range, &other.mm_prefix_range},
         std::pair{&c.visible_prefix_lens, &other.visible_prefix_lens},
-        std::pair{&c.qq_bias, &other.qq_bias}}) {
+        std::pair{&c.kv_offset, &other.kv_offset}, std::pair{&c.kv_stride, &other.kv_stride},
+        std::pair{&c.q_offset, &other.q_offset}, std::pair{&c.qq_bias, &other.qq_bias}}) {
     if (*to) pairs.emplace_back(to, from);
   }
   return pairs;
