@@ -69,9 +69,11 @@ __device__ void copy_elements(const CacheWriteParams& p, const KvParams& kv, con
         absmax, kv.dtype == DType::kInt8 ? semantics::kInt8Max : semantics::kE4M3Max);
     if (lane == 0) *side.token_scale = scale;
   }
+  const float inverse = 1.0F / scale;
   for (int i = lane; i < side.size; i += 32) {
+    const float element = semantics::load_element(side.from, p.dtype, i);
     semantics::store_element(side.to, kv.dtype, i,
-                             semantics::load_element(side.from, p.dtype, i) / scale);
+                             side.token_scale != nullptr ? element * inverse : element / scale);
   }
 }
 

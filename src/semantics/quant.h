@@ -153,9 +153,10 @@ QUIRE_HOST_DEVICE std::int8_t float_to_int8(float x) {
 #endif
 }
 
-// The scale of one token's head vector, from its largest magnitude.
+// The scale of one token's head vector, from its largest magnitude. Multiplied by 1 / qmax, and
+// elements by 1 / scale, as vLLM's kernel does: divided, one scale in four has another last bit.
 QUIRE_HOST_DEVICE float token_head_scale(float absmax, float qmax) {
-  const float scale = absmax / qmax;
+  const float scale = absmax * (1.0F / qmax);
   return scale > kMinTokenHeadScale ? scale : kMinTokenHeadScale;
 }
 

@@ -26,6 +26,12 @@ class ReversedPool final : public ThreadPool {
 
 class DuplicateSlotsTest : public testing::TestWithParam<const AttentionBackend*> {
  protected:
+  void SetUp() override {
+    if (GetParam()->device_type() == DeviceType::kCuda) {
+      GTEST_SKIP() << "CUDA does not promise it (docs/experiments.md, cache write)";
+    }
+  }
+
   // Writes tokens of random K and V to `slots` and compares the cache with one that was written
   // token by token.
   static void check(KvCacheDType kind, DType model, std::int64_t num_blocks,

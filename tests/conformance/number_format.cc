@@ -244,13 +244,13 @@ void quantise_row(KvCacheDType kind, DType from, const void* values, std::int64_
     float absmax = 0;
     for (const double x : row) absmax = std::max(absmax, std::fabs(static_cast<float>(x)));
     const float qmax = kind == KvCacheDType::kInt8PerTokenHead ? 127.0F : 448.0F;
-    scale = std::max(absmax / qmax, 1e-6F);
+    scale = std::max(absmax * (1.0F / qmax), 1e-6F);
     *own_scale = scale;
   }
   auto* bytes = static_cast<char*>(stored);
   for (std::int64_t i = 0; i < count; ++i) {
-    const float quotient = static_cast<float>(row[i]) / scale;
-    double bounded = quotient;
+    const auto x = static_cast<float>(row[i]);
+    double bounded = is_per_token_head(kind) ? x * (1.0F / scale) : x / scale;
     if (storage == DType::kInt8) bounded = std::clamp(bounded, -127.0, 127.0);
     encode(storage, bounded, bytes + i * size_of(storage));
   }
