@@ -180,6 +180,7 @@ void run_attention(const AttentionParams& p) {
   std::int64_t next_row = 0;  // where wild row offsets overlap, the first sequence has the row
   for (std::int32_t s = 0; s < p.batch->num_seqs; ++s) {
     const Sequence seq = sequence_at(layer, *p.batch, p.num_kv_tokens, s);
+    if (seq.query_len == 0) continue;  // claims no row, wherever it would begin
     const std::int64_t first_row = std::max(seq.first_row, next_row);
     next_row = std::max(next_row, seq.first_row + seq.query_len);
     for (std::int64_t row = first_row; row < seq.first_row + seq.query_len; ++row) {
