@@ -2,7 +2,10 @@
 #include <cuda_runtime.h>
 #include <cxxabi.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -61,15 +64,48 @@ struct Graph {
   cudaGraphExec_t executable = nullptr;
 };
 
+// Buffers that were released and wait for their next use, by size. cudaMalloc and cudaFree take longer
+// than a small case, and processes beside each other wait for one another's. QUIRE_REUSE_DEVICE_MEMORY
+// asks for it: compute-sanitizer finds more where every buffer has its own end.
+class SpareBuffers {
+ public:
+  static std::size_t rounded(std::size_t bytes) {
+    return std::bit_ceil(std::max<std::size_t>(bytes, 512));
+  }
+  void* take(std::size_t bytes) {
+    std::vector<void*>& spare = spare_[bytes];
+    if (spare.empty()) return nullptr;
+    void* memory = spare.back();
+    spare.pop_back();
+    return memory;
+  }
+  void lend(void* memory, std::size_t bytes) { lent_[memory] = bytes; }
+  bool give_back(void* memory) {
+    const auto lent = lent_.find(memory);
+    if (lent == lent_.end()) return false;
+    spare_[lent->second].push_back(memory);
+    lent_.erase(lent);
+    return true;
+  }
+
+ private:
+  std::map<std::size_t, std::vector<void*>> spare_;
+  std::map<void*, std::size_t> lent_;
+};
+
 class CudaMemory : public DeviceMemory {
  public:
   Device device() const override { return {DeviceType::kCuda, 0}; }
   void* allocate(std::size_t bytes) override {
-    void* memory = nullptr;
-    check(cudaMalloc(&memory, bytes > 0 ? bytes : 1), "cudaMalloc");
+    if (reuses_) bytes = SpareBuffers::rounded(bytes);
+    void* memory = reuses_ ? spare_.take(bytes) : nullptr;
+    if (memory == nullptr) check(cudaMalloc(&memory, bytes > 0 ? bytes : 1), "cudaMalloc");
+    if (reuses_) spare_.lend(memory, bytes);
     return memory;
   }
-  void release(void* memory) override { cudaFree(memory); }
+  void release(void* memory) override {
+    if (!spare_.give_back(memory)) cudaFree(memory);
+  }
   void upload(void* to, const void* from, std::size_t bytes) override {
     check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "upload");
   }
@@ -129,6 +165,10 @@ class CudaMemory : public DeviceMemory {
     cudaStreamDestroy(stream);
     return names;
   }
+
+ private:
+  const bool reuses_ = std::getenv("QUIRE_REUSE_DEVICE_MEMORY") != nullptr;
+  SpareBuffers spare_;
 };
 
 }  // namespace
