@@ -96,8 +96,9 @@ void prepare_campaign(const CampaignOptions& options) {
 
 void verify_campaign(const AttentionBackend& backend, const CampaignOptions& options,
                      std::uint64_t seed, std::int64_t cases, std::int64_t only_case) {
+  for (const int ending : {SIGALRM, SIGTERM}) std::signal(ending, die_with_the_case);
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // they report more
-  for (const int fatal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGALRM, SIGTERM}) {
+  for (const int fatal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) {
     std::signal(fatal, die_with_the_case);
   }
 #endif

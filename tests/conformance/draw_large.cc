@@ -34,8 +34,8 @@ Budget draw_budget(const CampaignCase& which, const AttentionBackend& backend, R
                : Budget{part * 1e10, 24 << 20, 5'000'000, 500'000, 2000, 100'000};
   }
   const double speed = is_slow(backend) ? 0.05 : 1;
-  return big ? Budget{part * speed * 2e10, 96 << 20, 16'000'000, 2'000'000, 2000, 100'000}
-             : Budget{part * speed * 3e9, 12 << 20, 3'000'000, 300'000, 2000, 100'000};
+  return big ? Budget{part * speed * 4e10, 96 << 20, 16'000'000, 2'000'000, 2000, 100'000}
+             : Budget{part * speed * 8e9, 16 << 20, 4'000'000, 400'000, 2000, 100'000};
 }
 
 struct Geometry {
@@ -206,6 +206,8 @@ void fit_mode(CaseSpec* spec, Mode mode, Rng* rng) {
     case Mode::kWild:
       spec->poison = false;
       spec->write = false;
+      // At wild positions it is past what float32 tells apart.
+      spec->alibi = config.score.alibi_sqrt = false;
       break;
     default: break;
   }
