@@ -270,9 +270,9 @@ void run_write(Case* c, const AttentionBackend& backend, Rng* rng) {
 // it as the reference does (docs/design/0003), so small cases are compared too; on CUDA two sequences
 // that claim one row both write it.
 void run_wild(Case* c, const AttentionBackend& backend, Size size, Rng* rng) {
-  for (const Tensor* tensor : {&c->block_table, &c->query_start_loc, &c->seq_lens, &c->kv_start_loc,
-                               &c->mm_prefix_range, &c->visible_prefix_lens, &c->kv_offset,
-                               &c->kv_stride, &c->q_offset}) {
+  for (const Tensor* tensor :
+       {&c->block_table, &c->query_start_loc, &c->seq_lens, &c->kv_start_loc, &c->mm_prefix_range,
+        &c->visible_prefix_lens, &c->kv_offset, &c->kv_stride, &c->q_offset}) {
     if (rng->chance(0.6)) scatter_garbage(*tensor, rng);
   }
   c->spec.announced_prefix_len = rng->chance(0.3) ? rng->uniform(0, 5000) : 0;
