@@ -85,5 +85,18 @@ TEST_F(CudaStreamsTest, FromThreadsOfTheirOwn) {
   expect_results(jobs, alone);
 }
 
+// The limit of shared memory belongs to a kernel and the process. A plan that needs little of it, made
+// later, must not lower it for one that needs more (the campaign found that it did).
+TEST_F(CudaStreamsTest, PlansThatShareAKernelKeepTheirLimits) {
+  CaseSpec small = layer_spec(DType::kFloat32, KvCacheDType::kAuto, {{3, 40}});
+  small.config.head_size = 16;
+  CudaJob before(layer_spec(DType::kFloat32, KvCacheDType::kAuto, {{3, 40}}));
+  CudaJob after(small);
+  for (CudaJob* job : {&before, &after}) {
+    job->launch();
+    EXPECT_EQ(compare(job->made, job->result(), reference_attention(job->made)), "");
+  }
+}
+
 }  // namespace
 }  // namespace quire::conformance
