@@ -4,7 +4,7 @@
 # the first step that fails ends it, so that a kernel that hangs costs its own limit only.
 #
 # usage: scripts/check_gpu.sh BIN_DIR [quick|full]     BIN_DIR: build/cuda/bin or a copy of it
-# QUIRE_GOLDEN_DIR names the stored outputs of vLLM's kernel, if they are at hand; QUIRE_GPU_CASES the
+# QUIRE_GOLDEN_DIR names stored outputs of vLLM's kernel (tests/golden); QUIRE_GPU_CASES the
 # number of random cases (20,000; quick: 1,000). Logs are kept in $OUT or /tmp.
 set -uo pipefail
 
