@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cli/commands.h"
+#include "cli/common/output.h"
 #include "quire/quire.h"
 
 namespace quire::cli {
@@ -98,7 +99,7 @@ void print_json() {
                      {"threads", default_thread_pool().num_threads()},
                      {"threads_asked_for", default_num_threads()},
                      {"backends", backends}};
-  std::printf("%s\n", info.dump(2).c_str());
+  print(info.dump(2) + "\n");
 }
 
 // The supported table: one line a property, one column a backend. The same on every machine;

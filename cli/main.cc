@@ -75,7 +75,7 @@ int run(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     std::ostringstream out;
     const bool asked_for = app.exit(error, out) == 0;  // --help, --version
-    std::fputs(out.str().c_str(), stdout);
+    quire::cli::print(out.str());
     quire::cli::flush_stdout();
     return asked_for ? 0 : kUsage;
   }

@@ -15,13 +15,25 @@
 
 namespace quire::cli {
 
+namespace {
+
+[[noreturn]] void fail_on_stdout(int error) {
+  throw std::runtime_error("cannot write to standard output" +
+                           (error != 0 ? std::string(": ") + std::strerror(error) : ""));
+}
+
+}  // namespace
+
 void flush_stdout() {
   errno = 0;
   const bool written = std::fflush(stdout) == 0;
   if (written && std::ferror(stdout) == 0) return;
-  // Of an earlier print the reason is not known any more.
-  throw std::runtime_error("cannot write to standard output" +
-                           (errno != 0 ? std::string(": ") + std::strerror(errno) : ""));
+  fail_on_stdout(errno);  // 0 of an earlier print: its reason is not known any more
+}
+
+void print(std::string_view text) {
+  errno = 0;
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size()) fail_on_stdout(errno);
 }
 
 OutputFile::OutputFile(std::string option, std::string path)

@@ -10,6 +10,10 @@ namespace quire::cli {
 // Throws std::runtime_error if anything printed to stdout until now could not be written.
 void flush_stdout();
 
+// Prints a text of any length. Throws std::runtime_error if that fails: of a text longer than stdout's
+// buffer nothing is left for flush_stdout() to try, and the reason would be lost.
+void print(std::string_view text);
+
 // A file that a command writes at its end. It is opened before the work, so that a mistyped path
 // does not cost a run, and whatever it is, a link, a device or a FIFO, stays that. What a regular
 // file holds stays until write(). A file that was not there goes away again without a write().
