@@ -169,9 +169,11 @@ class Sizes {
   Sizes(std::initializer_list<std::int64_t> values)
       : Sizes(std::span(values.begin(), values.size())) {}
 
+  // Not explicit: a shape is a list of sizes.
   template <std::ranges::input_range Range>
-  requires std::integral<std::ranges::range_value_t<Range>> Sizes(
-      const Range& range) {  // NOLINT(google-explicit-constructor): a shape is a list of sizes
+  requires std::integral<std::ranges::range_value_t<Range>>
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  Sizes(const Range& range) {
     for (const auto value : range) append(static_cast<std::int64_t>(value));
     check_count();
   }

@@ -145,8 +145,8 @@ std::string BasicTensorView<Data>::to_string() const {
     }
     return text + "]";
   };
-  return std::string(quire::to_string(dtype)) + " " + list(shape) + " strides " + list(strides) +
-         " on " + quire::to_string(device);
+  std::string text = quire::to_string(dtype);
+  return text + " " + list(shape) + " strides " + list(strides) + " on " + quire::to_string(device);
 }
 
 template struct BasicTensorView<void>;
