@@ -21,6 +21,7 @@ void draw_dtypes(CaseSpec* spec, Rng* rng);
 void draw_head_sizes(CaseSpec* spec, Rng* rng);
 void draw_heads(CaseSpec* spec, Rng* rng);
 void draw_features(CaseSpec* spec, Rng* rng);
+double work_of(const CaseSpec& spec);  // multiply-adds
 
 // case_cache.cc: numbers that name no block, and the caches with the layout of the spec, poisoned.
 std::int32_t wild_block(std::int64_t num_blocks, Rng* rng);

@@ -13,16 +13,6 @@ namespace {
 constexpr double kMaxWork = 2.0e6;
 constexpr std::int64_t kMaxCacheElements = 120'000;
 
-double work_of(const CaseSpec& spec) {
-  const AttentionConfig& config = spec.config;
-  double pairs = 0;
-  for (const SequenceSpec& s : spec.sequences) {
-    pairs += static_cast<double>(s.query_len) * static_cast<double>(s.seq_len);
-  }
-  return pairs * static_cast<double>(config.num_heads) *
-         static_cast<double>(config.head_size + config.value_head_size());
-}
-
 std::int64_t cache_elements_of(const CaseSpec& spec) {
   const AttentionConfig& config = spec.config;
   std::int64_t tokens = 0;
@@ -285,6 +275,16 @@ void draw_said_lengths(CaseSpec* spec, Rng* rng) {
 }
 
 }  // namespace
+
+double work_of(const CaseSpec& spec) {
+  const AttentionConfig& config = spec.config;
+  double pairs = 0;
+  for (const SequenceSpec& s : spec.sequences) {
+    pairs += static_cast<double>(s.query_len) * static_cast<double>(s.seq_len);
+  }
+  return pairs * static_cast<double>(config.num_heads) *
+         static_cast<double>(config.head_size + config.value_head_size());
+}
 
 void draw_type(CaseSpec* spec, Rng* rng) {
   if (rng->chance(0.2)) {

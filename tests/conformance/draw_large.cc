@@ -94,16 +94,6 @@ std::int64_t draw_query_len(Mix mix, const Budget& budget, Rng* rng) {
   }
 }
 
-double work_of(const CaseSpec& spec) {
-  const AttentionConfig& config = spec.config;
-  double pairs = 0;
-  for (const SequenceSpec& s : spec.sequences) {
-    pairs += static_cast<double>(s.query_len) * static_cast<double>(s.seq_len);
-  }
-  return pairs * static_cast<double>(config.num_heads) *
-         static_cast<double>(config.head_size + config.value_head_size());
-}
-
 bool fits(const CaseSpec& spec, const Budget& budget) {
   const AttentionConfig& config = spec.config;
   std::int64_t rows = 0;
