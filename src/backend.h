@@ -13,10 +13,14 @@
 
 namespace quire {
 
-// A backend's plan and workspace.
-class PlanState {
+// A layer's plan on a backend: which kernels serve it, how the last batch is cut into work, and the
+// workspace. One call at a time.
+class LayerPlan {
  public:
-  virtual ~PlanState() = default;
+  virtual ~LayerPlan() = default;
+  virtual void update(const BatchParams& batch, const Context& ctx) = 0;
+  // Over the batch of the last update, which `params.batch` is.
+  virtual void attention(const AttentionParams& params, const Context& ctx) = 0;
   virtual std::int64_t workspace_bytes() const = 0;
   virtual std::string to_string() const = 0;
 };
@@ -39,12 +43,8 @@ class Backend : public AttentionBackend {
   std::vector<Unsupported> unsupported(const AttentionConfig& config) const;
   std::vector<std::string> supports(const AttentionConfig& config) const override;
 
-  virtual std::unique_ptr<PlanState> make_plan(const LayerParams& layer) const = 0;
-  virtual void plan(PlanState& state, const LayerParams& layer, const BatchParams& batch,
-                    const Context& ctx) const = 0;
+  virtual std::unique_ptr<LayerPlan> make_plan(const LayerParams& layer) const = 0;
   virtual void cache_write(const CacheWriteParams& params, const Context& ctx) const = 0;
-  virtual void attention(PlanState& state, const AttentionParams& params,
-                         const Context& ctx) const = 0;
   virtual void merge(const MergeParams& params, const Context& ctx) const = 0;
 
   // Copies device memory to the host and waits for it, for Context::check_indices. Host memory: a

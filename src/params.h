@@ -78,9 +78,10 @@ struct KvParams {
   Scale scale;
 };
 
+// One attention call, whole.
 struct AttentionParams {
-  const LayerParams* layer = nullptr;
-  const BatchParams* batch = nullptr;
+  LayerParams layer;  // with the call's own score, where it has one
+  BatchParams batch;
   const void* query = nullptr;  // [num_tokens, num_heads, head_size]
   std::int64_t query_token_stride = 0;
   std::int64_t query_head_stride = 0;

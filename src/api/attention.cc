@@ -172,7 +172,7 @@ BatchParams lower_batch(const AttentionConfig& config, const CommonAttentionMeta
 namespace {
 
 void lower_query(const AttentionConfig& config, const AttentionArgs& args, AttentionParams* p) {
-  const std::int64_t num_tokens = p->batch->num_tokens;
+  const std::int64_t num_tokens = p->batch.num_tokens;
   check::tensor("query", args.query, config.device, {config.dtype},
                 {kAny, config.num_heads, config.head_size});
   check::unit_last_stride("query", args.query);
@@ -220,8 +220,8 @@ void lower_direct(const AttentionConfig& config, const AttentionArgs& args, Atte
   p->v = lower_direct_side("value", args.value, config, config.value_head_size());
   p->num_kv_tokens = args.key.shape[0];
   check::that(args.value.shape[0] == p->num_kv_tokens, "value", "as many rows as key", args.value);
-  if (p->batch->kv_start_loc == nullptr) {
-    check::at_least("key", args.key, 0, p->batch->num_tokens, "num_actual_tokens");
+  if (p->batch.kv_start_loc == nullptr) {
+    check::at_least("key", args.key, 0, p->batch.num_tokens, "num_actual_tokens");
   }
 }
 
@@ -246,7 +246,7 @@ void lower_output_scales(const AttentionConfig& config, const AttentionArgs& arg
   const std::int64_t groups = (config.num_heads * config.value_head_size() + 127) / 128;
   check::tensor("output_block_scale", args.output_block_scale, config.device, {DType::kFloat32},
                 {kAny, groups});
-  check::at_least("output_block_scale", args.output_block_scale, 0, p->batch->num_tokens,
+  check::at_least("output_block_scale", args.output_block_scale, 0, p->batch.num_tokens,
                   "num_actual_tokens");
   p->block_scales = check::data<float>(args.output_block_scale);
   p->block_scales_token_stride = args.output_block_scale.strides[0];
@@ -265,14 +265,14 @@ void lower_output(const AttentionConfig& config, const AttentionArgs& args, Atte
     p->output_head_stride = head_size_v;
   }
   check::unit_last_stride("output", output);
-  check::at_least("output", output, 0, p->batch->num_tokens, "num_actual_tokens");
+  check::at_least("output", output, 0, p->batch.num_tokens, "num_actual_tokens");
   p->output = output.data;
   p->output_dtype = output.dtype;
   p->output_token_stride = output.strides[0];
   lower_output_scales(config, args, p);
   if (!args.lse) return;
   check::tensor("lse", args.lse, config.device, {DType::kFloat32}, {config.num_heads, kAny});
-  check::at_least("lse", args.lse, 1, p->batch->num_tokens, "num_actual_tokens");
+  check::at_least("lse", args.lse, 1, p->batch.num_tokens, "num_actual_tokens");
   p->lse = check::data<float>(args.lse);
   p->lse_head_stride = args.lse.strides[0];
   p->lse_token_stride = args.lse.strides[1];
@@ -280,14 +280,14 @@ void lower_output(const AttentionConfig& config, const AttentionArgs& args, Atte
 
 }  // namespace
 
-AttentionParams lower_attention(const AttentionConfig& config, const BatchParams& batch,
-                                const AttentionArgs& args, LayerParams* layer) {
-  if (args.score != nullptr) lower_score(config, *args.score, layer);
+AttentionParams lower_attention(const AttentionConfig& config, const LayerParams& layer,
+                                const BatchParams& batch, const AttentionArgs& args) {
   AttentionParams params;
   params.layer = layer;
-  params.batch = &batch;
+  params.batch = batch;
+  if (args.score != nullptr) lower_score(config, *args.score, &params.layer);
   lower_query(config, args, &params);
-  if (layer->paged) {
+  if (layer.paged) {
     lower_paged(config, args, &params);
   } else {
     lower_direct(config, args, &params);
@@ -315,7 +315,7 @@ Plan::Plan(const AttentionConfig& config) : impl_(std::make_unique<Impl>()) {
   impl_->config = config;
   impl_->backend = &supporting_backend(config);
   impl_->layer = api::lower_layer(config);
-  impl_->state = impl_->backend->make_plan(impl_->layer);
+  impl_->plan = impl_->backend->make_plan(impl_->layer);
 }
 
 Plan::~Plan() = default;
@@ -329,7 +329,7 @@ void Plan::update(const CommonAttentionMetadata& batch, std::int64_t common_pref
   if (ctx.check_indices) api::check_batch_indices(*self.backend, self.layer, params, ctx);
   self.planned = false;
   ++self.build_number;
-  self.backend->plan(*self.state, self.layer, params, ctx);
+  self.plan->update(params, ctx);
   self.batch = batch;
   self.batch_params = params;
   self.planned = true;
@@ -343,8 +343,8 @@ Plan::Impl& Plan::impl() const {
 const AttentionConfig& Plan::config() const { return impl().config; }
 const CommonAttentionMetadata& Plan::batch() const { return impl().batch; }
 const char* Plan::backend_name() const { return impl().backend->name(); }
-std::int64_t Plan::workspace_bytes() const { return impl().state->workspace_bytes(); }
-std::string Plan::to_string() const { return impl().state->to_string(); }
+std::int64_t Plan::workspace_bytes() const { return impl().plan->workspace_bytes(); }
+std::string Plan::to_string() const { return impl().plan->to_string(); }
 
 Plan plan(const AttentionConfig& config, const CommonAttentionMetadata& batch,
           std::int64_t common_prefix_len, const Context& ctx) {
@@ -356,11 +356,11 @@ Plan plan(const AttentionConfig& config, const CommonAttentionMetadata& batch,
 void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx) {
   Plan::Impl& impl = plan.impl();
   check::that(impl.planned, "plan", "a plan that update() was called on", "none");
-  LayerParams layer = impl.layer;
-  const AttentionParams params = api::lower_attention(impl.config, impl.batch_params, args, &layer);
+  const AttentionParams params =
+      api::lower_attention(impl.config, impl.layer, impl.batch_params, args);
   if (ctx.check_indices) api::check_call_data(*impl.backend, params, ctx);
   if (impl.batch_params.num_tokens == 0 || impl.batch_params.num_seqs == 0) return;
-  impl.backend->attention(*impl.state, params, ctx);
+  impl.plan->attention(params, ctx);
 }
 
 namespace {

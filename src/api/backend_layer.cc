@@ -119,8 +119,8 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const ConstTensorVi
 
   // Everything is checked before the cache changes.
   const Plan::Impl& impl = plan.impl();
-  LayerParams layer = impl.layer;
-  const AttentionParams params = api::lower_attention(impl.config, impl.batch_params, args, &layer);
+  const AttentionParams params =
+      api::lower_attention(impl.config, impl.layer, impl.batch_params, args);
   if (ctx.check_indices) api::check_call_data(*impl.backend, params, ctx);
   if (!encoder && (key || value)) {
     do_kv_cache_update(scales, key, value, kv_cache, metadata->common.slot_mapping, ctx);

@@ -107,8 +107,8 @@ std::vector<bool> needed_blocks(const LayerParams& layer, const Sequence& seq) {
 }
 
 void check_block_table(const Reader& reader, const AttentionParams& params) {
-  const LayerParams& layer = *params.layer;
-  const BatchParams& batch = *params.batch;
+  const LayerParams& layer = params.layer;
+  const BatchParams& batch = params.batch;
   const HostBatch host(reader, batch);
   for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
     const std::vector<bool> needed =
@@ -125,7 +125,7 @@ void check_block_table(const Reader& reader, const AttentionParams& params) {
 }
 
 void check_key_rows(const Reader& reader, const AttentionParams& params) {
-  const BatchParams& batch = *params.batch;
+  const BatchParams& batch = params.batch;
   if (batch.kv_start_loc == nullptr) return;
   const std::int32_t last = reader.read(batch.kv_start_loc + batch.num_seqs, 1)[0];
   check::that(last <= params.num_kv_tokens, entry("kv_start_loc", batch.num_seqs),
@@ -208,12 +208,12 @@ void check_batch_indices(const Backend& backend, const LayerParams& layer, const
 }
 
 void check_call_data(const Backend& backend, const AttentionParams& params, const Context& ctx) {
-  const Reader reader(backend, params.layer->device, ctx);
+  const Reader reader(backend, params.layer.device, ctx);
   reader.check_scale("q_scale", params.q_scale);
   reader.check_scale("kv_cache.k_scale", params.k.scale);
   reader.check_scale("kv_cache.v_scale", params.v.scale);
   reader.check_scale("output_scale", params.output_scale);
-  if (params.layer->paged) {
+  if (params.layer.paged) {
     check_block_table(reader, params);
   } else {
     check_key_rows(reader, params);

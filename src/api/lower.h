@@ -11,9 +11,9 @@ namespace quire::api {
 LayerParams lower_layer(const AttentionConfig& config);
 BatchParams lower_batch(const AttentionConfig& config, const CommonAttentionMetadata& batch,
                         std::int64_t common_prefix_len);
-// `layer` starts as the plan's and receives the call's own score, if any.
-AttentionParams lower_attention(const AttentionConfig& config, const BatchParams& batch,
-                                const AttentionArgs& args, LayerParams* layer);
+// `layer` and `batch` are the plan's; the result has the call's own score, if any.
+AttentionParams lower_attention(const AttentionConfig& config, const LayerParams& layer,
+                                const BatchParams& batch, const AttentionArgs& args);
 CacheWriteParams lower_cache_write(const ConstTensorView& key, const ConstTensorView& value,
                                    const PagedKvCache& cache, const ConstTensorView& slot_mapping);
 
@@ -39,7 +39,7 @@ struct Plan::Impl {
   LayerParams layer;
   CommonAttentionMetadata batch;
   BatchParams batch_params;
-  std::unique_ptr<PlanState> state;
+  std::unique_ptr<LayerPlan> plan;
   bool planned = false;
   std::uint64_t build_number = 0;  // updates so far: metadata of an earlier one is refused
 };

@@ -70,7 +70,7 @@ constexpr std::int32_t kMostDepth = 128;
 
 HWY_INLINE void scores_by_panels(const Item& item, std::int32_t count) {
   const Scratch& scratch = *item.scratch;
-  const std::int32_t size = item.params->layer->head_size;
+  const std::int32_t size = item.params->layer.head_size;
   const std::int64_t stride = static_cast<std::int64_t>(item.padded_k) * kPanel;
   const std::int32_t num_panels = (count + kPanel - 1) / kPanel;
   const std::int32_t num_parts = (size + kMostDepth - 1) / kMostDepth;
@@ -156,7 +156,7 @@ HWY_INLINE float mask_and_max(Columns a, Columns b, std::int32_t padded, float* 
 HWY_INLINE void finish_scores(const Item& item, std::int32_t h, std::int64_t first,
                               std::int32_t count, std::int32_t padded) {
   const AttentionParams& p = *item.params;
-  const LayerParams& layer = *p.layer;
+  const LayerParams& layer = p.layer;
   const Scratch& scratch = *item.scratch;
   const bool modified = layer.soft_cap > 0 || layer.alibi_slopes != nullptr;
   for (std::int32_t r = 0; r < item.rows; ++r) {
@@ -166,7 +166,7 @@ HWY_INLINE void finish_scores(const Item& item, std::int32_t h, std::int64_t fir
       modify_scores(layer, (item.kv_head + h) * layer.group + r % layer.group, token, first, padded,
                     s);
     }
-    if (p.batch->qq_bias != nullptr) add_qq_bias(*p.batch, token, first, count, s);
+    if (p.batch.qq_bias != nullptr) add_qq_bias(p.batch, token, first, count, s);
     scratch.new_max[r] = mask_and_max(columns_of(token.visible.prefix, first, count),
                                       columns_of(token.visible.main, first, count), padded, s);
   }
@@ -210,7 +210,7 @@ HWY_INLINE void exponentiate(const Item& item, std::int32_t padded, const Partia
 
 inline void load_queries(const Item& item) {
   const AttentionParams& p = *item.params;
-  const LayerParams& layer = *p.layer;
+  const LayerParams& layer = p.layer;
   const WidenRow widen = widener(layer.dtype);
   for (std::int32_t h = 0; h < item.heads; ++h) {
     float* to = item.scratch->q + std::int64_t{h} * item.head_rows * item.padded_k;
@@ -298,20 +298,20 @@ inline void attend_few_rows(const Item& item, const Unit& unit, const Unit& next
     const PartialRows state = head_of(item, out, h);
     direct_rows(item, p.k, unit.k, unit.count, next.k, next.count, h, &rows);
     k_kernels.scores(rows, unit.count, scratch.q + std::int64_t{h} * item.head_rows * item.padded_k,
-                     item.padded_k, p.layer->head_size, item.rows, scratch.s);
+                     item.padded_k, p.layer.head_size, item.rows, scratch.s);
     if (p.k.token_scales != nullptr) {
       scale_columns(rows.scale, unit.count, item.rows, scratch.s);
     }
     softmax(item, h, unit.first, unit.count, state);
     direct_rows(item, p.v, unit.v, unit.count, next.v, next.count, h, &rows);
-    if (!seen_by_all(item, unit) && !v_kernels.is_finite(rows, unit.count, p.layer->head_size_v)) {
+    if (!seen_by_all(item, unit) && !v_kernels.is_finite(rows, unit.count, p.layer.head_size_v)) {
       seen_values(item, unit, rows, state);
       continue;
     }
     if (p.v.token_scales != nullptr) {
       scale_columns(rows.scale, unit.count, item.rows, scratch.s);
     }
-    v_kernels.values(rows, unit.count, p.layer->head_size_v, item.rows, scratch.s, scratch.alpha,
+    v_kernels.values(rows, unit.count, p.layer.head_size_v, item.rows, scratch.s, scratch.alpha,
                      state.o, item.padded_v);
   }
 }
@@ -319,7 +319,7 @@ inline void attend_few_rows(const Item& item, const Unit& unit, const Unit& next
 inline void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
                       const PartialRows& out) {
   const planning::WorkTile& tile = *item.tile;
-  const LayerParams& layer = *item.params->layer;
+  const LayerParams& layer = item.params->layer;
   const bool direct = layer.head_size % kVec == 0 && layer.head_size_v % kVec == 0;
   const auto attend = !tile.few_rows ? attend_many_rows
                       : direct       ? attend_few_rows

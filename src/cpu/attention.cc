@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "cpu/kernels.h"
-#include "cpu/workspace.h"
+#include "cpu/layer_plan.h"
 #include "semantics/quant.h"
 #include "semantics/softmax_state.h"
 
@@ -22,15 +22,15 @@ using semantics::value_of;
 
 class Call {
  public:
-  Call(Workspace& workspace, const AttentionParams& params)
+  Call(CpuPlan& workspace, const AttentionParams& params)
       : workspace_(workspace),
         p_(params),
-        layer_(*params.layer),
+        layer_(params.layer),
         kernels_(kernels()),
         query_scale_(layer_.softmax_scale * value_of(params.q_scale) * value_of(params.k.scale)),
         value_scale_(value_of(params.v.scale)) {
     if (p_.block_scales != nullptr) {
-      block_output_ = workspace.reserve_block_output(p_.batch->num_tokens * row_size());
+      block_output_ = workspace.reserve_block_output(p_.batch.num_tokens * row_size());
     } else if (p_.has_output_scale) {
       output_scale_ = value_of(p_.output_scale);
     }
@@ -86,7 +86,7 @@ class Call {
 
   // Resolves the tile's query tokens and what each sees.
   Item prepare_tile(const WorkTile& tile, bool shared, Scratch& scratch) const {
-    const BatchParams& batch = *p_.batch;
+    const BatchParams& batch = p_.batch;
     Item item;
     item.params = &p_;
     item.tile = &tile;
@@ -247,7 +247,7 @@ class Call {
     }
   }
 
-  Workspace& workspace_;
+  CpuPlan& workspace_;
   const AttentionParams& p_;
   const LayerParams& layer_;
   const Kernels& kernels_;
@@ -259,9 +259,10 @@ class Call {
 
 }  // namespace
 
-void run_attention(Workspace& workspace, const AttentionParams& params, ThreadPool& pool) {
-  workspace.reserve_workers(pool.num_threads());
-  Call(workspace, params).run(pool);
+void CpuPlan::attention(const AttentionParams& params, const Context& ctx) {
+  ThreadPool& pool = pool_of(ctx);
+  reserve_workers(pool.num_threads());
+  Call(*this, params).run(pool);
 }
 
 }  // namespace quire::cpu

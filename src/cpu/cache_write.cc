@@ -4,7 +4,7 @@
 #include <bit>
 #include <cstring>
 
-#include "cpu/workspace.h"
+#include "cpu/layer_plan.h"
 #include "semantics/kv_row.h"
 #include "semantics/merge_row.h"
 

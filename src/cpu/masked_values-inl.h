@@ -52,7 +52,7 @@ struct ValuePanels {
 HWY_INLINE ValuePanels value_panels(const Item& item, std::int32_t h) {
   const std::int64_t kv_tile = item.tile->kv_tile;
   return {item.scratch->v + h * kv_tile * item.padded_v, kv_tile * kPanel,
-          static_cast<std::int32_t>((item.params->layer->head_size_v + kPanel - 1) / kPanel)};
+          static_cast<std::int32_t>((item.params->layer.head_size_v + kPanel - 1) / kPanel)};
 }
 
 inline bool is_finite(const ValuePanels& panels, std::int32_t keys) {
@@ -73,7 +73,7 @@ HWY_NOINLINE inline void seen_values_by_panels(const Item& item, const Unit& uni
                                                const PartialRows& state) {
   const Scratch& scratch = *item.scratch;
   for (std::int32_t r = 0; r < item.rows; ++r) {
-    const TileToken& token = scratch.tokens[r / item.params->layer->group];
+    const TileToken& token = scratch.tokens[r / item.params->layer.group];
     const float* s = scratch.s + r * kMaxKvTile;
     const auto add = [&](std::int32_t begin, std::int32_t end, float alpha) {
       rows_times_panels<Meet::kRescale>(s + begin, kMaxKvTile, panels.data + begin * kPanel,
@@ -83,7 +83,7 @@ HWY_NOINLINE inline void seen_values_by_panels(const Item& item, const Unit& uni
     add(0, 0, scratch.alpha[r]);
     for (std::int32_t t = 0; t < unit.count; ++t) {
       const std::int32_t begin = t;
-      while (t < unit.count && sees(*item.params->batch, token, unit.first + t)) ++t;
+      while (t < unit.count && sees(item.params->batch, token, unit.first + t)) ++t;
       if (t > begin) add(begin, t, 1.0F);
     }
   }
@@ -96,16 +96,16 @@ HWY_NOINLINE inline void seen_values(const Item& item, const Unit& unit, const D
   const Scratch& scratch = *item.scratch;
   const DirectKernels kernels = direct_kernels(p.v.dtype);
   for (std::int32_t r = 0; r < item.rows; ++r) {
-    const TileToken& token = scratch.tokens[r / p.layer->group];
+    const TileToken& token = scratch.tokens[r / p.layer.group];
     DirectRows seen = values;
     for (std::int32_t t = 0; t < unit.count; ++t) {
-      if (sees(*p.batch, token, unit.first + t)) continue;
+      if (sees(p.batch, token, unit.first + t)) continue;
       seen.row[t] = kZeroRow;
       seen.scale[t] = 1.0F;
     }
     float* s = scratch.s + r * kMaxKvTile;
     if (p.v.token_scales != nullptr) scale_columns(seen.scale, unit.count, 1, s);
-    kernels.values(seen, unit.count, p.layer->head_size_v, 1, s, scratch.alpha + r,
+    kernels.values(seen, unit.count, p.layer.head_size_v, 1, s, scratch.alpha + r,
                    state.o + r * item.padded_v, item.padded_v);
   }
 }

@@ -36,7 +36,7 @@ struct Unit {
 HWY_INLINE void resolve_rows(const Item& item, const KvParams& kv, std::int64_t first,
                              std::int32_t count, UnitRows* out) {
   const AttentionParams& p = *item.params;
-  const LayerParams& layer = *p.layer;
+  const LayerParams& layer = p.layer;
   const std::int64_t element = size_of(kv.dtype);
   const auto set = [&](std::int32_t t, std::int64_t block, std::int64_t slot) {
     const std::int64_t offset = semantics::cache_offset(kv.strides, block, slot, item.kv_head);
@@ -50,11 +50,10 @@ HWY_INLINE void resolve_rows(const Item& item, const KvParams& kv, std::int64_t 
     for (std::int32_t t = 0; t < count; ++t) set(t, 0, item.first_kv_row + first + t);
     return;
   }
-  const std::int32_t* table = p.batch->block_table + item.tile->seq * p.batch->table_stride;
+  const std::int32_t* table = p.batch.block_table + item.tile->seq * p.batch.table_stride;
   std::int64_t logical = first / layer.block_size;
   std::int64_t slot = first % layer.block_size;
-  std::int64_t block =
-      semantics::physical_block(table, p.batch->table_width, logical, p.num_blocks);
+  std::int64_t block = semantics::physical_block(table, p.batch.table_width, logical, p.num_blocks);
   for (std::int32_t t = 0; t < count; ++t) {
     if (block >= 0) {
       set(t, block, slot);
@@ -64,7 +63,7 @@ HWY_INLINE void resolve_rows(const Item& item, const KvParams& kv, std::int64_t 
     }
     if (++slot == layer.block_size) {
       slot = 0;
-      block = semantics::physical_block(table, p.batch->table_width, ++logical, p.num_blocks);
+      block = semantics::physical_block(table, p.batch.table_width, ++logical, p.num_blocks);
     }
   }
 }
@@ -107,7 +106,7 @@ HWY_INLINE void load_k_rows(const Item& item, const UnitRows& rows, std::int32_t
     for (std::int32_t h = 0; h < item.heads; ++h) {
       float* to = item.scratch->k + h * head_stride + std::int64_t{t} * item.padded_k;
       if (t < count) {
-        widen(rows, t, h, 0, item.params->layer->head_size, to, item.padded_k);
+        widen(rows, t, h, 0, item.params->layer.head_size, to, item.padded_k);
       } else {
         std::fill(to, to + item.padded_k, 0.0F);
       }
@@ -125,7 +124,7 @@ HWY_INLINE void load_k_panels(const Item& item, const UnitRows& rows, std::int32
     for (std::int32_t t = 0; t < kVec; ++t) {
       float* to = staging + t * item.padded_k;
       if (first + t < count) {
-        widen(rows, first + t, 0, 0, item.params->layer->head_size, to, item.padded_k);
+        widen(rows, first + t, 0, 0, item.params->layer.head_size, to, item.padded_k);
       } else {
         std::fill(to, to + item.padded_k, 0.0F);
       }
@@ -149,7 +148,7 @@ HWY_INLINE void load_k_panels(const Item& item, const UnitRows& rows, std::int32
 // V in panels, in memory order: [heads][output panel][kv_tile][kPanel].
 HWY_INLINE void load_v_panels(const Item& item, const UnitRows& rows, std::int32_t count) {
   const Widener widen(item.params->v);
-  const std::int32_t size = item.params->layer->head_size_v;
+  const std::int32_t size = item.params->layer.head_size_v;
   const std::int64_t panel_stride = std::int64_t{item.tile->kv_tile} * kPanel;
   const std::int64_t head_stride = std::int64_t{item.tile->kv_tile} * item.padded_v;
   for (std::int32_t t = 0; t < count; ++t) {
@@ -203,8 +202,8 @@ HWY_INLINE void prefetch_rows(const Item& item, const KvParams& kv, std::int32_t
 
 HWY_INLINE void prefetch_unit(const Item& item, const Unit& unit) {
   const AttentionParams& p = *item.params;
-  prefetch_rows(item, p.k, p.layer->head_size, unit.k, unit.count);
-  prefetch_rows(item, p.v, p.layer->head_size_v, unit.v, unit.count);
+  prefetch_rows(item, p.k, p.layer.head_size, unit.k, unit.count);
+  prefetch_rows(item, p.v, p.layer.head_size_v, unit.v, unit.count);
 }
 
 }  // namespace quire::cpu::HWY_NAMESPACE

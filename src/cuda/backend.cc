@@ -12,8 +12,6 @@
 namespace quire::cuda {
 namespace {
 
-cudaStream_t stream_of(const Context& ctx) { return static_cast<cudaStream_t>(ctx.stream); }
-
 class CudaBackend final : public Backend {
  public:
   const char* name() const override { return "cuda"; }
@@ -55,20 +53,12 @@ class CudaBackend final : public Backend {
     return list;
   }
 
-  std::unique_ptr<PlanState> make_plan(const LayerParams& layer) const override {
+  std::unique_ptr<LayerPlan> make_plan(const LayerParams& layer) const override {
     return std::make_unique<CudaPlan>(layer);
-  }
-  void plan(PlanState& state, const LayerParams& layer, const BatchParams& batch,
-            const Context& ctx) const override {
-    static_cast<CudaPlan&>(state).update(layer, batch, stream_of(ctx));
   }
   void cache_write(const CacheWriteParams& params, const Context& ctx) const override {
     const DeviceScope scope(params.device);
     launch_cache_write(params, stream_of(ctx));
-  }
-  void attention(PlanState& state, const AttentionParams& params,
-                 const Context& ctx) const override {
-    static_cast<CudaPlan&>(state).attend(params, stream_of(ctx));
   }
   void merge(const MergeParams& params, const Context& ctx) const override {
     const DeviceScope scope(params.device);

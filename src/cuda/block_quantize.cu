@@ -22,14 +22,13 @@ __device__ void quantize_token(const KernelParams& p, std::int64_t token) {
     for (int d = 16; d > 0; d /= 2) absmax = fmaxf(absmax, __shfl_xor_sync(~0U, absmax, d));
     const float scale = semantics::block_output_scale(absmax);
     if (lane == 0) {
-      p.call.block_scales[token * p.call.block_scales_token_stride +
-                          begin / semantics::kOutputGroup * p.call.block_scales_group_stride] =
-          scale;
+      p.block_scales[token * p.block_scales_token_stride +
+                     begin / semantics::kOutputGroup * p.block_scales_group_stride] = scale;
     }
     for (std::int64_t i = begin + lane; i < end; i += 32) {
       const std::int64_t head = i / p.layer.head_size_v;
-      auto* to = static_cast<std::uint8_t*>(p.call.output) + token * p.call.output_token_stride +
-                 head * p.call.output_head_stride;
+      auto* to = static_cast<std::uint8_t*>(p.output) + token * p.output_token_stride +
+                 head * p.output_head_stride;
       to[i - head * p.layer.head_size_v] = semantics::float_to_e4m3(from[i] / scale);
     }
   }

@@ -41,6 +41,7 @@ class DeviceScope {
   int previous_ = -1;
 };
 
+inline cudaStream_t stream_of(const Context& ctx) { return static_cast<cudaStream_t>(ctx.stream); }
 bool is_capturing(cudaStream_t stream);
 
 }  // namespace quire::cuda

@@ -173,21 +173,20 @@ class Finisher {
     const int head = table_.head[r];
     const auto finished = semantics::finish(semantics::SoftmaxState<float>{max, sum}, has_sink,
                                             has_sink ? table_.sink[r] : 0.0F);
-    if (writes_lse && p_.call.lse != nullptr && first_column_ == 0) {
-      p_.call.lse[head * p_.call.lse_head_stride + table_.token[r] * p_.call.lse_token_stride] =
-          finished.lse;
+    if (writes_lse && p_.lse != nullptr && first_column_ == 0) {
+      p_.lse[head * p_.lse_head_stride + table_.token[r] * p_.lse_token_stride] = finished.lse;
     }
-    return finished.output_scale * value_of(p_.call.v.scale);
+    return finished.output_scale * value_of(p_.v.scale);
   }
 
   // and where it goes, two 16-bit elements a word, if output is that simple.
   __device__ bool stores_pairs() const {
-    return p_.output_aligned && p_.block_output == nullptr && size_of(p_.call.output_dtype) == 2;
+    return p_.output_aligned && p_.block_output == nullptr && size_of(p_.output_dtype) == 2;
   }
   __device__ std::uint32_t* output_row(int r) const {
-    const std::int64_t offset = table_.token[r] * p_.call.output_token_stride +
-                                table_.head[r] * p_.call.output_head_stride + first_column_;
-    return reinterpret_cast<std::uint32_t*>(static_cast<std::uint16_t*>(p_.call.output) + offset);
+    const std::int64_t offset = table_.token[r] * p_.output_token_stride +
+                                table_.head[r] * p_.output_head_stride + first_column_;
+    return reinterpret_cast<std::uint32_t*>(static_cast<std::uint16_t*>(p_.output) + offset);
   }
 
  private:
@@ -341,7 +340,7 @@ class Finisher {
     const std::int64_t head = table_.head[r];
     const int column = first_column_ + c;
     const int count = min(8, columns_ - c);
-    DType dtype = p_.call.output_dtype;
+    DType dtype = p_.output_dtype;
     char* to;
     bool whole = p_.output_aligned && count == 8;
     if (p_.block_output != nullptr) {
@@ -350,9 +349,9 @@ class Finisher {
           p_.block_output + (token * p_.layer.num_heads + head) * p_.layer.head_size_v + column);
       whole = p_.layer.head_size_v % 8 == 0 && count == 8;
     } else {
-      to = static_cast<char*>(p_.call.output) +
-           (token * p_.call.output_token_stride + head * p_.call.output_head_stride + column) *
-               size_of(dtype);
+      to =
+          static_cast<char*>(p_.output) +
+          (token * p_.output_token_stride + head * p_.output_head_stride + column) * size_of(dtype);
     }
     if (whole && dtype == DType::kBFloat16) {
       *reinterpret_cast<uint4*>(to) = pack<tile::BFloat16>(values);
@@ -365,7 +364,7 @@ class Finisher {
     } else {
       // Element by element, and small: this code is in every kernel. Fp8 outputs come here: divided,
       // for the inverse of a denormal scale is infinite.
-      const float divisor = p_.call.has_output_scale ? value_of(p_.call.output_scale) : 1.0F;
+      const float divisor = p_.has_output_scale ? value_of(p_.output_scale) : 1.0F;
 #pragma unroll 1
       for (int i = 0; i < count; ++i) semantics::store_element(to, dtype, i, values[i] / divisor);
     }

@@ -19,7 +19,7 @@ __device__ __forceinline__ KvRow kv_row(const KernelParams& p, const Tile& tile,
   const auto block_size = static_cast<std::uint32_t>(p.layer.block_size);
   const std::uint32_t logical = static_cast<std::uint32_t>(key) / block_size;
   const std::int32_t* table = p.batch.block_table + tile.seq * p.batch.table_stride;
-  return {semantics::physical_block(table, p.batch.table_width, logical, p.call.num_blocks),
+  return {semantics::physical_block(table, p.batch.table_width, logical, p.num_blocks),
           static_cast<std::uint32_t>(key) - logical * block_size};
 }
 

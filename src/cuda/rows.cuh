@@ -63,8 +63,8 @@ using semantics::value_of;
 
 __device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const Tile& tile) {
   if (p.layer.paged) return tile.kv_len;
-  return static_cast<std::int32_t>(semantics::max_of(
-      semantics::min_of(tile.kv_len, p.call.num_kv_tokens - tile.first_kv_row), 0));
+  return static_cast<std::int32_t>(
+      semantics::max_of(semantics::min_of(tile.kv_len, p.num_kv_tokens - tile.first_kv_row), 0));
 }
 
 __device__ __forceinline__ LoadableKeys loadable_keys(const KernelParams& p, const Tile& tile) {
@@ -83,7 +83,7 @@ struct QueryChange {
 };
 
 __device__ __forceinline__ QueryChange query_change(const KernelParams& p) {
-  const float scale = p.layer.softmax_scale * value_of(p.call.q_scale) * value_of(p.call.k.scale);
+  const float scale = p.layer.softmax_scale * value_of(p.q_scale) * value_of(p.k.scale);
   return {scale < 0 ? 0x80008000U : 0U, isnan(scale) ? 0x7FFF7FFFU : 0U};
 }
 

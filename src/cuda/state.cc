@@ -28,8 +28,8 @@ void DeviceBuffer::allocate(std::size_t bytes, cudaStream_t stream) {
 }
 
 CudaPlan::CudaPlan(const LayerParams& layer)
-    : device_(layer.device), info_(device_info(layer.device.index)) {
-  const DeviceScope scope(device_);
+    : layer_(layer), info_(device_info(layer.device.index)) {
+  const DeviceScope scope(layer_.device);
   choose_kernels(layer);
 }
 
@@ -243,8 +243,10 @@ void CudaPlan::allocate_cascade(const LayerParams& layer, Workspace* workspace,
   set_pointers(base, tiles, many().mma != nullptr, &rule);
 }
 
-void CudaPlan::update(const LayerParams& layer, const BatchParams& batch, cudaStream_t stream) {
-  const DeviceScope scope(device_);
+void CudaPlan::update(const BatchParams& batch, const Context& ctx) {
+  const LayerParams& layer = layer_;
+  const cudaStream_t stream = stream_of(ctx);
+  const DeviceScope scope(layer.device);
   if (batch.num_seqs == 0 || batch.num_tokens == 0) return;
   allocate_slots(stream);
   current_ = &workspace_for(layer, batch, stream);
@@ -296,13 +298,11 @@ bool is_aligned(const void* data, std::int64_t stride_a, std::int64_t stride_b, 
 
 }  // namespace
 
-void CudaPlan::attend(const AttentionParams& params, cudaStream_t stream) {
-  const DeviceScope scope(device_);
+void CudaPlan::attention(const AttentionParams& params, const Context& ctx) {
+  const cudaStream_t stream = stream_of(ctx);
+  const DeviceScope scope(layer_.device);
   Workspace& workspace = *current_;
-  KernelParams p;
-  p.layer = *params.layer;
-  p.batch = *params.batch;
-  p.call = params;
+  KernelParams p{params};
   const auto block_size = static_cast<std::uint32_t>(p.layer.block_size);
   p.block_shift = std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1;
   p.k_block_bytes = params.k.strides.block * size_of(params.k.dtype);

@@ -34,15 +34,15 @@ class DeviceBuffer {
   std::size_t size_ = 0;
 };
 
-class CudaPlan final : public PlanState {
+class CudaPlan final : public LayerPlan {
  public:
   explicit CudaPlan(const LayerParams& layer);
 
   std::int64_t workspace_bytes() const override;
   std::string to_string() const override;
 
-  void update(const LayerParams& layer, const BatchParams& batch, cudaStream_t stream);
-  void attend(const AttentionParams& params, cudaStream_t stream);
+  void update(const BatchParams& batch, const Context& ctx) override;
+  void attention(const AttentionParams& params, const Context& ctx) override;
 
  private:
   // A kernel of this layer and its grid. Each serves requests of few query rows, some, or many.
@@ -94,7 +94,7 @@ class CudaPlan final : public PlanState {
   void launch(const Stage& stage, const ScheduleView& schedule, KernelParams params,
               cudaStream_t stream) const;
 
-  Device device_;
+  LayerParams layer_;
   const DeviceInfo& info_;
   Stage stages_[kNumRules];
   // Stages that have work in the planned batch, by its bound on query lengths.

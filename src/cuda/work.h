@@ -204,12 +204,8 @@ inline void share_out(TileRule (&rules)[kNumRules], int num_used) {
   if (last != nullptr) last->up_to_rows = 0x7FFFFFFF;
 }
 
-// What an attention kernel gets. The pointers `call.layer` and `call.batch` are host pointers and
-// not for its eyes.
-struct KernelParams {
-  LayerParams layer;
-  BatchParams batch;
-  AttentionParams call;
+// What an attention kernel gets: the call, and what the host derives from it.
+struct KernelParams : AttentionParams {
   ScheduleView schedule;
   float* block_output = nullptr;  // [num_tokens, num_heads, head_size_v] if block scales are wanted
   std::int32_t k_copy_bytes = 16;  // alignment of every row: 16, 8, 4, or less

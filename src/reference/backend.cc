@@ -50,8 +50,8 @@ class Row {
  public:
   Row(const AttentionParams& p, std::int32_t s, std::int64_t row, std::int32_t head)
       : p_(p),
-        layer_(*p.layer),
-        seq_(sequence_at(layer_, *p.batch, p.num_kv_tokens, s)),
+        layer_(p.layer),
+        seq_(sequence_at(layer_, p.batch, p.num_kv_tokens, s)),
         seq_index_(s),
         row_(row),
         head_(head),
@@ -87,9 +87,8 @@ class Row {
     std::int64_t block = 0;
     std::int64_t slot = seq_.first_kv_row + j;
     if (layer_.paged) {
-      block =
-          semantics::physical_block(p_.batch->block_table + seq_index_ * p_.batch->table_stride,
-                                    p_.batch->table_width, j / layer_.block_size, p_.num_blocks);
+      block = semantics::physical_block(p_.batch.block_table + seq_index_ * p_.batch.table_stride,
+                                        p_.batch.table_width, j / layer_.block_size, p_.num_blocks);
       slot = j % layer_.block_size;
       if (block < 0) return {};
     }
@@ -127,7 +126,7 @@ class Row {
   }
 
   double qq_bias(std::int64_t j) const {
-    const BatchParams& batch = *p_.batch;
+    const BatchParams& batch = p_.batch;
     const std::int64_t i = row_ - seq_.first_row;
     const std::int64_t n = j - seq_.context_len;
     if (batch.qq_bias == nullptr || i >= batch.qq_size || n < 0 || n >= batch.qq_size) return 0.0;
@@ -150,7 +149,7 @@ void* output_row(const AttentionParams& p, std::int64_t row, std::int32_t head) 
 
 // One token's heads, [num_heads, head_size_v], to the output's dtype.
 void store_token(const AttentionParams& p, std::int64_t row, const std::vector<double>& token) {
-  const std::int64_t size = p.layer->head_size_v;
+  const std::int64_t size = p.layer.head_size_v;
   const std::int64_t total = static_cast<std::int64_t>(token.size());
   const double fixed = p.has_output_scale ? value_of(p.output_scale) : 1.0;
   for (std::int64_t begin = 0; begin < total; begin += semantics::kOutputGroup) {
@@ -174,12 +173,12 @@ void store_token(const AttentionParams& p, std::int64_t row, const std::vector<d
 }
 
 void run_attention(const AttentionParams& p) {
-  const LayerParams& layer = *p.layer;
+  const LayerParams& layer = p.layer;
   std::vector<double> token;
   std::vector<double> head_output;
   std::int64_t next_row = 0;  // where wild row offsets overlap, the first sequence has the row
-  for (std::int32_t s = 0; s < p.batch->num_seqs; ++s) {
-    const Sequence seq = sequence_at(layer, *p.batch, p.num_kv_tokens, s);
+  for (std::int32_t s = 0; s < p.batch.num_seqs; ++s) {
+    const Sequence seq = sequence_at(layer, p.batch, p.num_kv_tokens, s);
     if (seq.query_len == 0) continue;  // claims no row, wherever it would begin
     const std::int64_t first_row = std::max(seq.first_row, next_row);
     next_row = std::max(next_row, seq.first_row + seq.query_len);
@@ -218,8 +217,11 @@ void write_side(const CacheWriteParams& p, const KvParams& kv, const void* x,
   }
 }
 
-class EmptyPlan final : public PlanState {
+// Cascade, splits and ranges are ways of computing the same thing: nothing to plan.
+class ReferencePlan final : public LayerPlan {
  public:
+  void update(const BatchParams&, const Context&) override {}
+  void attention(const AttentionParams& params, const Context&) override { run_attention(params); }
   std::int64_t workspace_bytes() const override { return 0; }
   std::string to_string() const override { return "reference: one row at a time\n"; }
 };
@@ -234,14 +236,8 @@ class ReferenceBackend final : public Backend {
     static const BackendCapabilities caps = full_capabilities();
     return caps;
   }
-  std::unique_ptr<PlanState> make_plan(const LayerParams&) const override {
-    return std::make_unique<EmptyPlan>();
-  }
-  // Cascade, splits and ranges are ways of computing the same thing: nothing to plan.
-  void plan(PlanState&, const LayerParams&, const BatchParams&, const Context&) const override {}
-
-  void attention(PlanState&, const AttentionParams& params, const Context&) const override {
-    run_attention(params);
+  std::unique_ptr<LayerPlan> make_plan(const LayerParams&) const override {
+    return std::make_unique<ReferencePlan>();
   }
 
   void cache_write(const CacheWriteParams& p, const Context&) const override {

@@ -150,12 +150,12 @@ class DecodeAttention : DecodeMerge<C> {
       multiply_keys<kTiles>(ready<0>(), s);
       __syncwarp();
       const float* scales = C::kBytes ? shared().scale[C::kBytes ? warp_ : 0][stage_][0] : nullptr;
-      if (C::kBytes && p_.call.k.token_scales != nullptr) scale_columns<kTiles>(scales, s);
+      if (C::kBytes && p_.k.token_scales != nullptr) scale_columns<kTiles>(scales, s);
       __syncwarp();
       this->template fetch<0>();
       softmax<kTiles>(segment, first, absent, s, rows);
       this->wait_oldest();
-      if (C::kBytes && kScaleWeights && p_.call.v.token_scales != nullptr) {
+      if (C::kBytes && kScaleWeights && p_.v.token_scales != nullptr) {
         scale_columns<kTiles>(scales + C::kKeys, s);
       }
       multiply_values<kTiles>(ready<1>(), s, rows);
@@ -172,7 +172,7 @@ class DecodeAttention : DecodeMerge<C> {
     const std::uint32_t slot = this->slot_at(stage_, kSide);
     if constexpr (!C::kBytes) return slot;
     __syncwarp();  // nobody reads the last one any more
-    const KvParams& kv = kSide == 0 ? p_.call.k : p_.call.v;
+    const KvParams& kv = kSide == 0 ? p_.k : p_.v;
     if (kv.dtype == DType::kFloat8E4M3) {
       widen<kSide, tile::E4M3>(kv, slot);
     } else if (kv.dtype == DType::kInt8) {

@@ -40,10 +40,9 @@ __device__ void load_queries(const KernelParams& p, const RowTable<kRows>& rows,
                              float* q, int pitch) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   for (int r = warp; r < kRows; r += kThreads / 32) {
-    const char* from =
-        static_cast<const char*>(p.call.query) +
-        (rows.token[r] * p.call.query_token_stride + rows.head[r] * p.call.query_head_stride) *
-            size_of(p.layer.dtype);
+    const char* from = static_cast<const char*>(p.query) +
+                       (rows.token[r] * p.query_token_stride + rows.head[r] * p.query_head_stride) *
+                           size_of(p.layer.dtype);
     for (int d = static_cast<int>(threadIdx.x) % 32; d < p.layer.head_size; d += 32) {
       q[r * pitch + d] = r < num_rows ? semantics::load_element(from, p.layer.dtype, d) : 0.0F;
     }
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(kThreads)
   const int v_pitch = p.layer.head_size_v | 1;
   float* q = reinterpret_cast<float*>(memory + (sizeof(Shared) + 15) / 16 * 16);
   float* kv = q + (kRows * q_pitch + 3) / 4 * 4;
-  const float scale = p.layer.softmax_scale * value_of(p.call.q_scale) * value_of(p.call.k.scale);
+  const float scale = p.layer.softmax_scale * value_of(p.q_scale) * value_of(p.k.scale);
   Finisher<kRows, kThreads> finisher(p, shared.rows, shared.finish);
   finisher.set_pass(0, p.layer.head_size_v);
   Walker walker(p.schedule, static_cast<std::int32_t>(blockIdx.x));
@@ -188,13 +187,13 @@ __global__ void __launch_bounds__(kThreads)
     const int end = segment.existing_end(keys_of(p, segment.tile));
     for (int i = segment.unit_begin * steps; i < end * steps; ++i) {
       const int first = segment.tile.unit(i / steps) * kUnitKeys + i % steps * keys;
-      load_rows(p, p.call.k, segment.tile, shared.rows, kv_head, first, keys, p.layer.head_size, kv,
+      load_rows(p, p.k, segment.tile, shared.rows, kv_head, first, keys, p.layer.head_size, kv,
                 k_pitch);
       __syncthreads();
       scores(p, shared, segment, q, q_pitch, kv, k_pitch, first, keys, scale);
       __syncthreads();
-      load_rows(p, p.call.v, segment.tile, shared.rows, kv_head, first, keys, p.layer.head_size_v,
-                kv, v_pitch);
+      load_rows(p, p.v, segment.tile, shared.rows, kv_head, first, keys, p.layer.head_size_v, kv,
+                v_pitch);
       __syncthreads();
       add_values<kColumns>(shared, kv, v_pitch, keys, p.layer.head_size_v, acc);
       __syncthreads();

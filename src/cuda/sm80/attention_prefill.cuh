@@ -142,7 +142,7 @@ class PrefillAttention : PrefillRows<C> {
     const bool last = keys.count <= C::kStepKeys;
     multiply_keys(first, s);
     const float* scales = shared_.scale[C::kBytes ? stage_ : 0][0] + first;
-    if (C::kBytes && p_.call.k.token_scales != nullptr) this->scale_columns(scales, s);
+    if (C::kBytes && p_.k.token_scales != nullptr) this->scale_columns(scales, s);
     if constexpr (C::kGeneral) this->modify(shared_.task[slot].segment, keys.first + first, s);
     if (keys.masked) this->mask(keys.first + first, s);
     if constexpr (C::kAbsentApart) {
@@ -153,7 +153,7 @@ class PrefillAttention : PrefillRows<C> {
       }
     }
     this->softmax(s);
-    if (C::kBytes && kScaleWeights && p_.call.v.token_scales != nullptr) {
+    if (C::kBytes && kScaleWeights && p_.v.token_scales != nullptr) {
       this->scale_columns(scales + C::kKeys, s);
     }
     Weights weights;
@@ -333,7 +333,7 @@ class PrefillAttention : PrefillRows<C> {
       if (r >= segment.tile.rows) continue;
       const float scale = finisher.closing_scale(r, max_[mt][h], sum_[mt][h], lane() % 4 == 0);
       std::uint32_t* row = finisher.output_row(r) + lane() % 4;
-      const bool bf16 = p_.call.output_dtype == DType::kBFloat16;
+      const bool bf16 = p_.output_dtype == DType::kBFloat16;
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
         const float x = o_[mt][n][2 * h] * scale;

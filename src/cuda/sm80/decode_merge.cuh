@@ -28,7 +28,7 @@ class DecodeMerge : protected DecodeStream<C> {
   };
 
   __device__ __forceinline__ explicit DecodeMerge(const KernelParams& p) : Base(p) {
-    const float scale = p.layer.softmax_scale * value_of(p.call.q_scale) * value_of(p.call.k.scale);
+    const float scale = p.layer.softmax_scale * value_of(p.q_scale) * value_of(p.k.scale);
     // At 0 a masked -inf would turn into NaN.
     score_scale_ = fmaxf(fabsf(scale), 1e-37F);
   }

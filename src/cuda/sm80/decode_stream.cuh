@@ -59,8 +59,8 @@ static __device__ __forceinline__ void enter(const KernelParams& p, WarpStream& 
   s.keys = loadable_keys(p, segment.tile);
   s.full_begin = s.keys.hidden_begin >= s.keys.hidden_end ? 0 : s.keys.hidden_end;
   s.full_end = s.keys.kv_len;
-  s.base[0] = static_cast<const char*>(p.call.k.data) + segment.head * p.k_head_bytes;
-  s.base[1] = static_cast<const char*>(p.call.v.data) + segment.head * p.v_head_bytes;
+  s.base[0] = static_cast<const char*>(p.k.data) + segment.head * p.k_head_bytes;
+  s.base[1] = static_cast<const char*>(p.v.data) + segment.head * p.v_head_bytes;
   s.table = p.batch.block_table + segment.tile.seq * p.batch.table_stride;
   s.first_kv_row = static_cast<std::int32_t>(segment.tile.first_kv_row);
 }
@@ -201,10 +201,9 @@ class DecodeStream {
       const int r = i / kPieces;
       const int c = i % kPieces;
       const RowPlace place = row_place(p_, segment.tile, segment.head, r);
-      const char* row =
-          static_cast<const char*>(p_.call.query) +
-          (place.token * p_.call.query_token_stride + place.head * p_.call.query_head_stride) *
-              size_of(p_.layer.dtype);
+      const char* row = static_cast<const char*>(p_.query) +
+                        (place.token * p_.query_token_stride + place.head * p_.query_head_stride) *
+                            size_of(p_.layer.dtype);
       const int elements = r < segment.tile.rows ? min(p_.layer.head_size - c * 8, 8) : 0;
       const std::uint32_t at = to + tile::piece_offset(r, c, C::kPitch);
       if (p_.query_aligned && !change) {
@@ -306,7 +305,7 @@ class DecodeStream {
   __device__ __forceinline__ void copy(int stage) {
     constexpr std::uint32_t kRowStep = 32 / C::kPieces;
     static_assert(kRowStep >= 1 && C::kKeys % kRowStep == 0);
-    const KvParams& kv = kSide == 0 ? p_.call.k : p_.call.v;
+    const KvParams& kv = kSide == 0 ? p_.k : p_.v;
     const std::uint32_t slot = slot_at(stage, kSide);
     const int row_bytes =
         (kSide == 0 ? p_.layer.head_size : p_.layer.head_size_v) * (C::kBytes ? 1 : 2);

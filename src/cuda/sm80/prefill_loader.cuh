@@ -75,7 +75,7 @@ class PrefillLoader {
       copy_side<0>(t, slot, keys, stage);
       copy_side<1>(t, slot, keys, stage);
     }
-    if (C::kBytes && (p_.call.k.token_scales != nullptr || p_.call.v.token_scales != nullptr)) {
+    if (C::kBytes && (p_.k.token_scales != nullptr || p_.v.token_scales != nullptr)) {
       copy_scales(slot, keys, stage);
     }
   }
@@ -99,7 +99,7 @@ class PrefillLoader {
     const int columns = kSide == 0 ? p_.layer.head_size : p_.layer.head_size_v;
     if (c * 16 >= columns * kElement) return;
     const auto slot_bytes =
-        static_cast<std::uint32_t>((kSide == 0 ? p_.call.k : p_.call.v).strides.slot) * kElement;
+        static_cast<std::uint32_t>((kSide == 0 ? p_.k : p_.v).strides.slot) * kElement;
     const std::uint32_t offset =
         static_cast<std::uint32_t>(row % 16) * slot_bytes + static_cast<std::uint32_t>(c * 16);
     const std::uint32_t to =
@@ -135,7 +135,7 @@ class PrefillLoader {
   __device__ __forceinline__ void copy_rows(int slot, const KeyTile<C>& keys, int stage) {
     using S = Side<kSide>;
     const PrefillTask& task = shared_.task[slot];
-    const KvParams& kv = kSide == 0 ? p_.call.k : p_.call.v;
+    const KvParams& kv = kSide == 0 ? p_.k : p_.v;
     const int alignment = kSide == 0 ? p_.k_copy_bytes : p_.v_copy_bytes;
     const int row_bytes = (kSide == 0 ? p_.layer.head_size : task.columns) * kElement;
 #pragma unroll 1
@@ -165,7 +165,7 @@ class PrefillLoader {
     const int t = thread();
     const int side = t / C::kKeys;
     const int r = t % C::kKeys;
-    const KvParams& kv = side == 0 ? p_.call.k : p_.call.v;
+    const KvParams& kv = side == 0 ? p_.k : p_.v;
     if (side > 1 || kv.token_scales == nullptr) return;
     const PrefillTask& task = shared_.task[slot];
     KvRow row;
@@ -185,7 +185,7 @@ class PrefillLoader {
   // Widens this thread's own bytes of the tile at `stage`.
   template <int kSide>
   __device__ __forceinline__ void widen(int stage) {
-    const DType dtype = kSide == 0 ? p_.call.k.dtype : p_.call.v.dtype;
+    const DType dtype = kSide == 0 ? p_.k.dtype : p_.v.dtype;
     if (dtype == DType::kFloat8E4M3) {
       widen_from<kSide, tile::E4M3>(stage);
     } else if (dtype == DType::kInt8) {
@@ -198,7 +198,7 @@ class PrefillLoader {
   template <int kSide, class Stored>
   __device__ __forceinline__ void widen_from(int stage) {
     using S = Side<kSide>;
-    const bool scaled = kSide == 1 && !kScaleWeights && p_.call.v.token_scales != nullptr;
+    const bool scaled = kSide == 1 && !kScaleWeights && p_.v.token_scales != nullptr;
     const std::uint32_t from = stage_at<kSide>(stage);
     const std::uint32_t to = kSide == 0 ? wide_k() : wide_v();
 #pragma unroll 2
@@ -229,8 +229,8 @@ class PrefillLoader {
     if (p.schedule.shared_rows != nullptr) {
       place.token = p.schedule.shared_rows[tile.seed + place.index].token;
     }
-    return static_cast<const char*>(p.call.query) +
-           (place.token * p.call.query_token_stride + place.head * p.call.query_head_stride) *
+    return static_cast<const char*>(p.query) +
+           (place.token * p.query_token_stride + place.head * p.query_head_stride) *
                size_of(p.layer.dtype);
   }
 

@@ -31,7 +31,7 @@ class PrefillRows : protected PrefillLoader<C> {
   using Weights = std::uint32_t[C::kMTiles][C::kStepKeys / 16][4];  // P as the A operand
 
   __device__ __forceinline__ PrefillRows(const KernelParams& p, char* memory) : Base(p, memory) {
-    const float scale = p.layer.softmax_scale * value_of(p.call.q_scale) * value_of(p.call.k.scale);
+    const float scale = p.layer.softmax_scale * value_of(p.q_scale) * value_of(p.k.scale);
     // At 0 a masked -inf would turn into NaN.
     score_scale_ = fmaxf(fabsf(scale), 1e-37F);
   }

@@ -37,7 +37,7 @@ __device__ __forceinline__ bool in_groups(const KernelParams& p) {
 template <class C, int kSide>
 __device__ __forceinline__ bool is_regular(const KernelParams& p) {
   constexpr int kElement = C::kBytes ? 1 : 2;
-  const KvParams& kv = kSide == 0 ? p.call.k : p.call.v;
+  const KvParams& kv = kSide == 0 ? p.k : p.v;
   return PrefillSide<C, kSide>::kRegular && in_groups(p) &&
          (kSide == 0 ? p.k_copy_bytes : p.v_copy_bytes) >= 16 &&
          (kSide == 0 ? p.layer.head_size : p.layer.head_size_v) * kElement % 16 == 0 &&
@@ -92,7 +92,7 @@ __device__ __forceinline__ void look_up(const KernelParams& p, PrefillShared<C>&
   const bool found = row.block >= 0;
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
-    const KvParams& kv = side == 0 ? p.call.k : p.call.v;
+    const KvParams& kv = side == 0 ? p.k : p.v;
     to.group[side][g] =
         task.base[side] + (found ? row.block * kv.strides.block + row.slot * kv.strides.slot : 0) *
                               (C::kBytes ? 1 : 2);
@@ -136,8 +136,8 @@ __device__ __forceinline__ void prepare(const KernelParams& p, PrefillShared<C>&
       task.first_column = (segment.head - task.kv_head * p.passes) * p.columns;
       task.columns = min(p.columns, p.layer.head_size_v - task.first_column);
       task.keys = loadable_keys(p, segment.tile);
-      const KvParams& k = p.call.k;
-      const KvParams& v = p.call.v;
+      const KvParams& k = p.k;
+      const KvParams& v = p.v;
       task.base[0] =
           static_cast<const char*>(k.data) + task.kv_head * k.strides.head * size_of(k.dtype);
       task.base[1] = static_cast<const char*>(v.data) +

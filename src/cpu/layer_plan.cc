@@ -1,32 +1,32 @@
-#include "cpu/workspace.h"
+#include "cpu/layer_plan.h"
 
 #include <algorithm>
 
 namespace quire::cpu {
 
-void Workspace::plan(const LayerParams& layer, const BatchParams& batch, int num_threads) {
-  layer_ = layer;
-  planning::build(layer, batch, num_threads, &work_);
+void CpuPlan::update(const BatchParams& batch, const Context& ctx) {
+  const int num_threads = pool_of(ctx).num_threads();
+  planning::build(layer_, batch, num_threads, &work_);
   slots_.grow(std::max(work_.shared.num_slots * slot_floats(work_.shared),
                        work_.main.num_slots * slot_floats(work_.main)));
-  shared_results_.grow(static_cast<std::int64_t>(work_.shared_rows.size()) * layer.num_heads *
+  shared_results_.grow(static_cast<std::int64_t>(work_.shared_rows.size()) * layer_.num_heads *
                        (padded_v() + 2));
   reserve_workers(num_threads);
 }
 
-void Workspace::reserve_workers(int num_threads) {
+void CpuPlan::reserve_workers(int num_threads) {
   if (scratch_.size() < static_cast<std::size_t>(num_threads)) {
     scratch_.resize(static_cast<std::size_t>(num_threads));
   }
   for (Scratch& scratch : scratch_) size_scratch(&scratch);
 }
 
-float* Workspace::reserve_block_output(std::int64_t count) {
+float* CpuPlan::reserve_block_output(std::int64_t count) {
   block_output_.grow(count);
   return block_output_.data();
 }
 
-void Workspace::size_scratch(Scratch* scratch) const {
+void CpuPlan::size_scratch(Scratch* scratch) const {
   const std::int64_t rows = round_up(std::max(work_.max_rows, 1), kPadK);
   const std::int64_t item_rows = std::max<std::int64_t>(work_.max_item_rows, kPadK);
   const std::int64_t keys = std::max<std::int64_t>(work_.max_item_keys, kMaxKvTile);
@@ -70,22 +70,22 @@ void Workspace::size_scratch(Scratch* scratch) const {
   if (scratch->tokens.size() < tokens) scratch->tokens.resize(tokens);
 }
 
-std::int64_t Workspace::slot_floats(const planning::Schedule& schedule) const {
+std::int64_t CpuPlan::slot_floats(const planning::Schedule& schedule) const {
   return std::int64_t{schedule.slot_rows} * (padded_v() + 2);
 }
 
-PartialRows Workspace::slot(const planning::Schedule& schedule, std::int64_t slot) const {
+PartialRows CpuPlan::slot(const planning::Schedule& schedule, std::int64_t slot) const {
   const std::int64_t rows = std::int64_t{schedule.slot_rows};
   float* o = slots_.data() + slot * slot_floats(schedule);
   return {o, o + rows * padded_v(), o + rows * (padded_v() + 1)};
 }
 
-PartialRows Workspace::shared_result(std::int64_t shared_row, std::int32_t head) const {
+PartialRows CpuPlan::shared_result(std::int64_t shared_row, std::int32_t head) const {
   float* o = shared_results_.data() + (shared_row * layer_.num_heads + head) * (padded_v() + 2);
   return {o, o + padded_v(), o + padded_v() + 1};
 }
 
-std::int64_t Workspace::workspace_bytes() const {
+std::int64_t CpuPlan::workspace_bytes() const {
   std::int64_t bytes = slots_.bytes() + shared_results_.bytes() + block_output_.bytes();
   for (const Scratch& scratch : scratch_) bytes += scratch.memory.bytes();
   return bytes;

@@ -11,12 +11,17 @@
 
 namespace quire::cpu {
 
-class Workspace final : public PlanState {
- public:
-  explicit Workspace(const LayerParams& layer) : layer_(layer) {}
+inline ThreadPool& pool_of(const Context& ctx) {
+  return ctx.threads != nullptr ? *ctx.threads : default_thread_pool();
+}
 
-  // Plans a batch for `num_threads` workers.
-  void plan(const LayerParams& layer, const BatchParams& batch, int num_threads);
+class CpuPlan final : public LayerPlan {
+ public:
+  explicit CpuPlan(const LayerParams& layer) : layer_(layer) {}
+
+  // Cut for as many workers as the pool of `ctx` has.
+  void update(const BatchParams& batch, const Context& ctx) override;
+  void attention(const AttentionParams& params, const Context& ctx) override;
 
   // Scratch for workers [0, num_threads): a call may bring a larger pool than the plan's.
   void reserve_workers(int num_threads);
@@ -51,9 +56,6 @@ class Workspace final : public PlanState {
   AlignedFloats shared_results_;
   AlignedFloats block_output_;
 };
-
-// Runs one attention call (src/cpu/attention.cc).
-void run_attention(Workspace& workspace, const AttentionParams& params, ThreadPool& pool);
 
 void run_cache_write(const CacheWriteParams& params, ThreadPool& pool);
 void run_merge(const MergeParams& params, ThreadPool& pool);
