@@ -6,8 +6,8 @@
 #include "cuda/check.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
-#include "cuda/sm80/table.h"
-#include "cuda/state.h"
+#include "cuda/kernel_table.h"
+#include "cuda/layer_plan.h"
 
 namespace quire::cuda {
 namespace {
@@ -41,10 +41,9 @@ class CudaBackend final : public Backend {
 
   std::vector<KernelInfo> kernel_table() const override {
     std::vector<KernelInfo> list;
-    for (const sm80::MmaKernel& kernel : sm80::mma_kernels()) {
-      list.push_back({kernel.name, sm80::describe(kernel)});
+    for (const AttentionKernel* kernel : quire::cuda::kernel_table()) {
+      list.push_back({kernel->name, describe(*kernel)});
     }
-    list.push_back({"sm80::attention_fp32", "everything else, in fp32 arithmetic"});
     list.push_back({"plan", "every batch, once a step"});
     list.push_back({"find_partners", "batches of auto_cascade, once a step"});
     list.push_back({"block_quantize", "fp8 outputs with block scales"});

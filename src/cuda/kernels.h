@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/work.h"
+#include "cuda/kernel_params.h"
 #include "params.h"
 
 namespace quire::cuda {

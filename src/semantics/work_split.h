@@ -24,21 +24,28 @@ struct KvUnits {
   }
 };
 
-// The units that cover `visible`, each once.
-QUIRE_HOST_DEVICE KvUnits make_units(const Spans& visible, std::int64_t unit) {
+// The units that cover `visible`, each once. Keys are below 2^31: divisions by a unit that is not known
+// at compile time take a fifth of the instructions in 32 bits.
+QUIRE_HOST_DEVICE KvUnits make_units(const Spans& visible, std::int32_t unit) {
+  const auto divisor = static_cast<std::uint32_t>(unit);
+  const auto below = [divisor](std::int64_t key) {
+    return static_cast<std::int32_t>(static_cast<std::uint32_t>(key) / divisor);
+  };
+  const auto up_to = [divisor](std::int64_t key) {
+    return static_cast<std::int32_t>((static_cast<std::uint32_t>(key) + divisor - 1) / divisor);
+  };
   KvUnits units;
-  std::int64_t next = 0;
+  std::int32_t next = 0;
   if (!visible.prefix.empty()) {
-    const std::int64_t first = visible.prefix.begin / unit;
-    next = (visible.prefix.end + unit - 1) / unit;
-    units.prefix_first = static_cast<std::int32_t>(first);
-    units.prefix_count = static_cast<std::int32_t>(next - first);
+    units.prefix_first = below(visible.prefix.begin);
+    next = up_to(visible.prefix.end);
+    units.prefix_count = next - units.prefix_first;
   }
   if (!visible.main.empty()) {
-    const std::int64_t first = max_of(visible.main.begin / unit, next);
-    const std::int64_t end = (visible.main.end + unit - 1) / unit;
-    units.main_first = static_cast<std::int32_t>(first);
-    units.main_count = end > first ? static_cast<std::int32_t>(end - first) : 0;
+    const std::int32_t first = below(visible.main.begin);
+    units.main_first = first > next ? first : next;
+    const std::int32_t end = up_to(visible.main.end);
+    units.main_count = end > units.main_first ? end - units.main_first : 0;
   }
   return units;
 }

@@ -13,14 +13,16 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/plan_steps.h"
-#include "cuda/walk.cuh"
+#include "cuda/plan/steps.h"
+#include "cuda/kernel/work_iterator.cuh"
 #include "tests/conformance/random.h"
 
 namespace quire::cuda {
 namespace {
 
 using conformance::Rng;
+
+constexpr std::int32_t kKvTile = 64;
 
 // What the threads of a team exchange.
 struct Meeting {
@@ -288,7 +290,11 @@ class HostPlan {
  private:
   void set_rule(std::int32_t tile_rows, std::int64_t tokens, std::int64_t more, int index,
                 TileRule* rule) {
-    rule->tile_rows = tile_rows;
+    rule->policy.rows = rule->max_rows = tile_rows;
+    rule->policy.kv_tile = kKvTile;
+    rule->policy.item_overhead = 2;
+    rule->policy.min_range_cost = rule->policy.cut_cost = 6;
+    rule->policy.max_uncut = rule->policy.min_chunk = 8;
     rule->heads = args_.layer.num_kv_heads;
     rule->grid = 40;
     rule->max_tiles =
@@ -332,7 +338,7 @@ class HostPlan {
       if (!is_inside(key)) return "common keys";
     }
     if (!is_inside(tile.hidden_begin) || !is_inside(tile.hidden_end)) return "hidden keys";
-    const std::int64_t num_units = (std::int64_t{tile.kv_len} + kUnitKeys - 1) / kUnitKeys;
+    const std::int64_t num_units = (std::int64_t{tile.kv_len} + kKvTile - 1) / kKvTile;
     if (tile.prefix_first < 0 || tile.prefix_count < 0 || tile.main_first < 0 ||
         tile.main_count < 0 || std::int64_t{tile.prefix_first} + tile.prefix_count > num_units ||
         std::int64_t{tile.main_first} + tile.main_count > num_units) {
@@ -407,8 +413,8 @@ class Visits {
 
  private:
   void add_units(const Tile& tile, std::int32_t first, std::int32_t count, std::int64_t row) {
-    const std::int64_t begin = std::max<std::int64_t>(first * kUnitKeys, tile.kv_begin);
-    const std::int64_t end = std::min<std::int64_t>((first + count) * kUnitKeys,
+    const std::int64_t begin = std::max<std::int64_t>(first * kKvTile, tile.kv_begin);
+    const std::int64_t end = std::min<std::int64_t>((first + count) * kKvTile,
                                                     std::min(tile.kv_len, tile.visible_end));
     if (begin < end) keys_[row].emplace_back(begin, end);
   }
@@ -551,8 +557,8 @@ std::string wrong_masks(const Batch& b, const Tile& tile) {
     const semantics::Spans row = semantics::row_spans(seq.mask, position);
     std::int64_t visited = 0;
     for (std::int32_t u = 0; u < tile.num_units(); ++u) {
-      const std::int64_t begin = std::int64_t{tile.unit(u)} * kUnitKeys;
-      for (std::int64_t j = begin; j < std::min<std::int64_t>(begin + kUnitKeys, tile.kv_len);
+      const std::int64_t begin = std::int64_t{tile.unit(u)} * kKvTile;
+      for (std::int64_t j = begin; j < std::min<std::int64_t>(begin + kKvTile, tile.kv_len);
            ++j) {
         const bool seen = row.contains(j);
         const bool hidden = j >= tile.hidden_begin && j < tile.hidden_end;
@@ -633,7 +639,7 @@ TEST(CudaPlan, KeysThatDoNotExistAreNotWorkedThrough) {
           units += end - segment.unit_begin;
         }
       }
-      const std::int64_t most = (num_tokens + kUnitKeys - 1) / kUnitKeys;
+      const std::int64_t most = (num_tokens + kKvTile - 1) / kKvTile;
       EXPECT_LE(units, most * rule.header->num_tiles * rule.heads) << starts[1];
     }
   }

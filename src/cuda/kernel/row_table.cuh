@@ -1,0 +1,186 @@
+// The rows of a query tile: which token and head each is, and what it sees.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/kernel/work_iterator.cuh"
+#include "semantics/host_device.h"
+#include "semantics/quant.h"
+
+namespace quire::cuda {
+
+// Scores' number type for semantics/score.inc.
+struct FloatOps {
+  __device__ float mul(float a, float b) const { return a * b; }
+  __device__ float add(float a, float b) const { return a + b; }
+  // 1 - 2 / (e^2x + 1): absolute error about 1e-7, unlike tanh.approx's 5e-4 of a cap of 50.
+  __device__ float tanh(float x) const { return 1.0F - __fdividef(2.0F, __expf(2.0F * x) + 1.0F); }
+  __device__ float sqrt(float x) const { return sqrtf(x); }
+  __device__ float max(float a, float b) const { return fmaxf(a, b); }
+  __device__ float neg(float a) const { return -a; }
+  __device__ float zero() const { return 0.0F; }
+};
+
+// As FloatOps, to fp32 precision.
+struct ExactFloatOps : FloatOps {
+  __device__ float tanh(float x) const { return tanhf(x); }
+};
+
+namespace score {
+#include "semantics/score.inc"
+}
+
+// The keys of a tile that may be read: those below kv_len, but for [hidden_begin, hidden_end). No row
+// of the tile sees any other, and those that no row of the sequence sees (before every window, the
+// dead middle behind a visible prefix, behind the last row's window) may lie in blocks that have been
+// freed and hold NaN, which a weight of 0 does not hide: they count as absent and read as zeros.
+struct LoadableKeys {
+  std::int32_t kv_len;
+  std::int32_t hidden_begin;
+  std::int32_t hidden_end;
+};
+
+// In shared memory.
+template <int kRows>
+struct RowTable {
+  int4 visible[kRows];           // prefix begin, end, main begin, end
+  std::int32_t position[kRows];  // counted from key 0's
+  std::int32_t token[kRows];
+  std::int32_t head[kRows];
+  std::int32_t query_index[kRows];
+  float slope[kRows];
+  float sink[kRows];                   // if there are sinks; see fill_rows
+  alignas(16) std::int32_t common[4];  // spans that all rows see
+  LoadableKeys keys;
+  std::int32_t kv_stride;  // from a key's position to the next one's
+  __device__ __forceinline__ bool may_read(std::int32_t key) const {
+    return key < keys.kv_len && (key < keys.hidden_begin || key >= keys.hidden_end);
+  }
+};
+
+using semantics::value_of;
+
+__device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const Tile& tile) {
+  if (p.layer.paged) return tile.kv_len;
+  return static_cast<std::int32_t>(
+      semantics::max_of(semantics::min_of(tile.kv_len, p.num_kv_tokens - tile.first_kv_row), 0));
+}
+
+__device__ __forceinline__ LoadableKeys loadable_keys(const KernelParams& p, const Tile& tile) {
+  const std::int32_t kv_len = min(keys_of(p, tile), tile.visible_end);
+  return {kv_len, tile.hidden_begin, min(tile.hidden_end, kv_len)};
+}
+
+// What becomes of the 16-bit elements of queries, two a word, where the factor of their scores is
+// below 0 (kernels multiply by its magnitude) or NaN (which in the factor would also turn the -inf of
+// keys that a row does not see into NaN).
+struct QueryChange {
+  std::uint32_t flip = 0;
+  std::uint32_t set = 0;
+  __device__ bool any() const { return (flip | set) != 0; }
+  __device__ std::uint32_t operator()(std::uint32_t word) const { return (word ^ flip) | set; }
+};
+
+__device__ __forceinline__ QueryChange query_change(const KernelParams& p) {
+  const float scale = p.layer.softmax_scale * value_of(p.q_scale) * value_of(p.k.scale);
+  return {scale < 0 ? 0x80008000U : 0U, isnan(scale) ? 0x7FFF7FFFU : 0U};
+}
+
+// Which token (row of the query; of the tile, from 0) and query head row `r` is.
+struct RowPlace {
+  std::int64_t token;
+  std::int64_t head;
+  std::int32_t index;
+};
+
+__device__ __forceinline__ RowPlace row_place(const KernelParams& p, const Tile& tile,
+                                              std::int32_t kv_head, int r) {
+  const int packed = tile.first_sub + min(r, tile.rows - 1);
+  const int index = packed / p.layer.group;
+  return {tile.first_token + index, kv_head * p.layer.group + (packed - index * p.layer.group),
+          index};
+}
+
+__device__ __forceinline__ int4 visible_keys(const semantics::Spans& spans) {
+  return make_int4(static_cast<int>(spans.prefix.begin), static_cast<int>(spans.prefix.end),
+                   static_cast<int>(spans.main.begin), static_cast<int>(spans.main.end));
+}
+
+// Fills the table for a segment; callers wait for this thread's copies (sinks) and synchronise after
+// it. Rows of a shared prefix are of several sequences: those keys lie in everybody's past and there
+// is no window (CudaPlan::cascade_rule), so every row sees them all.
+template <int kRows, int kThreads>
+__device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& segment,
+                                       std::int32_t kv_head, RowTable<kRows>& table) {
+  const Tile& tile = segment.tile;
+  const SharedRow* shared_rows = p.schedule.shared_rows;
+  const std::int32_t kv_len = keys_of(p, tile);
+  const int4 common = make_int4(tile.common[0], min(tile.common[1], kv_len), tile.common[2],
+                                min(tile.common[3], kv_len));
+  const std::int32_t key_0 = p.batch.kv_offset != nullptr ? p.batch.kv_offset[tile.seq] : 0;
+  const bool all_alike = shared_rows != nullptr || tile.first_sub + tile.rows <= p.layer.group;
+  for (int r = static_cast<int>(threadIdx.x); r < kRows; r += kThreads) {
+    RowPlace place = row_place(p, tile, kv_head, r);
+    std::int32_t position = tile.first_pos + place.index;
+    if (shared_rows != nullptr) {
+      place.token = shared_rows[tile.seed + place.index].token;
+      position = shared_rows[tile.seed + place.index].position;
+    }
+    int4 visible = common;
+    if (!all_alike) {
+      const semantics::SequenceMask mask = sequence_mask(p.layer, p.batch, tile.seq, kv_len);
+      visible = visible_keys(clip(semantics::row_spans(mask, position), tile.kv_begin, kv_len));
+    }
+    table.visible[r] = r < tile.rows ? visible : make_int4(0, 0, 0, 0);
+    table.position[r] = static_cast<std::int32_t>(static_cast<std::uint32_t>(position) -
+                                                  static_cast<std::uint32_t>(key_0));
+    table.token[r] = static_cast<std::int32_t>(place.token);
+    table.head[r] = static_cast<std::int32_t>(place.head);
+    table.query_index[r] = tile.first_index + place.index;
+    table.slope[r] = p.layer.alibi_slopes != nullptr ? p.layer.alibi_slopes[place.head] : 0.0F;
+    if (p.layer.sinks != nullptr) {
+      ptx::copy_async<4>(ptx::shared_address(&table.sink[r]), p.layer.sinks + place.head, 4);
+    }
+  }
+  if (threadIdx.x == kThreads - 1) {
+    *reinterpret_cast<int4*>(table.common) = common;
+    table.keys = loadable_keys(p, tile);
+    table.kv_stride = p.batch.kv_stride != nullptr ? max(p.batch.kv_stride[tile.seq], 1) : 1;
+  }
+}
+
+// Soft cap, ALiBi and query-query bias on the natural-unit score of (row, key j). Masks come after.
+// Differences modulo 2^32: exact for all positions below 2^31.
+template <class Ops, int kRows>
+__device__ __forceinline__ float modify_score(const KernelParams& p, const RowTable<kRows>& table,
+                                              const Tile& tile, int r, int j, float s) {
+  const Ops ops;
+  if (p.layer.soft_cap > 0) {
+    s = score::soft_cap(ops, s, p.layer.soft_cap, score::inverse_of_cap(p.layer.soft_cap));
+  }
+  if (p.layer.alibi_slopes != nullptr) {
+    const auto distance = static_cast<float>(static_cast<std::int32_t>(
+        static_cast<std::uint32_t>(j) * static_cast<std::uint32_t>(table.kv_stride) -
+        static_cast<std::uint32_t>(table.position[r])));
+    s = p.layer.alibi_sqrt ? score::alibi_sqrt(ops, s, table.slope[r], distance)
+                           : score::alibi(ops, s, table.slope[r], distance);
+  }
+  if (p.batch.qq_bias != nullptr) {
+    const int i = table.query_index[r];
+    const std::uint32_t n =
+        static_cast<std::uint32_t>(j) - static_cast<std::uint32_t>(tile.context_len);
+    if (n < p.batch.qq_size && i < p.batch.qq_size) {
+      s += p.batch.qq_bias[tile.seq * p.batch.qq_seq_stride + i * p.batch.qq_row_stride + n];
+    }
+  }
+  return s;
+}
+
+__device__ __forceinline__ bool sees(const int4& visible, int j) {
+  // Without short circuits: no branches.
+  return (static_cast<int>(j >= visible.x) & static_cast<int>(j < visible.y)) |
+         (static_cast<int>(j >= visible.z) & static_cast<int>(j < visible.w));
+}
+
+}  // namespace quire::cuda

@@ -1,0 +1,135 @@
+#include "cuda/kernel_table.h"
+
+#include <algorithm>
+#include <span>
+
+namespace quire::cuda {
+
+// X(folder) for each architecture of this build, the newest first, fp32 last; written by CMake.
+#define X(architecture)                                  \
+  namespace architecture {                               \
+  std::span<const AttentionKernel> kernels();            \
+  }
+#include "cuda_architectures.inc"
+#undef X
+
+const std::vector<const AttentionKernel*>& kernel_table() {
+  static const std::vector<const AttentionKernel*> table = [] {
+    std::vector<const AttentionKernel*> rows;
+#define X(architecture) \
+  for (const AttentionKernel& kernel : architecture::kernels()) rows.push_back(&kernel);
+#include "cuda_architectures.inc"
+#undef X
+    return rows;
+  }();
+  return table;
+}
+
+std::string describe(const AttentionKernel& kernel) {
+  const KernelKey& key = kernel.key;
+  std::string text;
+  if (key.compute == DType::kFloat32) {
+    text = "everything, in fp32 arithmetic";
+  } else {
+    const std::string compute = to_string(key.compute);
+    const bool takes_fp8 = key.kv8 && key.compute == DType::kFloat16;
+    text = compute + (takes_fp8 ? " and fp8" : "") + " queries; K and V in " +
+           (key.kv8 ? "8 bits" : compute);
+  }
+  text += "; head sizes up to " + std::to_string(key.max_head_size);
+  if (key.max_rows != kAnyRows) {
+    text += "; sequences of up to " + std::to_string(key.max_rows) + " query rows";
+  }
+  if (!key.plain) text += "; soft cap, ALiBi or query-query bias";
+  return text;
+}
+
+namespace {
+
+bool is_fp8(DType dtype) { return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2; }
+
+bool takes_dtypes(const KernelKey& key, DType query, DType kv) {
+  if (key.compute == DType::kFloat32) return true;
+  if (query == key.compute) return key.kv8 ? size_of(kv) == 1 : kv == key.compute;
+  return query == DType::kFloat8E4M3 && is_fp8(kv) && key.kv8 && key.compute == DType::kFloat16;
+}
+
+bool takes_layer(const KernelKey& key, const LayerParams& layer, const DeviceInfo& device) {
+  const int capability = device.major * 10 + device.minor;
+  return capability >= key.min_capability && capability <= key.max_capability &&
+         takes_dtypes(key, layer.dtype, layer.kv_dtype) &&
+         std::max(layer.head_size, layer.head_size_v) <= key.max_head_size &&
+         layer.head_size_v >= key.min_head_size_v;
+}
+
+bool share_tiles(const AttentionKernel& a, const AttentionKernel& b) {
+  return a.key.max_rows == b.key.max_rows && a.policy == b.policy &&
+         a.whole_items == b.whole_items && a.shared_prefix == b.shared_prefix &&
+         a.kv_chunks == b.kv_chunks;
+}
+
+// Whether some member takes any call, whatever its strides.
+bool is_complete(const KernelFamily& family) {
+  const auto any = [&](bool KernelKey::*form) {
+    return std::any_of(family.members.begin(), family.members.end(), [&](const FamilyMember& m) {
+      return m.kernel->key.*form && m.kernel->takes == nullptr;
+    });
+  };
+  return any(&KernelKey::plain) && any(&KernelKey::score_mod);
+}
+
+// The family that the kernel `first` leads, of the rows `candidates`; no members if one of them does
+// not fit the device or calls are left that none of them takes.
+KernelFamily family_of(const AttentionKernel& first,
+                       const std::vector<const AttentionKernel*>& candidates,
+                       const LayerParams& layer, const DeviceInfo& device) {
+  KernelFamily family;
+  for (const AttentionKernel* kernel : candidates) {
+    if (!share_tiles(*kernel, first)) continue;
+    FamilyMember member{kernel, {}};
+    if (!kernel->prepare(layer, device, &member.launch)) return {};
+    family.members.push_back(member);
+  }
+  if (!is_complete(family)) return {};
+  const int ctas = family.members.front().launch.ctas_per_sm;
+  family.grid = std::min(device.sm_count * std::max(ctas, 1), kMaxGrid);
+  return family;
+}
+
+}  // namespace
+
+std::vector<KernelFamily> choose_kernels(const LayerParams& layer, const DeviceInfo& device) {
+  std::vector<const AttentionKernel*> candidates;
+  for (const AttentionKernel* kernel : kernel_table()) {
+    if (takes_layer(kernel->key, layer, device)) candidates.push_back(kernel);
+  }
+  std::vector<KernelFamily> families;
+  for (const AttentionKernel* kernel : candidates) {
+    const bool served = std::any_of(families.begin(), families.end(), [&](const KernelFamily& f) {
+      return f.first().key.max_rows == kernel->key.max_rows;
+    });
+    if (served) continue;
+    KernelFamily family = family_of(*kernel, candidates, layer, device);
+    if (!family.members.empty()) families.push_back(std::move(family));
+  }
+  std::sort(families.begin(), families.end(), [](const KernelFamily& a, const KernelFamily& b) {
+    return a.first().key.max_rows < b.first().key.max_rows;
+  });
+  return families;
+}
+
+const FamilyMember& KernelFamily::member_for(const KernelParams& params) const {
+  const LayerParams& layer = params.layer;
+  const bool score_mod =
+      layer.soft_cap > 0 || layer.alibi_slopes != nullptr || params.batch.qq_bias != nullptr;
+  for (const FamilyMember& member : members) {
+    const KernelKey& key = member.kernel->key;
+    if ((score_mod ? key.score_mod : key.plain) &&
+        (member.kernel->takes == nullptr || member.kernel->takes(params))) {
+      return member;
+    }
+  }
+  return members.back();  // not reached: choose_kernels() keeps complete families only
+}
+
+}  // namespace quire::cuda

@@ -1,0 +1,90 @@
+// The attention kernels of this build, of every architecture: one row a kernel, one table, and the
+// one place that chooses from it. An architecture is a folder (sm80/, fp32/) whose kernels() lists its
+// rows; CMake finds the folders.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/device.h"
+#include "cuda/kernel_params.h"
+#include "cuda/plan/schedule.h"
+
+namespace quire::cuda {
+
+inline constexpr std::int32_t kAnyRows = 0x7FFFFFFF;
+
+// Which layers and calls a kernel takes.
+struct KernelKey {
+  int min_capability = 80;  // compute capability, 80 for 8.0
+  int max_capability = 999;
+  // What Q and K are multiplied in. fp16 and bf16: of queries in that dtype, over K and V stored in it
+  // or, with `kv8`, in 8 bits; fp16 with kv8 takes fp8 queries too, which it holds exactly. fp32:
+  // everything.
+  DType compute = DType::kNone;
+  bool kv8 = false;
+  std::int32_t max_head_size = 0;  // of K and V
+  std::int32_t min_head_size_v = 0;
+  // Meant for sequences of up to so many query rows (query_len * group).
+  std::int32_t max_rows = kAnyRows;
+  // Calls without and with soft cap, ALiBi or query-query bias. Where these have kernels of their
+  // own, it is because their code would take registers from the plain loop.
+  bool plain = true;
+  bool score_mod = false;
+};
+
+// What a kernel needs of a device, found once a layer.
+struct Launch {
+  int pipeline_stages = 0;
+  int shared_bytes = 0;
+  int ctas_per_sm = 0;
+};
+
+// One row of the table.
+struct AttentionKernel {
+  KernelKey key;
+  const char* name = nullptr;
+  TilePolicy policy;
+  bool whole_items = false;    // knows ScheduleHeader::whole
+  bool shared_prefix = false;  // may be given the tiles of shared prefixes
+  bool kv_chunks = false;      // batch-invariant mode: leaves a partial for each kv chunk
+  // Pipeline depth, shared memory, CTAs of a multiprocessor for a layer, on the current device. False:
+  // the device has too little shared memory.
+  bool (*prepare)(const LayerParams& layer, const DeviceInfo& device, Launch* launch) = nullptr;
+  void (*launch)(const Launch& launch, int grid, const KernelParams& params,
+                 cudaStream_t stream) = nullptr;
+  // Whether it takes the strides and addresses of a call; null: any.
+  bool (*takes)(const KernelParams& params) = nullptr;
+};
+
+// All of them, in the order of preference.
+const std::vector<const AttentionKernel*>& kernel_table();
+// Which calls a kernel serves, for people.
+std::string describe(const AttentionKernel& kernel);
+
+// A kernel chosen for a layer.
+struct FamilyMember {
+  const AttentionKernel* kernel = nullptr;
+  Launch launch;
+};
+
+// Kernels of a layer that work on the same tiles: the layer is planned once for all of them, and each
+// call goes to the first that takes it.
+struct KernelFamily {
+  std::vector<FamilyMember> members;
+  int grid = 0;  // CTAs of each launch
+  const AttentionKernel& first() const { return *members.front().kernel; }
+  const FamilyMember& member_for(const KernelParams& params) const;
+};
+
+// Most families of a layer, by the rows that they are meant for.
+inline constexpr int kMaxFamilies = kNumRules;
+
+// The families of a layer on the current device, which `device` is: by the rows that they are meant
+// for, from few to any number. Of several for the same rows the first in the table.
+std::vector<KernelFamily> choose_kernels(const LayerParams& layer, const DeviceInfo& device);
+
+}  // namespace quire::cuda

@@ -1,0 +1,329 @@
+// The steps of the plan kernel, for a team of threads that work on one batch: a CTA on the device;
+// tests run them on the host with a team of one.
+//
+//   lengths -> tiles per request -> (scan) -> tile records with their cost -> (scan) -> where each
+//   CTA of the attention grid starts
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/plan/schedule.h"
+#include "cuda/plan/shared_prefix.h"
+
+namespace quire::cuda {
+
+// Direct attention bounds its keys by the key tensor's rows, which the plan does not know; the
+// attention kernel clamps again (keys_of, existing_end).
+inline constexpr std::int64_t kAnyKvTokens = 0x7FFFFFFF;
+
+// Index of the last entry that is <= value; entries do not decrease and the first is <= value.
+template <class Get>
+QUIRE_DEVICE std::int32_t last_at_most(std::int32_t count, std::int64_t value, const Get& get) {
+  std::int32_t low = 0;
+  std::int32_t high = count;
+  while (high - low > 1) {
+    const std::int32_t middle = low + (high - low) / 2;
+    if (get(middle) <= value) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+QUIRE_DEVICE std::int64_t tiles_of(const PlanArgs& args, const TileRule& rule, std::int32_t s) {
+  const Sequence seq = sequence_at(args.layer, args.batch, kAnyKvTokens, s);
+  const std::int64_t rows = seq.query_len * args.layer.group;
+  if (rows <= rule.above_rows || rows > rule.up_to_rows) return 0;
+  return (rows + rule.policy.rows - 1) / rule.policy.rows;
+}
+
+QUIRE_DEVICE void set_units(const LayerParams& layer, const TileRule& rule,
+                            const semantics::Spans& visible, Tile* tile) {
+  const semantics::KvUnits units = semantics::make_units(visible, rule.policy.kv_tile);
+  tile->prefix_first = units.prefix_first;
+  tile->prefix_count = units.prefix_count;
+  tile->main_first = units.main_first;
+  tile->main_count = units.main_count;
+  tile->visible_end =
+      static_cast<std::int32_t>(semantics::max_of(visible.prefix.end, visible.main.end));
+  const std::int32_t count = units.count();
+  if (!layer.batch_invariant) {
+    tile->chunk_units = count > rule.policy.max_uncut || count == 0 ? 1 : count;
+  } else if (rule.chunks) {
+    tile->chunk_units = semantics::chunk_units(count, rule.policy.min_chunk);
+  } else {
+    tile->chunk_units = count > 0 ? count : 1;
+  }
+  tile->cost = count + rule.policy.item_overhead;
+}
+
+QUIRE_DEVICE Tile make_tile(const PlanArgs& args, const TileRule& rule, std::int32_t s,
+                            std::int64_t index) {
+  const LayerParams& layer = args.layer;
+  const Sequence seq = sequence_at(layer, args.batch, kAnyKvTokens, s);
+  const std::int64_t rows = seq.query_len * layer.group;
+  const std::int64_t first = index * rule.policy.rows;
+  Tile tile{};
+  tile.seq = s;
+  tile.rows = static_cast<std::int32_t>(semantics::min_of(rows - first, rule.policy.rows));
+  const std::int64_t first_token = first / layer.group;
+  const std::int64_t last_token = (first + tile.rows - 1) / layer.group;
+  tile.first_sub = static_cast<std::int32_t>(first - first_token * layer.group);
+  tile.first_index = static_cast<std::int32_t>(first_token);
+  tile.first_token = seq.first_row + first_token;
+  const std::int64_t first_pos = seq.first_pos + first_token;
+  const std::int64_t last_pos = seq.first_pos + last_token;
+  tile.first_pos = static_cast<std::int32_t>(first_pos);
+  tile.context_len = static_cast<std::int32_t>(seq.context_len);
+  tile.first_kv_row = seq.first_kv_row;
+  tile.kv_len = static_cast<std::int32_t>(seq.mask.kv_len);
+  tile.seed = -1;
+  if (args.prefixes.rule.min_blocks > 0 && args.prefixes.keys[s] > 0) {
+    tile.kv_begin = args.prefixes.keys[s];
+    tile.seed = args.prefixes.first_row[s] + tile.first_index;
+  }
+  const semantics::Spans visible =
+      clip(semantics::union_spans(seq.mask, first_pos, last_pos), tile.kv_begin, tile.kv_len);
+  set_units(layer, rule, visible, &tile);
+  const semantics::Spans common = first_token == last_token
+                                      ? visible  // exactly what its rows see
+                                      : clip(semantics::common_spans(seq.mask, first_pos, last_pos),
+                                             tile.kv_begin, tile.kv_len);
+  tile.common[0] = static_cast<std::int32_t>(common.prefix.begin);
+  tile.common[1] = static_cast<std::int32_t>(common.prefix.end);
+  tile.common[2] = static_cast<std::int32_t>(common.main.begin);
+  tile.common[3] = static_cast<std::int32_t>(common.main.end);
+  tile.hidden_begin = static_cast<std::int32_t>(visible.prefix.end);
+  tile.hidden_end =
+      static_cast<std::int32_t>(semantics::max_of(visible.main.begin, visible.prefix.end));
+  return tile;
+}
+
+// The `index`-th tile over the prefix of a group.
+QUIRE_DEVICE Tile make_shared_tile(const PlanArgs& args, const PrefixGroup& group,
+                                   std::int64_t index) {
+  const TileRule& rule = args.shared;
+  const std::int64_t rows = std::int64_t{group.end_row - group.first_row} * args.layer.group;
+  const std::int64_t first = index * rule.policy.rows;
+  const std::int64_t first_token = first / args.layer.group;
+  Tile tile{};
+  tile.seq = group.seq;
+  tile.rows = static_cast<std::int32_t>(semantics::min_of(rows - first, rule.policy.rows));
+  tile.first_sub = static_cast<std::int32_t>(first - first_token * args.layer.group);
+  tile.seed = static_cast<std::int32_t>(group.first_row + first_token);
+  tile.kv_len = group.keys;
+  tile.context_len = group.keys;  // query-query bias is about keys behind every shared prefix
+  tile.common[3] = group.keys;
+  set_units(args.layer, rule, {{0, 0}, {0, group.keys}}, &tile);
+  return tile;
+}
+
+// The cut at a cost position. Cuts inside an item are rounded to whole chunks.
+QUIRE_DEVICE CtaStart start_at(const TileRule& rule, std::int32_t num_tiles,
+                               std::int64_t position) {
+  if (num_tiles == 0) return {};
+  CtaStart start;
+  start.tile =
+      last_at_most(num_tiles, position, [&](std::int32_t i) { return rule.tiles[i].cost_begin; });
+  const Tile& tile = rule.tiles[start.tile];
+  const std::int64_t inside = position - tile.cost_begin;
+  start.head = static_cast<std::int32_t>(inside / tile.cost);
+  const auto unit = static_cast<std::int32_t>(inside - std::int64_t{start.head} * tile.cost);
+  const std::int32_t overhead = rule.policy.item_overhead;
+  if (start.head < rule.heads && unit > overhead) {
+    start.unit = (unit - overhead + tile.chunk_units / 2) / tile.chunk_units * tile.chunk_units;
+    if (start.unit >= tile.num_units()) {
+      start.unit = 0;
+      ++start.head;
+    }
+  }
+  if (start.head >= rule.heads) {
+    start.head = 0;
+    ++start.tile;
+  }
+  return start;
+}
+
+// For CTAs that start inside an item: who else works on it. In batch-invariant mode a CTA leaves a
+// part for each chunk, else one.
+template <class Team>
+QUIRE_DEVICE void link_starts(const Team& team, const TileRule& rule, std::int32_t num_ctas,
+                              bool one_part) {
+  const CtaStart* starts = rule.starts;
+  std::int64_t rank = 0;
+  for (std::int32_t base = 0; base <= num_ctas; base += team.size()) {
+    const std::int32_t c = base + team.thread();
+    const bool works =
+        c < num_ctas &&
+        starts[c].comes_before(starts[c + 1].tile, starts[c + 1].head, starts[c + 1].unit);
+    std::int64_t total = 0;
+    const std::int64_t before = rank + team.scan(works ? 1 : 0, &total);
+    if (c <= num_ctas) rule.starts[c].rank = static_cast<std::int32_t>(before);
+    rank += total;
+  }
+  team.sync();
+  for (std::int32_t c = team.thread(); c < num_ctas; c += team.size()) {
+    CtaStart& start = rule.starts[c];
+    if (start.unit == 0) continue;
+    std::int32_t last = c;
+    while (starts[last + 1].is_in(start.tile, start.head)) ++last;
+    std::int32_t first = c;
+    while (!starts[first].comes_before(start.tile, start.head, 1)) --first;
+    start.first_cta = first;
+    start.last_cta = last;
+    start.num_sharers = starts[last + 1].rank - starts[first].rank;
+    const Tile& tile = rule.tiles[start.tile];
+    const std::int32_t end =
+        starts[c + 1].is_in(start.tile, start.head) ? starts[c + 1].unit : tile.num_units();
+    const std::int32_t units = end - start.unit;
+    start.parts =
+        one_part ? (units > 0 ? 1 : 0) : (units + tile.chunk_units - 1) / tile.chunk_units;
+  }
+}
+
+QUIRE_DEVICE std::int32_t bucket_of(const CostBuckets& buckets, std::int32_t cost) {
+  return kCostBuckets - 1 -
+         static_cast<std::int32_t>(std::int64_t{cost} * (kCostBuckets - 1) / buckets.dearest);
+}
+
+// Whether CTAs that take whole items, dearest first, are about as soon done as with equal ranges,
+// where each pays for the items that are cut at its ends, and where no two CTAs are at the same
+// keys at the same time, which the L2 cache feels. Leaves where each bucket's tiles begin.
+template <class Team>
+QUIRE_DEVICE bool whole_items_balance(const Team& team, const TileRule& rule,
+                                      std::int64_t num_tiles, std::int64_t total_cost) {
+  CostBuckets& buckets = *rule.buckets;
+  for (std::int32_t b = team.thread(); b < kCostBuckets; b += team.size()) buckets.next[b] = 0;
+  if (team.thread() == 0) buckets.dearest = buckets.makespan = 1;
+  team.sync();
+  for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
+    team.raise(&buckets.dearest, rule.tiles[t].cost);
+  }
+  team.sync();
+  for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
+    team.add(&buckets.next[bucket_of(buckets, rule.tiles[t].cost)], 1);
+  }
+  team.sync();
+  std::int64_t dearer = 0;
+  for (std::int32_t base = 0; base < kCostBuckets; base += team.size()) {
+    const std::int32_t b = base + team.thread();
+    const std::int32_t count = b < kCostBuckets ? buckets.next[b] : 0;
+    std::int64_t total = 0;
+    const std::int64_t before = dearer + team.scan(count, &total);
+    if (b < kCostBuckets) buckets.next[b] = static_cast<std::int32_t>(before);
+    if (count > 0) {
+      // Some CTA gets as many of the items so far as an equal share of them, rounded up.
+      const std::int64_t rounds = ((before + count) * rule.heads + rule.grid - 1) / rule.grid;
+      const std::int64_t cost =
+          std::int64_t{kCostBuckets - 1 - b} * buckets.dearest / (kCostBuckets - 1);
+      team.raise(&buckets.makespan,
+                 static_cast<std::int32_t>(semantics::min_of(rounds * cost, kAnyKvTokens)));
+    }
+    dearer += total;
+  }
+  team.sync();
+  const std::int64_t share = total_cost / rule.grid;
+  return buckets.makespan <= share + share / 32 + rule.policy.cut_cost;
+}
+
+// Tile records, and where each CTA starts. make(t) is tile t without its place in the line.
+template <class Team, class Make>
+QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_part,
+                          std::int64_t num_tiles, const Make& make) {
+  std::int64_t cost = 0;
+  for (std::int64_t base = 0; base < num_tiles; base += team.size()) {
+    const std::int64_t t = base + team.thread();
+    Tile tile{};
+    if (t < num_tiles) tile = make(t);
+    std::int64_t total = 0;
+    tile.cost_begin = cost + team.scan(std::int64_t{tile.cost} * rule.heads, &total);
+    if (t < num_tiles) rule.tiles[t] = tile;
+    cost += total;
+  }
+  team.sync();
+  if (rule.buckets != nullptr && num_tiles > 0 &&
+      (whole_items_balance(team, rule, num_tiles, cost) || !one_part)) {
+    for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
+      const Tile tile = make(t);
+      rule.tiles[team.take(&rule.buckets->next[bucket_of(*rule.buckets, tile.cost)])] = tile;
+    }
+    if (team.thread() == 0) {
+      *rule.header = {static_cast<std::int32_t>(num_tiles), rule.grid, true};
+    }
+    return;
+  }
+  // As many CTAs as there are items, if that is more: short ones side by side.
+  const std::int64_t wanted =
+      semantics::max_of((cost + rule.policy.min_range_cost - 1) / rule.policy.min_range_cost, num_tiles * rule.heads);
+  const auto num_ctas = static_cast<std::int32_t>(semantics::min_of(wanted, rule.grid));
+  if (team.thread() == 0) {
+    *rule.header = {static_cast<std::int32_t>(num_tiles), num_ctas, false};
+  }
+  for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) {
+    const std::int64_t position = c < num_ctas ? c * cost / num_ctas : cost;
+    rule.starts[c] = start_at(rule, static_cast<std::int32_t>(num_tiles), position);
+  }
+  team.sync();
+  link_starts(team, rule, num_ctas, one_part);
+}
+
+// The tiles of a rule's requests. Also where it has none: a graph may read the result.
+template <class Team>
+QUIRE_DEVICE void schedule(const Team& team, const PlanArgs& args, const TileRule& rule) {
+  if (rule.up_to_rows <= rule.above_rows) {
+    if (team.thread() == 0) *rule.header = {};
+    for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) rule.starts[c] = {};
+    return;
+  }
+  const std::int32_t num_seqs = args.batch.num_seqs;
+  std::int64_t num_tiles = 0;
+  for (std::int32_t base = 0; base < num_seqs; base += team.size()) {
+    const std::int32_t s = base + team.thread();
+    std::int64_t total = 0;
+    const std::int64_t count = s < num_seqs ? tiles_of(args, rule, s) : 0;
+    const std::int64_t before = num_tiles + team.scan(count, &total);
+    // Sequences that overlap (a wild query_start_loc) may ask for more tiles than there is room
+    // for: what does not fit is not computed.
+    if (s < num_seqs) {
+      rule.seq_tiles[s] = static_cast<std::int32_t>(semantics::min_of(before, rule.max_tiles));
+    }
+    num_tiles += total;
+  }
+  num_tiles = semantics::min_of(num_tiles, rule.max_tiles);
+  team.sync();
+  lay_out(team, rule, !args.layer.batch_invariant, num_tiles, [&](std::int64_t t) {
+    const std::int32_t s =
+        last_at_most(num_seqs, t, [&](std::int32_t i) { return rule.seq_tiles[i]; });
+    return make_tile(args, rule, s, t - rule.seq_tiles[s]);
+  });
+}
+
+// The tiles of shared prefixes. Also where nothing is shared: a graph may read the result.
+template <class Team>
+QUIRE_DEVICE void schedule_shared(const Team& team, const PlanArgs& args) {
+  const bool shares = args.prefixes.rule.min_blocks > 0;
+  const std::int32_t num_groups = shares ? prefix::form_groups(team, args) : 0;
+  const PrefixGroup* groups = args.prefixes.groups;
+  std::int64_t num_tiles = 0;
+  for (std::int32_t g = 0; g < num_groups; ++g) num_tiles += prefix::tiles_of(args, groups[g]);
+  lay_out(team, args.shared, true, num_tiles, [&](std::int64_t t) {
+    const PrefixGroup* group = groups;
+    for (; t >= prefix::tiles_of(args, *group); ++group) t -= prefix::tiles_of(args, *group);
+    return make_shared_tile(args, *group, t);
+  });
+}
+
+// Everything, after prefix::find_partner() of each sequence.
+template <class Team>
+QUIRE_DEVICE void make_plan(const Team& team, const PlanArgs& args) {
+  if (args.shared.policy.rows > 0) schedule_shared(team, args);
+  team.sync();
+  for (const TileRule& rule : args.rules) {
+    if (rule.policy.rows > 0) schedule(team, args, rule);
+    team.sync();
+  }
+}
+
+}  // namespace quire::cuda

@@ -1,0 +1,46 @@
+// Asynchronous copies from global to shared memory, 4 to 16 bytes a thread (sm_80).
+#pragma once
+
+#include <cstdint>
+
+namespace quire::cuda::ptx {
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies `valid` bytes (0 to kBytes) from global to shared memory and fills up with zeros. With 0
+// nothing is read.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, int valid) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(valid)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+                 "r"(valid)
+                 : "memory");
+  }
+}
+
+// Copies all of kBytes: without a size to check it takes a third of the instructions.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
+  static_assert(kBytes == 16);
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most `kPending` of this thread's newest groups are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace quire::cuda::ptx

@@ -1,3 +1,0 @@
-#include "cuda/sm80/instance.cuh"
-
-QUIRE_PREFILL_INSTANCE(bf16_256_many_general, DType::kBFloat16, BFloat16, false, 256, true)

@@ -1,3 +1,0 @@
-#include "cuda/sm80/instance.cuh"
-
-QUIRE_DECODE_INSTANCE(bf16_64_some, DType::kBFloat16, BFloat16, false, 64, 32, false)

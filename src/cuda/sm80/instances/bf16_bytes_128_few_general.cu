@@ -1,3 +1,0 @@
-#include "cuda/sm80/instance.cuh"
-
-QUIRE_DECODE_INSTANCE(bf16_bytes_128_few_general, DType::kBFloat16, BFloat16, true, 128, 16, true)

@@ -1,3 +1,0 @@
-#include "cuda/sm80/instance.cuh"
-
-QUIRE_PREFILL_INSTANCE(bf16_bytes_128_many, DType::kBFloat16, BFloat16, true, 128, false)

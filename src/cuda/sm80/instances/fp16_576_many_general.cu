@@ -1,3 +1,0 @@
-#include "cuda/sm80/instance.cuh"
-
-QUIRE_PREFILL_INSTANCE(fp16_576_many_general, DType::kFloat16, Half, false, 576, true)

@@ -1,3 +1,0 @@
-#include "cuda/sm80/instance.cuh"
-
-QUIRE_DECODE_INSTANCE(fp16_bytes_128_some_general, DType::kFloat16, Half, true, 128, 32, true)

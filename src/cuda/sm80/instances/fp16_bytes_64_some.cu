@@ -1,3 +1,0 @@
-#include "cuda/sm80/instance.cuh"
-
-QUIRE_DECODE_INSTANCE(fp16_bytes_64_some, DType::kFloat16, Half, true, 64, 32, false)

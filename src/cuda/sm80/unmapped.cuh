@@ -1,0 +1,56 @@
+// Keys whose block does not exist read as zeros: like a sink, they have weight but no value. In fp16
+// they must not set the maximum, or the weights of all other keys could vanish and the whole output
+// with them. So they get a state of their own, a maximum and a sum a row in shared memory, which is
+// merged at the end in fp32. (In bf16 weights have fp32's range.)
+#pragma once
+
+#include "cuda/kernel/epilogue.cuh"
+#include "cuda/ptx/fragment.cuh"
+#include "cuda/ptx/math.cuh"
+
+namespace quire::cuda::sm80 {
+
+// Takes the scores of absent keys out of `s`, a warp's scores as tensor cores lay them out (16-row
+// tiles, 8 keys), into the states of its rows. Bit k of `absent` is key k.
+template <int kTiles, int kKeyTiles>
+__device__ __forceinline__ void set_absent_apart(std::uint32_t absent, float to_natural,
+                                                 float (&s)[kTiles][kKeyTiles][4], float* max,
+                                                 float* sum) {
+  const auto lane = static_cast<int>(ptx::opaque(threadIdx.x) % 32);
+  const std::uint32_t mine = absent >> (lane % 4 * 2);
+#pragma unroll
+  for (int i = 0; i < kTiles * 2; ++i) {
+    const int mt = i / 2;
+    const int h = i % 2;
+    float top = -INFINITY;
+#pragma unroll
+    for (int k = 0; k < kKeyTiles * 2; ++k) {
+      const bool is_absent = ((mine >> (k / 2 * 8 + k % 2)) & 1U) != 0;
+      if (is_absent) top = fmaxf(top, s[mt][k / 2][2 * h + k % 2]);
+    }
+    top = fmaxf(top, __shfl_xor_sync(~0U, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0U, top, 2));
+    const float shift = semantics::softmax_shift(top);
+    float weight = 0.0F;
+#pragma unroll
+    for (int k = 0; k < kKeyTiles * 2; ++k) {
+      const bool is_absent = ((mine >> (k / 2 * 8 + k % 2)) & 1U) != 0;
+      float& score = s[mt][k / 2][2 * h + k % 2];
+      if (is_absent) {
+        weight += ptx::exp2_approx((score - shift) * to_natural * kLog2E);
+        score = -INFINITY;
+      }
+    }
+    weight += __shfl_xor_sync(~0U, weight, 1);
+    weight += __shfl_xor_sync(~0U, weight, 2);
+    if (lane % 4 == 0) {
+      const int row = mt * 16 + h * 8 + lane / 4;
+      Fold fold{max[row], sum[row]};
+      fold.add(top * to_natural, weight);
+      max[row] = fold.max;
+      sum[row] = fold.sum;
+    }
+  }
+}
+
+}  // namespace quire::cuda::sm80

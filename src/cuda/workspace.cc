@@ -1,0 +1,218 @@
+#include "cuda/workspace.h"
+
+#include <algorithm>
+#include <bit>
+#include <string>
+
+#include "cuda/check.h"
+
+namespace quire::cuda {
+
+DeviceBuffer::~DeviceBuffer() {
+  if (data_ != nullptr) cudaFree(data_);
+}
+
+void DeviceBuffer::allocate(std::size_t bytes, cudaStream_t stream) {
+  if (is_capturing(stream)) {
+    throw Error("ctx.stream",
+                "a plan that has run a batch of this size before the capture (warm up first)",
+                "a capture that would have to allocate " + std::to_string(bytes) + " bytes");
+  }
+  check(cudaMalloc(&data_, bytes), "cudaMalloc of a workspace");
+  size_ = bytes;
+  check(cudaMemset(data_, 0, bytes), "cudaMemset of a workspace");
+  check(cudaStreamSynchronize(nullptr), "cudaMemset of a workspace");
+}
+
+namespace {
+
+// Parts of one allocation, each aligned.
+class Carver {
+ public:
+  template <class T>
+  std::size_t take(std::int64_t count) {
+    const std::size_t at = size_;
+    size_ += (static_cast<std::size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    return at;
+  }
+  std::size_t size() const { return size_; }
+
+ private:
+  std::size_t size_ = 0;
+};
+
+struct RuleOffsets {
+  std::size_t header, tiles, starts, seq_tiles, buckets;
+};
+
+RuleOffsets carve(Carver* carver, const TileRule& rule, std::int32_t max_seqs) {
+  RuleOffsets at{};
+  at.header = carver->take<ScheduleHeader>(1);
+  at.tiles = carver->take<Tile>(rule.max_tiles);
+  at.starts = carver->take<CtaStart>(kMaxGrid + 1);
+  at.seq_tiles = carver->take<std::int32_t>(max_seqs);
+  at.buckets = carver->take<CostBuckets>(1);
+  return at;
+}
+
+void set_pointers(char* base, const RuleOffsets& at, bool whole_items, TileRule* rule) {
+  rule->header = reinterpret_cast<ScheduleHeader*>(base + at.header);
+  rule->tiles = reinterpret_cast<Tile*>(base + at.tiles);
+  rule->starts = reinterpret_cast<CtaStart*>(base + at.starts);
+  rule->seq_tiles = reinterpret_cast<std::int32_t*>(base + at.seq_tiles);
+  rule->buckets = whole_items ? reinterpret_cast<CostBuckets*>(base + at.buckets) : nullptr;
+}
+
+// Partial results that a CTA may leave: one of the item that it begins, and of the item that it found
+// begun one, or in batch-invariant mode one for each chunk.
+int slots_per_cta(const LayerParams& layer, const AttentionKernel& kernel) {
+  return layer.batch_invariant && kernel.kv_chunks ? 1 + semantics::kMaxChunks : 2;
+}
+
+std::int64_t slot_floats(const TilePolicy& policy, const LayerParams& layer) {
+  const std::int32_t columns = std::min(policy.v_columns, (layer.head_size_v + 7) / 8 * 8);
+  return std::int64_t{policy.rows} * (columns + 2);
+}
+
+}  // namespace
+
+void Workspace::allocate_partials(cudaStream_t stream) {
+  if (slots_.data() != nullptr) return;
+  // The kernels run one after the other and share the memory.
+  std::int64_t floats = 0;
+  for (const KernelFamily& family : families_) {
+    floats = std::max(floats, std::int64_t{family.grid} * slots_per_cta(layer_, family.first()) *
+                                  slot_floats(family.first().policy, layer_));
+  }
+  slots_.allocate(static_cast<std::size_t>(floats) * sizeof(float), stream);
+  arrivals_.allocate((kMaxGrid + 1) * sizeof(std::int32_t), stream);
+}
+
+TileRule Workspace::rule_of(const KernelFamily& family, const BatchBuffers& buffers) const {
+  const TilePolicy& policy = family.first().policy;
+  TileRule rule;
+  rule.policy = policy;
+  rule.max_rows = family.first().key.max_rows;
+  rule.heads = layer_.num_kv_heads * num_passes(layer_, policy);
+  rule.grid = family.grid;
+  rule.chunks = family.first().kv_chunks;
+  const std::int64_t tiles =
+      buffers.max_seqs + (buffers.max_tokens * layer_.group + policy.rows - 1) / policy.rows;
+  rule.max_tiles = static_cast<std::int32_t>(std::min<std::int64_t>(tiles, 1 << 30));
+  return rule;
+}
+
+BatchBuffers& Workspace::buffers_for(const BatchParams& batch, cudaStream_t stream) {
+  for (const auto& buffers : buffers_) {
+    if (batch.num_seqs <= buffers->max_seqs && batch.num_tokens <= buffers->max_tokens) {
+      return *buffers;
+    }
+  }
+  auto made = std::make_unique<BatchBuffers>();
+  made->max_seqs = static_cast<std::int32_t>(
+      std::bit_ceil(static_cast<std::uint32_t>(std::max(batch.num_seqs, 64))));
+  made->max_tokens = static_cast<std::int64_t>(
+      std::bit_ceil(static_cast<std::uint64_t>(std::max<std::int64_t>(batch.num_tokens, 1024))));
+  Carver carver;
+  RuleOffsets at[kMaxFamilies];
+  for (std::size_t i = 0; i < families_.size(); ++i) {
+    made->rules[i] = rule_of(families_[i], *made);
+    at[i] = carve(&carver, made->rules[i], made->max_seqs);
+  }
+  made->memory.allocate(carver.size(), stream);
+  for (std::size_t i = 0; i < families_.size(); ++i) {
+    set_pointers(made->memory.data(), at[i], families_[i].first().whole_items, &made->rules[i]);
+  }
+  // Smaller buffers that no graph refers to are not needed any more.
+  std::erase_if(buffers_, [&](const auto& old) {
+    return !old->captured && old->max_seqs <= made->max_seqs && old->max_tokens <= made->max_tokens;
+  });
+  buffers_.push_back(std::move(made));
+  return *buffers_.back();
+}
+
+void Workspace::allocate_cascade(BatchBuffers* buffers, cudaStream_t stream) const {
+  if (buffers->cascade.data() != nullptr) return;
+  const KernelFamily& family = families_.back();
+  const TilePolicy& policy = family.first().policy;
+  const std::int64_t most_tokens = std::max(policy.rows / 2 / layer_.group, 1);
+  SharedPrefixes& prefixes = buffers->prefixes;
+  prefixes.max_rows = static_cast<std::int32_t>(
+      std::min({buffers->max_tokens, buffers->max_seqs * most_tokens, kMaxSharedTokens}));
+  TileRule& rule = buffers->shared;
+  rule = buffers->rules[families_.size() - 1];
+  rule.max_tiles = static_cast<std::int32_t>(
+      (std::int64_t{prefixes.max_rows} * layer_.group + policy.rows - 1) / policy.rows +
+      kMaxPrefixGroups);
+  const std::int64_t seed_rows = std::int64_t{prefixes.max_rows} * layer_.num_heads;
+  Seeds& seeds = buffers->seeds;
+  seeds.pitch = (layer_.head_size_v + 7) / 8 * 8;
+  seeds.columns = policy.v_columns;
+  seeds.passes = num_passes(layer_, policy);
+
+  Carver carver;
+  std::size_t lists[6];
+  for (std::size_t& list : lists) list = carver.take<std::int32_t>(buffers->max_seqs);
+  const std::size_t groups = carver.take<PrefixGroup>(kMaxPrefixGroups);
+  const std::size_t rows = carver.take<SharedRow>(prefixes.max_rows);
+  const std::size_t o = carver.take<float>(seed_rows * seeds.pitch);
+  const std::size_t max = carver.take<float>(seed_rows * seeds.passes);
+  const std::size_t sum = carver.take<float>(seed_rows * seeds.passes);
+  const RuleOffsets tiles = carve(&carver, rule, 0);
+  buffers->cascade.allocate(carver.size(), stream);
+
+  char* base = buffers->cascade.data();
+  std::int32_t** const pointers[] = {&prefixes.leader, &prefixes.blocks, &prefixes.members,
+                                     &prefixes.least,  &prefixes.keys,   &prefixes.first_row};
+  for (int i = 0; i < 6; ++i) *pointers[i] = reinterpret_cast<std::int32_t*>(base + lists[i]);
+  prefixes.groups = reinterpret_cast<PrefixGroup*>(base + groups);
+  prefixes.rows = reinterpret_cast<SharedRow*>(base + rows);
+  seeds.o = reinterpret_cast<float*>(base + o);
+  seeds.max = reinterpret_cast<float*>(base + max);
+  seeds.sum = reinterpret_cast<float*>(base + sum);
+  set_pointers(base, tiles, family.first().whole_items, &rule);
+}
+
+float* Workspace::block_output(BatchBuffers* buffers, cudaStream_t stream) const {
+  if (buffers->block_output.data() == nullptr) {
+    const std::int64_t floats = buffers->max_tokens * layer_.num_heads * layer_.head_size_v;
+    buffers->block_output.allocate(static_cast<std::size_t>(floats) * sizeof(float), stream);
+  }
+  return reinterpret_cast<float*>(buffers->block_output.data());
+}
+
+void Workspace::capture_plan(BatchBuffers* buffers) {
+  buffers->captured = buffers->captured_plain = true;
+}
+
+void Workspace::capture_attention(BatchBuffers* buffers, bool shares, int num_families) {
+  buffers->captured = true;
+  buffers->captured_plain = buffers->captured_plain || !shares;
+  families_captured_ = std::min(families_captured_, num_families);
+}
+
+ScheduleView Workspace::view_of(const BatchBuffers& buffers, const KernelFamily& family,
+                                const TileRule& rule) const {
+  ScheduleView view;
+  view.header = rule.header;
+  view.tiles = rule.tiles;
+  view.starts = rule.starts;
+  view.arrivals = reinterpret_cast<std::int32_t*>(arrivals_.data());
+  view.taken = view.arrivals + kMaxGrid;
+  view.slots = reinterpret_cast<float*>(slots_.data());
+  view.slot_floats = slot_floats(family.first().policy, layer_);
+  view.slots_per_cta = slots_per_cta(layer_, family.first());
+  view.heads = rule.heads;
+  view.seeds = buffers.seeds;
+  return view;
+}
+
+std::int64_t Workspace::bytes() const {
+  std::size_t bytes = slots_.size() + arrivals_.size();
+  for (const auto& buffers : buffers_) {
+    bytes += buffers->memory.size() + buffers->block_output.size() + buffers->cascade.size();
+  }
+  return static_cast<std::int64_t>(bytes);
+}
+
+}  // namespace quire::cuda
