@@ -13,9 +13,9 @@
 #include <utility>
 #include <vector>
 
+#include "conformance/random.h"
 #include "cuda/plan_steps.h"
 #include "cuda/walk.cuh"
-#include "tests/conformance/random.h"
 
 namespace quire::cuda {
 namespace {
