@@ -12,9 +12,9 @@
 #include <system_error>
 #include <vector>
 
-#include "bench/kernel/bench.h"
-#include "bench/kernel/report.h"
-#include "bench/kernel/workload.h"
+#include "bench/bench.h"
+#include "bench/report.h"
+#include "bench/workload.h"
 #include "cli/commands.h"
 #include "cli/common/options.h"
 #include "cli/common/output.h"

@@ -11,8 +11,8 @@
 #include <utility>
 
 #include "cli/common/output.h"
-#include "tests/conformance/campaign.h"
-#include "tests/conformance/device_memory.h"
+#include "conformance/campaign.h"
+#include "conformance/device_memory.h"
 
 namespace quire::cli {
 namespace {

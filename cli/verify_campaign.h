@@ -1,4 +1,4 @@
-// The part of `quire verify` that runs the campaign of tests/conformance/campaign.h.
+// The part of `quire verify` that runs the campaign of conformance/campaign.h.
 #pragma once
 
 #include <CLI/CLI.hpp>

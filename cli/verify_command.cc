@@ -13,10 +13,10 @@
 #include "cli/common/options.h"
 #include "cli/common/output.h"
 #include "cli/verify_campaign.h"
+#include "conformance/covering.h"
+#include "conformance/golden.h"
+#include "conformance/runner.h"
 #include "quire/quire.h"
-#include "tests/conformance/covering.h"
-#include "tests/conformance/golden.h"
-#include "tests/conformance/runner.h"
 
 namespace quire::cli {
 namespace {

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "conformance/number_format.h"
 #include "tests/api/misuse.h"
-#include "tests/conformance/number_format.h"
 
 namespace quire {
 namespace {

@@ -18,9 +18,9 @@
 #include <thread>
 #include <vector>
 
+#include "conformance/runner.h"
 #include "quire/quire.h"
 #include "quire/quire_c.h"
-#include "tests/conformance/runner.h"
 
 #if defined(__SANITIZE_THREAD__)
 constexpr bool kThreadSanitizer = true;

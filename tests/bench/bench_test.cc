@@ -1,5 +1,5 @@
 // The benchmark from end to end on small workloads, and its reports.
-#include "bench/kernel/bench.h"
+#include "bench/bench.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "bench/kernel/report.h"
+#include "bench/report.h"
 
 namespace quire::bench {
 namespace {

@@ -10,12 +10,12 @@
 #include <stdexcept>
 #include <vector>
 
-#include "bench/kernel/limits.h"
-#include "bench/kernel/machine.h"
-#include "bench/kernel/paged_batch.h"
-#include "bench/kernel/random_data.h"
-#include "bench/kernel/statistics.h"
-#include "bench/kernel/workload.h"
+#include "bench/limits.h"
+#include "bench/machine.h"
+#include "bench/paged_batch.h"
+#include "bench/random_data.h"
+#include "bench/statistics.h"
+#include "bench/workload.h"
 
 namespace quire::bench {
 namespace {

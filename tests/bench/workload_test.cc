@@ -1,5 +1,5 @@
 // Workload files: the stored costs, errors, scaling.
-#include "bench/kernel/workload.h"
+#include "bench/workload.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -7,8 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "conformance/number_format.h"
 #include "tests/conformance/fixture.h"
-#include "tests/conformance/number_format.h"
 
 namespace quire::conformance {
 namespace {

@@ -4,8 +4,8 @@
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
+#include "conformance/runner.h"
 #include "quire/quire.h"
-#include "tests/conformance/runner.h"
 
 namespace quire::conformance {
 

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <vector>
 
+#include "conformance/number_format.h"
+#include "conformance/random.h"
 #include "tests/conformance/fixture.h"
-#include "tests/conformance/number_format.h"
-#include "tests/conformance/random.h"
 
 namespace quire::conformance {
 namespace {

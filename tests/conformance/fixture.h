@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "tests/conformance/number_format.h"
-#include "tests/conformance/runner.h"
+#include "conformance/number_format.h"
+#include "conformance/runner.h"
 
 namespace quire::conformance {
 

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "tests/conformance/campaign.h"
+#include "conformance/campaign.h"
 #include "tests/conformance/fixture.h"
 
 namespace quire::conformance {

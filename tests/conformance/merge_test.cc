@@ -1,5 +1,5 @@
 // merge_states() against its formula, on every device.
-#include "tests/conformance/merge_case.h"
+#include "conformance/merge_case.h"
 
 #include <gtest/gtest.h>
 

@@ -9,8 +9,8 @@
 #include <iostream>
 #include <string>
 
+#include "conformance/golden.h"
 #include "tests/conformance/fixture.h"
-#include "tests/conformance/golden.h"
 
 namespace quire::conformance {
 namespace {

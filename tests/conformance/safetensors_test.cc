@@ -1,5 +1,5 @@
 // The reader of golden files on files that are broken: a clear error, never an access outside.
-#include "tests/conformance/safetensors.h"
+#include "conformance/safetensors.h"
 
 #include <gtest/gtest.h>
 

@@ -13,9 +13,9 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/plan/steps.h"
+#include "conformance/random.h"
 #include "cuda/kernel/work_iterator.cuh"
-#include "tests/conformance/random.h"
+#include "cuda/plan/steps.h"
 
 namespace quire::cuda {
 namespace {
@@ -633,7 +633,7 @@ TEST(CudaPlan, KeysThatDoNotExistAreNotWorkedThrough) {
         for (Segment segment; walker.next(view, &segment);) {
           const std::int64_t keys = num_tokens - segment.tile.first_kv_row;
           const std::int32_t end =
-              segment.existing_end(static_cast<std::int32_t>(std::max<std::int64_t>(keys, 0, kKvTile)));
+              segment.existing_end(static_cast<std::int32_t>(std::max<std::int64_t>(keys, 0)), kKvTile);
           ASSERT_GE(end, segment.unit_begin);
           ASSERT_LE(end, segment.unit_end);
           units += end - segment.unit_begin;

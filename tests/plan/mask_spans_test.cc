@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "conformance/random.h"
 #include "params.h"
-#include "tests/conformance/random.h"
 
 namespace quire::semantics {
 namespace {

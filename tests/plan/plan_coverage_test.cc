@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "api/lower.h"
+#include "conformance/runner.h"
 #include "plan/plan.h"
-#include "tests/conformance/runner.h"
 
 namespace quire::planning {
 namespace {

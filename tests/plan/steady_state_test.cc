@@ -9,7 +9,7 @@
 #include <new>
 #include <vector>
 
-#include "tests/conformance/runner.h"
+#include "conformance/runner.h"
 
 namespace {
 
