@@ -24,8 +24,12 @@ LAYERS = [
     ("backends", r"src/backends\.(cc|h)$"),
     ("reference", r"src/reference/"),
     ("cpu", r"src/cpu/"),
-    ("sm80", r"src/cuda/sm80/"),
-    ("sm90", r"src/cuda/sm90/"),
+    ("cuda_ptx", r"src/cuda/ptx/"),
+    ("cuda_plan", r"src/cuda/plan/"),
+    ("cuda_kernel", r"src/cuda/kernel/"),
+    # Every other folder holds the attention kernels of an architecture.
+    ("architecture", r"src/cuda/[a-z0-9_]+/"),
+    ("cuda_base", r"src/cuda/(check|device|kernel_params|kernel_table|kernels)\.h$"),
     ("cuda", r"src/cuda/"),
     ("api", r"src/api/"),
     ("src", r"src/"),
@@ -50,12 +54,15 @@ ALLOWED = {
     "semantics": {"public", "semantics"},
     "plan": CORE,
     "params": CORE,
-    "backends": CORE | {"backends", "reference", "cpu", "cuda"},
+    "backends": CORE | {"backends", "reference", "cpu"},
     "reference": CORE | {"reference"},
     "cpu": CORE | {"cpu"},
-    "cuda": CORE | {"cuda", "sm80", "sm90"},
-    "sm80": CORE | {"cuda", "sm80"},
-    "sm90": CORE | {"cuda", "sm90"},
+    "cuda_ptx": CORE | {"cuda_ptx"},
+    "cuda_base": CORE | {"cuda_base", "cuda_plan"},
+    "cuda_plan": CORE | {"cuda_base", "cuda_plan"},
+    "cuda_kernel": CORE | {"cuda_base", "cuda_plan", "cuda_ptx", "cuda_kernel"},
+    "architecture": CORE | {"cuda_base", "cuda_plan", "cuda_ptx", "cuda_kernel", "architecture"},
+    "cuda": CORE | {"cuda_base", "cuda_plan", "cuda"},
     "api": CORE | {"api", "backends"},
     "src": CORE | {"src"},
     "conformance": {"public", "conformance"},
@@ -72,9 +79,12 @@ ALLOWED = {
 # layer -> third-party headers (regex on the included path) besides the standard library's.
 THIRD_PARTY = {
     "cpu": r"hwy/",
-    "cuda": r"cuda|cooperative_groups|cub/|cute/|cutlass/",
-    "sm80": r"cuda|cooperative_groups|cub/|cute/|cutlass/",
-    "sm90": r"cuda|cooperative_groups|cub/|cute/|cutlass/",
+    "cuda": r"cuda",
+    "cuda_base": r"cuda",
+    "cuda_plan": r"cuda",
+    "cuda_kernel": r"cuda",
+    "cuda_ptx": r"cuda",
+    "architecture": r"cuda",
     "llm": r"",
     "generate": r"CLI/",
     "examples": r"",
@@ -111,9 +121,15 @@ def problem(layer, included, includer):
         target_layer = layer_of(target)
         if target_layer not in ALLOWED[layer]:
             return f"'{layer}' must not include '{target_layer or target}'"
+        folders = [p.split("/")[2] for p in (target, includer.relative_to(ROOT).as_posix())
+                   if layer == target_layer == "architecture"]
+        if len(set(folders)) > 1:
+            return f"'{folders[1]}' must not include '{folders[0]}': architectures share cuda/kernel"
         return None
     if re.match(r"(quire|src|cli|conformance|examples|tests|bench)/", included):
         return "no such file"
+    if re.fullmatch(r"[a-z0-9_]+_(instances|architectures)\.inc", included):
+        return None  # lists that CMake writes
     if included in C_HEADERS or re.fullmatch(r"[a-z_0-9]+", included):
         return None  # the standard library
     if layer in SYSTEM_LAYERS and re.match(SYSTEM, included):

@@ -5,8 +5,8 @@
 
 #include "cuda/check.h"
 #include "cuda/device.h"
-#include "cuda/kernels.h"
 #include "cuda/kernel_table.h"
+#include "cuda/kernels.h"
 #include "cuda/layer_plan.h"
 
 namespace quire::cuda {

@@ -6,9 +6,9 @@
 namespace quire::cuda {
 
 // X(folder) for each architecture of this build, the newest first, fp32 last; written by CMake.
-#define X(architecture)                                  \
-  namespace architecture {                               \
-  std::span<const AttentionKernel> kernels();            \
+#define X(architecture)                       \
+  namespace architecture {                    \
+  std::span<const AttentionKernel> kernels(); \
   }
 #include "cuda_architectures.inc"
 #undef X

@@ -52,9 +52,8 @@ void CudaPlan::update(const BatchParams& batch, const Context& ctx) {
   shares_ = rule.min_blocks > 0;
   if (shares_) workspace_.allocate_cascade(buffers_, stream);
   if (capturing) Workspace::capture_plan(buffers_);
-  end_used_ = batch.max_query_len > 0
-                  ? families_for(batch.max_query_len * layer_.group)
-                  : std::min(workspace_.families_captured(), num_families());
+  end_used_ = batch.max_query_len > 0 ? families_for(batch.max_query_len * layer_.group)
+                                      : std::min(workspace_.families_captured(), num_families());
   PlanArgs args;
   args.layer = layer_;
   args.batch = batch;

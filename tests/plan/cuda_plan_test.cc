@@ -414,8 +414,8 @@ class Visits {
  private:
   void add_units(const Tile& tile, std::int32_t first, std::int32_t count, std::int64_t row) {
     const std::int64_t begin = std::max<std::int64_t>(first * kKvTile, tile.kv_begin);
-    const std::int64_t end = std::min<std::int64_t>((first + count) * kKvTile,
-                                                    std::min(tile.kv_len, tile.visible_end));
+    const std::int64_t end =
+        std::min<std::int64_t>((first + count) * kKvTile, std::min(tile.kv_len, tile.visible_end));
     if (begin < end) keys_[row].emplace_back(begin, end);
   }
 
@@ -558,8 +558,7 @@ std::string wrong_masks(const Batch& b, const Tile& tile) {
     std::int64_t visited = 0;
     for (std::int32_t u = 0; u < tile.num_units(); ++u) {
       const std::int64_t begin = std::int64_t{tile.unit(u)} * kKvTile;
-      for (std::int64_t j = begin; j < std::min<std::int64_t>(begin + kKvTile, tile.kv_len);
-           ++j) {
+      for (std::int64_t j = begin; j < std::min<std::int64_t>(begin + kKvTile, tile.kv_len); ++j) {
         const bool seen = row.contains(j);
         const bool hidden = j >= tile.hidden_begin && j < tile.hidden_end;
         const bool common = (j >= tile.common[0] && j < tile.common[1]) ||
@@ -632,8 +631,8 @@ TEST(CudaPlan, KeysThatDoNotExistAreNotWorkedThrough) {
         Walker walker(view, cta);
         for (Segment segment; walker.next(view, &segment);) {
           const std::int64_t keys = num_tokens - segment.tile.first_kv_row;
-          const std::int32_t end =
-              segment.existing_end(static_cast<std::int32_t>(std::max<std::int64_t>(keys, 0)), kKvTile);
+          const std::int32_t end = segment.existing_end(
+              static_cast<std::int32_t>(std::max<std::int64_t>(keys, 0)), kKvTile);
           ASSERT_GE(end, segment.unit_begin);
           ASSERT_LE(end, segment.unit_end);
           units += end - segment.unit_begin;

@@ -9,8 +9,10 @@
 #include <span>
 
 #include "cuda/check.h"
-#include "cuda/kernel/epilogue.cuh"
+#include "cuda/kernel/combine_splits.cuh"
 #include "cuda/kernel/kv_address.cuh"
+#include "cuda/kernel/score_mod.cuh"
+#include "cuda/kernel/team.cuh"
 #include "cuda/kernel_table.h"
 #include "cuda/ptx/cp_async.cuh"
 
@@ -20,6 +22,7 @@ namespace {
 constexpr int kRows = 16;
 constexpr int kThreads = 128;
 constexpr int kKvTile = 64;  // of the plan; worked through in steps of 16 or 32 keys
+using Team = CtaTeam<kThreads>;
 constexpr int kMaxKeys = 32;
 constexpr int kThreadsPerRow = kThreads / kRows;
 
@@ -27,7 +30,7 @@ struct Shared {
   RowTable<kRows> rows;
   Segment segment;  // at work
   bool works;
-  Finisher<kRows, kThreads>::Shared finish;
+  SplitCombiner<Team, kRows>::Shared combine;
   float p[kRows][kMaxKeys + 1];
   float max[kRows];
   float sum[kRows];
@@ -166,8 +169,9 @@ __global__ void __launch_bounds__(kThreads)
   float* q = reinterpret_cast<float*>(memory + (sizeof(Shared) + 15) / 16 * 16);
   float* kv = q + (kRows * q_pitch + 3) / 4 * 4;
   const float scale = p.layer.softmax_scale * value_of(p.q_scale) * value_of(p.k.scale);
-  Finisher<kRows, kThreads> finisher(p, shared.rows, shared.finish);
-  finisher.set_pass(0, p.layer.head_size_v);
+  Epilogue<Team, kRows> epilogue(p, shared.rows);
+  epilogue.set_pass(0, p.layer.head_size_v);
+  SplitCombiner<Team, kRows> combiner(p, epilogue, shared.combine);
   Walker walker(p.schedule, static_cast<std::int32_t>(blockIdx.x));
   Segment& segment = shared.segment;
   for (;;) {
@@ -176,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (!shared.works) break;
     const int kv_head = segment.head;
-    fill_rows<kRows, kThreads>(p, segment, kv_head, shared.rows);
+    fill_rows<Team>(p, segment, kv_head, shared.rows);
     ptx::commit_copies();
     ptx::wait_copies<0>();
     if (threadIdx.x < kRows) {
@@ -212,12 +216,12 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     if (segment.whole()) {
-      finisher.write(segment, result);
+      epilogue.write(segment, result);
     } else {
-      finisher.keep(
+      combiner.keep(
           segment, result,
-          finisher.slot(static_cast<std::int32_t>(blockIdx.x), segment.unit_begin == 0 ? 0 : 1));
-      finisher.arrive(walker.sharers(segment), segment);
+          combiner.slot(static_cast<std::int32_t>(blockIdx.x), segment.unit_begin == 0 ? 0 : 1));
+      combiner.arrive(walker.sharers(segment), segment);
     }
   }
 }
@@ -254,10 +258,10 @@ bool prepare(const LayerParams& layer, const DeviceInfo& device, Launch* launch)
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              device.shared_bytes_per_block),
         "fp32::attention: shared memory");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-            &launch->ctas_per_sm, function, kThreads,
-            static_cast<std::size_t>(launch->shared_bytes)),
-        "fp32::attention: occupancy");
+  check(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&launch->ctas_per_sm, function, kThreads,
+                                                    static_cast<std::size_t>(launch->shared_bytes)),
+      "fp32::attention: occupancy");
   return launch->ctas_per_sm > 0;
 }
 

@@ -3,33 +3,12 @@
 
 #include <cstdint>
 
-#include "cuda/ptx/cp_async.cuh"
 #include "cuda/kernel/work_iterator.cuh"
+#include "cuda/ptx/cp_async.cuh"
 #include "semantics/host_device.h"
 #include "semantics/quant.h"
 
 namespace quire::cuda {
-
-// Scores' number type for semantics/score.inc.
-struct FloatOps {
-  __device__ float mul(float a, float b) const { return a * b; }
-  __device__ float add(float a, float b) const { return a + b; }
-  // 1 - 2 / (e^2x + 1): absolute error about 1e-7, unlike tanh.approx's 5e-4 of a cap of 50.
-  __device__ float tanh(float x) const { return 1.0F - __fdividef(2.0F, __expf(2.0F * x) + 1.0F); }
-  __device__ float sqrt(float x) const { return sqrtf(x); }
-  __device__ float max(float a, float b) const { return fmaxf(a, b); }
-  __device__ float neg(float a) const { return -a; }
-  __device__ float zero() const { return 0.0F; }
-};
-
-// As FloatOps, to fp32 precision.
-struct ExactFloatOps : FloatOps {
-  __device__ float tanh(float x) const { return tanhf(x); }
-};
-
-namespace score {
-#include "semantics/score.inc"
-}
 
 // The keys of a tile that may be read: those below kv_len, but for [hidden_begin, hidden_end). No row
 // of the tile sees any other, and those that no row of the sequence sees (before every window, the
@@ -110,7 +89,7 @@ __device__ __forceinline__ int4 visible_keys(const semantics::Spans& spans) {
 // Fills the table for a segment; callers wait for this thread's copies (sinks) and synchronise after
 // it. Rows of a shared prefix are of several sequences: those keys lie in everybody's past and there
 // is no window (CudaPlan::cascade_rule), so every row sees them all.
-template <int kRows, int kThreads>
+template <class Team, int kRows>
 __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& segment,
                                        std::int32_t kv_head, RowTable<kRows>& table) {
   const Tile& tile = segment.tile;
@@ -120,7 +99,7 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
                                 min(tile.common[3], kv_len));
   const std::int32_t key_0 = p.batch.kv_offset != nullptr ? p.batch.kv_offset[tile.seq] : 0;
   const bool all_alike = shared_rows != nullptr || tile.first_sub + tile.rows <= p.layer.group;
-  for (int r = static_cast<int>(threadIdx.x); r < kRows; r += kThreads) {
+  for (int r = Team::thread(); r < kRows; r += Team::kSize) {
     RowPlace place = row_place(p, tile, kv_head, r);
     std::int32_t position = tile.first_pos + place.index;
     if (shared_rows != nullptr) {
@@ -143,38 +122,11 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
       ptx::copy_async<4>(ptx::shared_address(&table.sink[r]), p.layer.sinks + place.head, 4);
     }
   }
-  if (threadIdx.x == kThreads - 1) {
+  if (Team::thread() == Team::kSize - 1) {
     *reinterpret_cast<int4*>(table.common) = common;
     table.keys = loadable_keys(p, tile);
     table.kv_stride = p.batch.kv_stride != nullptr ? max(p.batch.kv_stride[tile.seq], 1) : 1;
   }
-}
-
-// Soft cap, ALiBi and query-query bias on the natural-unit score of (row, key j). Masks come after.
-// Differences modulo 2^32: exact for all positions below 2^31.
-template <class Ops, int kRows>
-__device__ __forceinline__ float modify_score(const KernelParams& p, const RowTable<kRows>& table,
-                                              const Tile& tile, int r, int j, float s) {
-  const Ops ops;
-  if (p.layer.soft_cap > 0) {
-    s = score::soft_cap(ops, s, p.layer.soft_cap, score::inverse_of_cap(p.layer.soft_cap));
-  }
-  if (p.layer.alibi_slopes != nullptr) {
-    const auto distance = static_cast<float>(static_cast<std::int32_t>(
-        static_cast<std::uint32_t>(j) * static_cast<std::uint32_t>(table.kv_stride) -
-        static_cast<std::uint32_t>(table.position[r])));
-    s = p.layer.alibi_sqrt ? score::alibi_sqrt(ops, s, table.slope[r], distance)
-                           : score::alibi(ops, s, table.slope[r], distance);
-  }
-  if (p.batch.qq_bias != nullptr) {
-    const int i = table.query_index[r];
-    const std::uint32_t n =
-        static_cast<std::uint32_t>(j) - static_cast<std::uint32_t>(tile.context_len);
-    if (n < p.batch.qq_size && i < p.batch.qq_size) {
-      s += p.batch.qq_bias[tile.seq * p.batch.qq_seq_stride + i * p.batch.qq_row_stride + n];
-    }
-  }
-  return s;
 }
 
 __device__ __forceinline__ bool sees(const int4& visible, int j) {

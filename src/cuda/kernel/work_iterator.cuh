@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cuda/plan/tuning.h"
 #include "cuda/kernel_params.h"
+#include "cuda/plan/tuning.h"
 
 namespace quire::cuda {
 

@@ -176,7 +176,7 @@ struct ScheduleView {
 
 // How the plan kernel cuts requests for one attention kernel.
 struct TileRule {
-  TilePolicy policy;  // no rows: this rule is not used
+  TilePolicy policy;          // no rows: this rule is not used
   std::int32_t max_rows = 0;  // KernelKey::max_rows
   std::int32_t heads = 0;
   std::int32_t grid = 0;

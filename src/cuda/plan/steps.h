@@ -255,8 +255,8 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_part,
     return;
   }
   // As many CTAs as there are items, if that is more: short ones side by side.
-  const std::int64_t wanted =
-      semantics::max_of((cost + rule.policy.min_range_cost - 1) / rule.policy.min_range_cost, num_tiles * rule.heads);
+  const std::int64_t wanted = semantics::max_of(
+      (cost + rule.policy.min_range_cost - 1) / rule.policy.min_range_cost, num_tiles * rule.heads);
   const auto num_ctas = static_cast<std::int32_t>(semantics::min_of(wanted, rule.grid));
   if (team.thread() == 0) {
     *rule.header = {static_cast<std::int32_t>(num_tiles), num_ctas, false};

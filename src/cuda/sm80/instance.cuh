@@ -73,8 +73,7 @@ AttentionKernel make_row() {
   row.prepare = [](const LayerParams&, const DeviceInfo& device, Launch* launch) {
     return sm80::prepare(Row::instance(kName), device, launch);
   };
-  row.launch = [](const Launch& launch, int grid, const KernelParams& params,
-                  cudaStream_t stream) {
+  row.launch = [](const Launch& launch, int grid, const KernelParams& params, cudaStream_t stream) {
     sm80::launch(Row::instance(kName), launch, grid, params, stream);
   };
   return row;
@@ -82,11 +81,11 @@ AttentionKernel make_row() {
 
 }  // namespace quire::cuda::sm80
 
-#define QUIRE_KERNEL(function, phase, compute, kv8, head_size, rows, score_mod)                \
-  namespace quire::cuda::sm80 {                                                                \
-  static constexpr char k_##function[] = "sm80::" #function;                                   \
-  AttentionKernel function() {                                                                 \
-    return make_row<Phase::phase, Compute::compute, kv8, head_size, rows, score_mod,           \
-                    k_##function>();                                                           \
-  }                                                                                            \
+#define QUIRE_KERNEL(function, phase, compute, kv8, head_size, rows, score_mod)      \
+  namespace quire::cuda::sm80 {                                                      \
+  static constexpr char k_##function[] = "sm80::" #function;                         \
+  AttentionKernel function() {                                                       \
+    return make_row<Phase::phase, Compute::compute, kv8, head_size, rows, score_mod, \
+                    k_##function>();                                                 \
+  }                                                                                  \
   }

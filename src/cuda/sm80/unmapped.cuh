@@ -4,7 +4,7 @@
 // merged at the end in fp32. (In bf16 weights have fp32's range.)
 #pragma once
 
-#include "cuda/kernel/epilogue.cuh"
+#include "cuda/kernel/partial.cuh"
 #include "cuda/ptx/fragment.cuh"
 #include "cuda/ptx/math.cuh"
 

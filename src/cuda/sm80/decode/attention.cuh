@@ -13,9 +13,10 @@
 // Bytes of a unit at d128: 32 KiB; flops 4 * 64 * 128 * 16 for every 16 rows.
 #pragma once
 
+#include "cuda/kernel/score_mod.cuh"
 #include "cuda/ptx/math.cuh"
-#include "cuda/sm80/unmapped.cuh"
 #include "cuda/sm80/decode/combine_warps.cuh"
+#include "cuda/sm80/unmapped.cuh"
 
 namespace quire::cuda::sm80 {
 
@@ -31,8 +32,8 @@ class DecodeAttention : DecodeMerge<C> {
   using Base::shared;
   using Base::stage_;
   using Base::warp_;
+  using typename Base::DecodeEpilogue;
   using typename Base::Emit;
-  using typename Base::Finish;
   using typename Base::Rows;
 
  public:
@@ -67,13 +68,14 @@ class DecodeAttention : DecodeMerge<C> {
   // Row table and queries of segment `n`, for when its turn comes: at least one barrier later.
   __device__ __forceinline__ void prepare(int n) {
     const Segment& segment = this->segment_at(n);
-    if (warp_ == 0) fill_rows<C::kRows, 32>(p_, segment, segment.head, shared().rows[n & 1]);
+    if (warp_ == 0) fill_rows<WarpTeam>(p_, segment, segment.head, shared().rows[n & 1]);
     this->load_queries(segment, this->query_at(n), changes_queries_);
   }
 
   __device__ __forceinline__ void work(const Segment& segment) {
-    Finish finisher(p_, shared().rows[segment_ & 1], shared().finish);
-    finisher.set_pass(0, p_.layer.head_size_v);
+    DecodeEpilogue epilogue(p_, shared().rows[segment_ & 1]);
+    epilogue.set_pass(0, p_.layer.head_size_v);
+    DecodeCombiner<C> combiner(p_, epilogue, shared().combine);
     const auto cta = static_cast<std::int32_t>(blockIdx.x);
     // One run in the free mode; one for each chunk where chunks must not depend on who does them.
     const int chunk =
@@ -96,19 +98,19 @@ class DecodeAttention : DecodeMerge<C> {
       if (one_run && segment.whole()) {
         emit.how = Emit::kWrite;
       } else if (segment.unit_begin > 0) {
-        emit.slot = finisher.slot(cta, ++part);
+        emit.slot = combiner.slot(cta, ++part);
       } else {
-        emit.slot = finisher.slot(cta, 0);
+        emit.slot = combiner.slot(cta, 0);
         if (unit > 0) emit.how = Emit::kFold;
       }
-      this->merge(finisher, segment, emit, rows);
+      this->merge(epilogue, segment, emit, rows);
       unit = end;
     } while (unit < segment.unit_end);
     if (segment.whole() && one_run) return;  // written between merge()'s barriers
     if (segment.whole()) {
-      finisher.write(segment, finisher.slot(cta, 0));
+      epilogue.write(segment, combiner.slot(cta, 0));
     } else {
-      finisher.arrive(this->stream().walker.sharers(segment), segment);
+      combiner.arrive(this->stream().walker.sharers(segment), segment);
     }
     // Warps that are done would prepare the segment after the next one, whose row table takes the
     // place of this one's, while others still store rows by it: rows went to other rows' places.
@@ -200,9 +202,9 @@ class DecodeAttention : DecodeMerge<C> {
           scale, wide);
       const std::uint32_t to = this->wide();
       ptx::store_piece(to + ptx::piece_offset(r, 2 * c, C::kPitch), wide[0], wide[1], wide[2],
-                        wide[3]);
+                       wide[3]);
       ptx::store_piece(to + ptx::piece_offset(r, 2 * c + 1, C::kPitch), wide[4], wide[5], wide[6],
-                        wide[7]);
+                       wide[7]);
     }
   }
 

@@ -16,7 +16,7 @@ class DecodeMerge : protected DecodeStream<C> {
   using Base::p_;
   using Base::shared;
   using Base::warp_;
-  using Finish = DecodeFinisher<C>;
+  using DecodeEpilogue = Epilogue<DecodeTeam, C::kRows>;
 
   static constexpr int kColumnTiles = C::kHead / 8;
 
@@ -40,7 +40,7 @@ class DecodeMerge : protected DecodeStream<C> {
 
   // The warps' states into one, in warp order, kMergeRows rows at a time, and on to where they
   // belong. Its barriers also hand over what prepare() got ready.
-  __device__ __forceinline__ void merge(const Finish& finisher, const Segment& segment,
+  __device__ __forceinline__ void merge(const DecodeEpilogue& epilogue, const Segment& segment,
                                         const Emit& emit, const Rows& rows) {
     const float to_natural = C::kGeneral ? 1.0F : score_scale_;
 #pragma unroll
@@ -66,7 +66,7 @@ class DecodeMerge : protected DecodeStream<C> {
         for (int row = mt * 16 + h * 8; row < end; row += C::kMergeRows) {
           spill_rows(rows, mt, h, row);
           __syncthreads();
-          merge_rows(finisher, segment, row, emit);
+          merge_rows(epilogue, segment, row, emit);
           __syncthreads();
         }
       }
@@ -92,7 +92,7 @@ class DecodeMerge : protected DecodeStream<C> {
     }
   }
 
-  __device__ __forceinline__ void merge_rows(const Finish& finisher, const Segment& segment,
+  __device__ __forceinline__ void merge_rows(const DecodeEpilogue& epilogue, const Segment& segment,
                                              int first_row, const Emit& emit) {
     constexpr int kGroups = C::kHead / 8;
     const int r = static_cast<int>(threadIdx.x) / kGroups;
@@ -105,7 +105,7 @@ class DecodeMerge : protected DecodeStream<C> {
     if (mine) merge_warps(r, row, c, &max, &sum, o);
     if (emit.how == Emit::kWrite) {
       if (mine) {
-        finisher.finish(segment.tile, row, c, max, sum, make_float4(o[0], o[1], o[2], o[3]),
+        epilogue.finish(segment.tile, row, c, max, sum, make_float4(o[0], o[1], o[2], o[3]),
                         make_float4(o[4], o[5], o[6], o[7]));
       }
       return;

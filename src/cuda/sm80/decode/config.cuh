@@ -3,7 +3,8 @@
 
 #include <type_traits>
 
-#include "cuda/kernel/epilogue.cuh"
+#include "cuda/kernel/combine_splits.cuh"
+#include "cuda/kernel/team.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/sm80/policy.h"
 
@@ -11,6 +12,7 @@ namespace quire::cuda::sm80 {
 
 inline constexpr int kDecodeThreads = 128;
 inline constexpr int kDecodeWarps = kDecodeThreads / 32;
+using DecodeTeam = CtaTeam<kDecodeThreads>;
 
 template <class Type_, bool kBytes_, int kHead_, int kRows_, bool kGeneral_>
 struct DecodeConfig {
@@ -25,7 +27,7 @@ struct DecodeConfig {
   // size 128 three took 109 us where two took 134 (16 sequences of 4k).
   static constexpr int kMinCtas = kRows > 16 || kHead > 128 ? 2 : (kHead == 64 ? 4 : 3);
   static constexpr int kKeys = kKvTile / kDecodeWarps;  // of a warp in a unit
-  static constexpr int kPitch = kHead * 2;                // bytes of a row that is multiplied
+  static constexpr int kPitch = kHead * 2;              // bytes of a row that is multiplied
   static constexpr int kStoredPitch = kBytes ? kHead : kHead * 2;
   static constexpr int kPieces = kStoredPitch / 16;  // 16-byte pieces of a stored row
   static constexpr int kTileBytes = kKeys * kPitch;  // K or V of a warp's keys
@@ -67,12 +69,12 @@ struct WarpStream {
 // Parts ahead: 48 registers' worth, or 24 where four CTAs leave a thread 128. With more, the loop over
 // keys spills.
 template <class C>
-using DecodeFinisher = Finisher<C::kRows, kDecodeThreads, C::kMinCtas == 4 ? 6 : 12>;
+using DecodeCombiner = SplitCombiner<DecodeTeam, C::kRows, C::kMinCtas == 4 ? 6 : 12>;
 
 template <class C>
 struct DecodeShared {
   RowTable<C::kRows> rows[2];  // of the segment at work and the next
-  typename DecodeFinisher<C>::Shared finish;
+  typename DecodeCombiner<C>::Shared combine;
   // Of each warp's keys; from [kDecodeWarps] on, of those that are absent (see set_absent_apart).
   float max[C::kStates][C::kRows];
   float sum[C::kStates][C::kRows];

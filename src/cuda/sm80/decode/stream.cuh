@@ -10,9 +10,9 @@
 #pragma once
 
 #include "cuda/kernel/kv_address.cuh"
-#include "cuda/sm80/decode/config.cuh"
 #include "cuda/ptx/fragment.cuh"
 #include "cuda/ptx/widen.cuh"
+#include "cuda/sm80/decode/config.cuh"
 
 namespace quire::cuda::sm80 {
 

@@ -16,8 +16,8 @@
 // Bytes per tile of 64 keys at d128: 32 KiB in; flops 4 * 64 * 128 * rows.
 #pragma once
 
-#include "cuda/sm80/unmapped.cuh"
 #include "cuda/sm80/prefill/rows.cuh"
+#include "cuda/sm80/unmapped.cuh"
 
 namespace quire::cuda::sm80 {
 
@@ -53,7 +53,7 @@ class PrefillAttention : PrefillRows<C> {
     bool primed = false;
     while (shared_.task[slot].exists) {
       const PrefillTask& task = shared_.task[slot];
-      fill_rows<C::kRows, C::kThreads>(p_, task.segment, task.kv_head, shared_.rows);
+      fill_rows<PrefillTeam<C>>(p_, task.segment, task.kv_head, shared_.rows);
       if (!primed) prime(slot);
       if (!this->copies_queries()) {
         this->load_queries(p_, task, query_);
@@ -282,22 +282,23 @@ class PrefillAttention : PrefillRows<C> {
       max_[i / 2][i % 2] *= to_natural;
     }
     if constexpr (C::kAbsentApart) join_absent();
-    Finisher<C::kRows, C::kThreads> finisher(p_, shared_.rows, shared_.finish);
-    finisher.set_pass(task.first_column, task.columns);
+    PrefillEpilogue<C> epilogue(p_, shared_.rows);
+    epilogue.set_pass(task.first_column, task.columns);
     const Segment& segment = task.segment;
-    if (segment.whole() && segment.tile.seed < 0 && finisher.stores_pairs() &&
+    if (segment.whole() && segment.tile.seed < 0 && epilogue.stores_pairs() &&
         task.columns == C::kHeadV) {
-      write(finisher, segment);
+      write(epilogue, segment);
       return;
     }
+    PrefillCombiner<C> combiner(p_, epilogue, shared_.combine);
     const Result result =
-        finisher.slot(static_cast<std::int32_t>(blockIdx.x), segment.unit_begin > 0 ? 1 : 0);
+        combiner.slot(static_cast<std::int32_t>(blockIdx.x), segment.unit_begin > 0 ? 1 : 0);
     keep(segment, task.columns, result);
     __syncthreads();
     if (segment.whole()) {
-      finisher.write(segment, result);
+      epilogue.write(segment, result);
     } else {
-      finisher.arrive(shared_.walker.sharers(segment), segment);
+      combiner.arrive(shared_.walker.sharers(segment), segment);
     }
   }
 
@@ -323,7 +324,7 @@ class PrefillAttention : PrefillRows<C> {
   }
 
   // The result of a whole item, to its output rows.
-  __device__ __forceinline__ void write(const Finisher<C::kRows, C::kThreads>& finisher,
+  __device__ __forceinline__ void write(const PrefillEpilogue<C>& epilogue,
                                         const Segment& segment) const {
 #pragma unroll
     for (int i = 0; i < C::kMTiles * 2; ++i) {
@@ -331,8 +332,8 @@ class PrefillAttention : PrefillRows<C> {
       const int h = i % 2;
       const int r = warp_row() + mt * 16 + h * 8 + lane() / 4;
       if (r >= segment.tile.rows) continue;
-      const float scale = finisher.closing_scale(r, max_[mt][h], sum_[mt][h], lane() % 4 == 0);
-      std::uint32_t* row = finisher.output_row(r) + lane() % 4;
+      const float scale = epilogue.closing_scale(r, max_[mt][h], sum_[mt][h], lane() % 4 == 0);
+      std::uint32_t* row = epilogue.output_row(r) + lane() % 4;
       const bool bf16 = p_.output_dtype == DType::kBFloat16;
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {

@@ -4,7 +4,8 @@
 #include <cstddef>
 #include <type_traits>
 
-#include "cuda/kernel/epilogue.cuh"
+#include "cuda/kernel/combine_splits.cuh"
+#include "cuda/kernel/team.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/sm80/policy.h"
 
@@ -94,9 +95,16 @@ struct PrefillTask {
 };
 
 template <class C>
+using PrefillTeam = CtaTeam<C::kThreads>;
+template <class C>
+using PrefillEpilogue = Epilogue<PrefillTeam<C>, C::kRows>;
+template <class C>
+using PrefillCombiner = SplitCombiner<PrefillTeam<C>, C::kRows>;
+
+template <class C>
 struct PrefillShared {
   RowTable<C::kRows> rows;
-  typename Finisher<C::kRows, C::kThreads>::Shared finish;
+  typename PrefillCombiner<C>::Shared combine;
   // Of the present segment and the next one, in turn.
   PrefillTask task[2];
   KeyTile<C> ring[2][C::kRing];

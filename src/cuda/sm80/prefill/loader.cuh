@@ -4,9 +4,9 @@
 //   later; it knows nothing of segments) -> wait_oldest -> widen (8-bit caches)
 #pragma once
 
-#include "cuda/sm80/prefill/tasks.cuh"
 #include "cuda/ptx/fragment.cuh"
 #include "cuda/ptx/widen.cuh"
+#include "cuda/sm80/prefill/tasks.cuh"
 
 namespace quire::cuda::sm80 {
 
@@ -117,15 +117,15 @@ class PrefillLoader {
 #pragma unroll
       for (int n = 0; n < S::kSteps; ++n) {
         ptx::copy_async<16>(to + n * kToStep,
-                             group[n * S::kRowStep / 16] + n * S::kRowStep % 16 * slot_bytes);
+                            group[n * S::kRowStep / 16] + n * S::kRowStep % 16 * slot_bytes);
       }
     } else {
       const std::uint64_t present = keys.present >> row;
 #pragma unroll
       for (int n = 0; n < S::kSteps; ++n) {
         ptx::copy_async<16>(to + n * kToStep,
-                             group[n * S::kRowStep / 16] + n * S::kRowStep % 16 * slot_bytes,
-                             (present >> (n * S::kRowStep) & 1) != 0 ? 16 : 0);
+                            group[n * S::kRowStep / 16] + n * S::kRowStep % 16 * slot_bytes,
+                            (present >> (n * S::kRowStep) & 1) != 0 ? 16 : 0);
       }
     }
   }
@@ -156,8 +156,8 @@ class PrefillLoader {
         }
       }
       ptx::copy_piece(stage_at<kSide>(stage) + (C::kBytes ? static_cast<std::uint32_t>(id) * 16
-                                                           : ptx::piece_offset(r, c, S::kPitch)),
-                       from, valid, alignment);
+                                                          : ptx::piece_offset(r, c, S::kPitch)),
+                      from, valid, alignment);
     }
   }
 
@@ -180,7 +180,7 @@ class PrefillLoader {
       from += semantics::cache_offset(kv.token_scale_strides, row.block, row.slot, task.kv_head);
     }
     ptx::copy_async<4>(ptx::shared_address(&shared_.scale[C::kBytes ? stage : 0][side][r]), from,
-                        row.block < 0 ? 0 : 4);
+                       row.block < 0 ? 0 : 4);
   }
 
   // Widens this thread's own bytes of the tile at `stage`.
@@ -213,9 +213,9 @@ class PrefillLoader {
       ptx::widen_piece<typename C::Type, Stored>(
           ptx::load_piece(from + static_cast<std::uint32_t>(id) * 16), scaled, scale, wide);
       ptx::store_piece(to + ptx::piece_offset(r, 2 * c, S::kPitch), wide[0], wide[1], wide[2],
-                        wide[3]);
+                       wide[3]);
       ptx::store_piece(to + ptx::piece_offset(r, 2 * c + 1, S::kPitch), wide[4], wide[5], wide[6],
-                        wide[7]);
+                       wide[7]);
     }
   }
 
@@ -256,7 +256,7 @@ class PrefillLoader {
       const auto* row = reinterpret_cast<const char*>(__shfl_sync(~0U, mine, r));
       const int valid = r < rows ? min(max((p_.layer.head_size - c * 8) * 2, 0), 16) : 0;
       ptx::copy_async<16>(query_ + ptx::piece_offset(first + r, c, C::kPitchK),
-                           row + (valid > 0 ? c * 16 : 0), valid);
+                          row + (valid > 0 ? c * 16 : 0), valid);
     }
   }
 

@@ -2,6 +2,7 @@
 // two rows of each 16-row tile, two columns of each 8, as tensor cores lay them out.
 #pragma once
 
+#include "cuda/kernel/score_mod.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/sm80/prefill/loader.cuh"
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/kernel/kv_address.cuh"
-#include "cuda/sm80/prefill/config.cuh"
 #include "cuda/ptx/fragment.cuh"
+#include "cuda/sm80/prefill/config.cuh"
 
 namespace quire::cuda::sm80 {
 
