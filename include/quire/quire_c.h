@@ -33,11 +33,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define QUIRE_C_API
-#else
-#define QUIRE_C_API __attribute__((visibility("default")))
-#endif
+#include "quire/export.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -55,16 +51,16 @@ enum {
 };
 
 /* "0.1.0" */
-QUIRE_C_API const char* quire_version(void);
+QUIRE_API const char* quire_version(void);
 
 /* The text of the calling thread's last failure, "" if it had none. Valid until this thread's next
  * failing call; successful calls leave it alone. Long texts are cut. */
-QUIRE_C_API const char* quire_last_error(void);
+QUIRE_API const char* quire_last_error(void);
 
 /* The argument that the last failure is about, spelled as in the headers and without the structure
  * that it is a member of: "query", "num_heads", "block_table[3][0]". Members of quire_kv_cache have
  * "kv_cache." ahead, struct_size has its structure: "config.struct_size". "" if there is none. */
-QUIRE_C_API const char* quire_last_error_argument(void);
+QUIRE_API const char* quire_last_error_argument(void);
 
 /* ------------------------------------------------------------------------------------------------
  * Tensors (quire/types.h) */
@@ -108,8 +104,8 @@ typedef struct quire_tensor {
 /* Fills `tensor` as a contiguous (row-major) view on the CPU; change `device` and `strides`
  * afterwards where they differ. `data` is const for the sake of inputs; where a call is to write,
  * the memory must be writable. */
-QUIRE_C_API quire_status quire_tensor_init(quire_tensor* tensor, const void* data,
-                                           quire_dtype dtype, int32_t ndim, const int64_t* shape);
+QUIRE_API quire_status quire_tensor_init(quire_tensor* tensor, const void* data, quire_dtype dtype,
+                                         int32_t ndim, const int64_t* shape);
 
 /* A scale: `value`, or the float that `data` points to in memory of the layer's device if it is
  * not null, read when the work runs. */
@@ -135,14 +131,14 @@ typedef void (*quire_run_tasks)(void* user, int64_t num_tasks, quire_task task, 
 /* A pool of Quire's own: num_threads - 1 threads are started, the calling thread is the last.
  * QUIRE_OUT_OF_MEMORY if the system does not start them all; the text says how many it would.
  * quire/types.h says what holds after fork() and for calls from inside a task. */
-QUIRE_C_API quire_status quire_thread_pool_create(int32_t num_threads, quire_thread_pool** pool);
+QUIRE_API quire_status quire_thread_pool_create(int32_t num_threads, quire_thread_pool** pool);
 
 /* A pool over threads of the caller's: at most `num_threads` tasks run at a time. */
-QUIRE_C_API quire_status quire_thread_pool_wrap(int32_t num_threads, quire_run_tasks run,
-                                                void* user, quire_thread_pool** pool);
+QUIRE_API quire_status quire_thread_pool_wrap(int32_t num_threads, quire_run_tasks run, void* user,
+                                              quire_thread_pool** pool);
 
 /* Null does nothing. No call may be using the pool. */
-QUIRE_C_API quire_status quire_thread_pool_destroy(quire_thread_pool* pool);
+QUIRE_API quire_status quire_thread_pool_destroy(quire_thread_pool* pool);
 
 /* Where and how a call runs. Functions accept null for the defaults. */
 typedef struct quire_context {
@@ -152,7 +148,7 @@ typedef struct quire_context {
   int32_t check_indices; /* 1: look at the data of index tensors and scales first; for debugging */
 } quire_context;
 
-QUIRE_C_API quire_status quire_context_init(quire_context* context, size_t struct_size);
+QUIRE_API quire_status quire_context_init(quire_context* context, size_t struct_size);
 
 /* ------------------------------------------------------------------------------------------------
  * The layer (quire::AttentionConfig, Mask, Score) */
@@ -193,7 +189,7 @@ typedef struct quire_score {
   int32_t alibi_sqrt;
 } quire_score;
 
-QUIRE_C_API quire_status quire_score_init(quire_score* score, size_t struct_size);
+QUIRE_API quire_status quire_score_init(quire_score* score, size_t struct_size);
 
 typedef struct quire_attention_config {
   size_t struct_size;
@@ -220,8 +216,8 @@ typedef struct quire_attention_config {
   int32_t clamp_ranges;    /* 1: bidirectional ranges end at the sliding window; default 0 */
 } quire_attention_config;
 
-QUIRE_C_API quire_status quire_attention_config_init(quire_attention_config* config,
-                                                     size_t struct_size);
+QUIRE_API quire_status quire_attention_config_init(quire_attention_config* config,
+                                                   size_t struct_size);
 
 /* ------------------------------------------------------------------------------------------------
  * The batch (quire::CommonAttentionMetadata); absent tensors are all zeros */
@@ -245,7 +241,7 @@ typedef struct quire_batch {
   quire_tensor q_offset;            /* int32 [num_seqs] or absent: and of queries */
 } quire_batch;
 
-QUIRE_C_API quire_status quire_batch_init(quire_batch* batch, size_t struct_size);
+QUIRE_API quire_status quire_batch_init(quire_batch* batch, size_t struct_size);
 
 /* ------------------------------------------------------------------------------------------------
  * The plan (quire::Plan) */
@@ -254,21 +250,21 @@ typedef struct quire_plan quire_plan;
 
 /* Checks the configuration and sets up the workspace; *plan is null after a failure. `backend` is
  * copied. */
-QUIRE_C_API quire_status quire_plan_create(const quire_attention_config* config, quire_plan** plan);
+QUIRE_API quire_status quire_plan_create(const quire_attention_config* config, quire_plan** plan);
 
 /* Plans a batch. The memory of the batch's tensors must stay unchanged until the last attention
  * call of the step; the structure itself need not. `common_prefix_len` > 0 announces that all block
  * tables start with the same blocks up to that many tokens. */
-QUIRE_C_API quire_status quire_plan_update(quire_plan* plan, const quire_batch* batch,
-                                           int64_t common_prefix_len, const quire_context* context);
+QUIRE_API quire_status quire_plan_update(quire_plan* plan, const quire_batch* batch,
+                                         int64_t common_prefix_len, const quire_context* context);
 
 /* Null does nothing. */
-QUIRE_C_API quire_status quire_plan_destroy(quire_plan* plan);
+QUIRE_API quire_status quire_plan_destroy(quire_plan* plan);
 
 /* "cpu", "cuda", "reference"; lives as long as the library. */
-QUIRE_C_API quire_status quire_plan_backend_name(const quire_plan* plan, const char** name);
+QUIRE_API quire_status quire_plan_backend_name(const quire_plan* plan, const char** name);
 
-QUIRE_C_API quire_status quire_plan_workspace_bytes(const quire_plan* plan, int64_t* bytes);
+QUIRE_API quire_status quire_plan_workspace_bytes(const quire_plan* plan, int64_t* bytes);
 
 /* ------------------------------------------------------------------------------------------------
  * The paged cache (quire::PagedKvCache) */
@@ -285,14 +281,14 @@ typedef struct quire_kv_cache {
   quire_tensor v_scale_cache; /*   num_kv_heads]; otherwise absent */
 } quire_kv_cache;
 
-QUIRE_C_API quire_status quire_kv_cache_init(quire_kv_cache* cache, size_t struct_size);
+QUIRE_API quire_status quire_kv_cache_init(quire_kv_cache* cache, size_t struct_size);
 
 /* Writes K and V of new tokens into `kv_cache` at `slot_mapping` (int64 [num_slots], negative ones
  * are skipped). key: [>= num_slots, num_kv_heads, head_size], value: [.., head_size_v]. */
-QUIRE_C_API quire_status quire_write_kv_cache(const quire_tensor* key, const quire_tensor* value,
-                                              const quire_kv_cache* kv_cache,
-                                              const quire_tensor* slot_mapping,
-                                              const quire_context* context);
+QUIRE_API quire_status quire_write_kv_cache(const quire_tensor* key, const quire_tensor* value,
+                                            const quire_kv_cache* kv_cache,
+                                            const quire_tensor* slot_mapping,
+                                            const quire_context* context);
 
 /* ------------------------------------------------------------------------------------------------
  * Attention (quire::AttentionArgs, quire::attention) */
@@ -312,42 +308,41 @@ typedef struct quire_attention_args {
   quire_tensor output_block_scale; /* fp8 output: receives a scale per group of 128, or absent */
 } quire_attention_args;
 
-QUIRE_C_API quire_status quire_attention_args_init(quire_attention_args* args, size_t struct_size);
+QUIRE_API quire_status quire_attention_args_init(quire_attention_args* args, size_t struct_size);
 
 /* Attention of one layer over the planned batch. CPU: done on return. CUDA: queued on the
  * context's stream. */
-QUIRE_C_API quire_status quire_attention(const quire_plan* plan, const quire_attention_args* args,
-                                         const quire_context* context);
+QUIRE_API quire_status quire_attention(const quire_plan* plan, const quire_attention_args* args,
+                                       const quire_context* context);
 
 /* Merges two results over disjoint keys. o: [num_tokens, num_heads, head_size_v], lse: float32
  * [num_heads, num_tokens]. `output` may alias o_a or o_b. `lse` may be null or absent, and may
  * alias lse_a or lse_b. */
-QUIRE_C_API quire_status quire_merge_states(const quire_tensor* o_a, const quire_tensor* lse_a,
-                                            const quire_tensor* o_b, const quire_tensor* lse_b,
-                                            const quire_tensor* output, const quire_tensor* lse,
-                                            const quire_context* context);
+QUIRE_API quire_status quire_merge_states(const quire_tensor* o_a, const quire_tensor* lse_a,
+                                          const quire_tensor* o_b, const quire_tensor* lse_b,
+                                          const quire_tensor* output, const quire_tensor* lse,
+                                          const quire_context* context);
 
 /* ------------------------------------------------------------------------------------------------
  * Backends (quire::AttentionBackend): numbered from 0, best first for each device */
 
-QUIRE_C_API quire_status quire_backend_count(int32_t* count);
+QUIRE_API quire_status quire_backend_count(int32_t* count);
 
 /* "cpu", "reference", "cuda"; lives as long as the library. */
-QUIRE_C_API quire_status quire_backend_name(int32_t backend, const char** name);
+QUIRE_API quire_status quire_backend_name(int32_t backend, const char** name);
 
 /* 1 if this machine can run it now, else 0. */
-QUIRE_C_API quire_status quire_backend_available(int32_t backend, int32_t* available);
+QUIRE_API quire_status quire_backend_available(int32_t backend, int32_t* available);
 
 /* What it runs on ("AVX3", "sm_90", ...), or why it cannot. Text results go to `text`, cut to
  * `capacity` bytes with the final 0; `length`, if not null, receives the whole length without it.
  * `text` may be null if `capacity` is 0. */
-QUIRE_C_API quire_status quire_backend_instruction_set(int32_t backend, char* text, size_t capacity,
-                                                       size_t* length);
+QUIRE_API quire_status quire_backend_instruction_set(int32_t backend, char* text, size_t capacity,
+                                                     size_t* length);
 
 /* Why the backend cannot serve the configuration, a line for each reason; empty if it can. */
-QUIRE_C_API quire_status quire_backend_supports(int32_t backend,
-                                                const quire_attention_config* config, char* text,
-                                                size_t capacity, size_t* length);
+QUIRE_API quire_status quire_backend_supports(int32_t backend, const quire_attention_config* config,
+                                              char* text, size_t capacity, size_t* length);
 
 #ifdef __cplusplus
 }
