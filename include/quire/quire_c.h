@@ -1,7 +1,8 @@
 /*
- * The C ABI of Quire: the functional core of quire/attention.h and quire/kv_cache.h for C, and for
- * languages that call C. The C++ headers are the manual of what each call means; this one says how
- * it looks from C.
+ * The C ABI of Quire, for C and for languages that call C. The C++ headers are the manual of what
+ * each call means; this one says how it looks from C. Here is the functional core of
+ * quire/attention.h and quire/kv_cache.h; quire/quire_c_backend.h, which comes with it, has the
+ * backends and the serving layer of quire/backend.h.
  *
  *     quire_attention_config config;
  *     quire_attention_config_init(&config, sizeof config);
@@ -20,8 +21,13 @@
  * Structures. Those that begin with `struct_size` may gain members at their end. Set them up with
  * their _init function, which fills in the defaults and the size that the caller was compiled with;
  * a library that knows more members uses their defaults, and one that knows fewer refuses a
- * structure whose additional members are not zero. quire_device, quire_tensor and quire_scale stay
- * as they are. Enumerations travel as int32_t, booleans as int32_t that is 0 or 1.
+ * structure whose additional members are not zero. Functions that fill such a structure take its
+ * size, as _init does. quire_device, quire_tensor and quire_scale stay as they are. Enumerations
+ * travel as int32_t, booleans as int32_t that is 0 or 1.
+ *
+ * Texts. A `const char**` receives a text that lives as long as the library. Where a text is made by
+ * the call, it goes to `text`, cut to `capacity` bytes with the final 0; `length`, if not null,
+ * receives the whole length without it. `text` may be null if `capacity` is 0.
  *
  * Threads. A plan serves one call at a time; different plans may be used from different threads.
  * Everything that is passed by pointer is read before the call returns, except the memory that
@@ -46,7 +52,7 @@ typedef int32_t quire_status;
 enum {
   QUIRE_OK = 0,
   QUIRE_INVALID_ARGUMENT = 1, /* a mistake of the caller: quire::Error, or a null pointer */
-  QUIRE_OUT_OF_MEMORY = 2,    /* of memory, or of threads that the system starts */
+  QUIRE_OUT_OF_MEMORY = 2,    /* of the host or a device, or threads that the system starts */
   QUIRE_INTERNAL = 3          /* a device failed, or Quire did */
 };
 
@@ -107,6 +113,22 @@ typedef struct quire_tensor {
 QUIRE_API quire_status quire_tensor_init(quire_tensor* tensor, const void* data, quire_dtype dtype,
                                          int32_t ndim, const int64_t* shape);
 
+/* Fills `view` from a DLTensor (https://dmlc.github.io/dlpack). `tensor` is a const DLTensor*, alike
+ * in all versions of dlpack.h so far; of a DLManagedTensor or DLManagedTensorVersioned pass the
+ * address of its dl_tensor. Shape and strides are copied (no strides: row-major), byte_offset is
+ * applied to the data. Nothing is owned, kept or freed: the memory must stay as long as calls use the
+ * view, after which the caller calls the deleter. Whether the memory may be written, the DLTensor
+ * does not say (DLPACK_FLAG_BITMASK_READ_ONLY does): see quire_tensor for what is written. On CUDA,
+ * streams are the caller's to synchronise.
+ *
+ * Taken are the types of QUIRE_DTYPE_* (float8_e4m3fn and float8_e5m2 since DLPack 1.1), on kDLCPU,
+ * kDLCUDA and, as memory of the CPU, kDLCUDAHost. kDLCUDAManaged is refused: it does not say which
+ * device is to work on it. */
+QUIRE_API quire_status quire_tensor_from_dlpack(quire_tensor* view, const void* tensor);
+
+/* "float16", "bfloat16", "float8_e4m3", "int32", ... */
+QUIRE_API quire_status quire_dtype_name(quire_dtype dtype, const char** name);
+
 /* A scale: `value`, or the float that `data` points to in memory of the layer's device if it is
  * not null, read when the work runs. */
 typedef struct quire_scale {
@@ -127,6 +149,9 @@ typedef void (*quire_task)(void* task_context, int64_t index, int32_t worker);
  * blocks rather than spins. Called from inside a task it must not wait for the run which that task
  * is part of: see quire::ThreadPool. */
 typedef void (*quire_run_tasks)(void* user, int64_t num_tasks, quire_task task, void* task_context);
+
+/* How many threads the process-wide pool asks for: QUIRE_NUM_THREADS, or one for each CPU. */
+QUIRE_API quire_status quire_default_num_threads(int32_t* num_threads);
 
 /* A pool of Quire's own: num_threads - 1 threads are started, the calling thread is the last.
  * QUIRE_OUT_OF_MEMORY if the system does not start them all; the text says how many it would.
@@ -261,10 +286,14 @@ QUIRE_API quire_status quire_plan_update(quire_plan* plan, const quire_batch* ba
 /* Null does nothing. */
 QUIRE_API quire_status quire_plan_destroy(quire_plan* plan);
 
-/* "cpu", "cuda", "reference"; lives as long as the library. */
+/* "cpu", "cuda", "reference" */
 QUIRE_API quire_status quire_plan_backend_name(const quire_plan* plan, const char** name);
 
 QUIRE_API quire_status quire_plan_workspace_bytes(const quire_plan* plan, int64_t* bytes);
+
+/* How the batch is cut into work, for people: quire::Plan::to_string(). */
+QUIRE_API quire_status quire_plan_to_string(const quire_plan* plan, char* text, size_t capacity,
+                                            size_t* length);
 
 /* ------------------------------------------------------------------------------------------------
  * The paged cache (quire::PagedKvCache) */
@@ -282,6 +311,26 @@ typedef struct quire_kv_cache {
 } quire_kv_cache;
 
 QUIRE_API quire_status quire_kv_cache_init(quire_kv_cache* cache, size_t struct_size);
+
+/* Sets up `cache` over vLLM's default layout: one tensor [num_blocks, 2, block_size, num_kv_heads,
+ * head_size], K before V, any strides. `dtype` is a QUIRE_KV_CACHE_*. */
+QUIRE_API quire_status quire_kv_cache_from_combined(quire_kv_cache* cache, size_t struct_size,
+                                                    const quire_tensor* kv_cache, int32_t dtype);
+
+/* The same over vLLM's packed layout: [num_blocks, num_kv_heads, block_size, head_size +
+ * head_size_v], K before V in each row. */
+QUIRE_API quire_status quire_kv_cache_from_packed(quire_kv_cache* cache, size_t struct_size,
+                                                  const quire_tensor* kv_cache, int64_t head_size,
+                                                  int32_t dtype);
+
+/* vLLM's names of cache dtypes: auto, float16, bfloat16, float32, fp8 and fp8_e4m3, fp8_e5m2,
+ * int8_per_token_head, fp8_per_token_head. */
+QUIRE_API quire_status quire_kv_cache_dtype_from_name(const char* kv_cache_dtype, int32_t* dtype);
+QUIRE_API quire_status quire_kv_cache_dtype_name(int32_t kv_cache_dtype, const char** name);
+
+/* The element type of a cache of that kind for a model of dtype `model_dtype`. */
+QUIRE_API quire_status quire_kv_cache_storage_dtype(int32_t kv_cache_dtype, quire_dtype model_dtype,
+                                                    quire_dtype* storage_dtype);
 
 /* Writes K and V of new tokens into `kv_cache` at `slot_mapping` (int64 [num_slots], negative ones
  * are skipped). key: [>= num_slots, num_kv_heads, head_size], value: [.., head_size_v]. */
@@ -323,29 +372,10 @@ QUIRE_API quire_status quire_merge_states(const quire_tensor* o_a, const quire_t
                                           const quire_tensor* output, const quire_tensor* lse,
                                           const quire_context* context);
 
-/* ------------------------------------------------------------------------------------------------
- * Backends (quire::AttentionBackend): numbered from 0, best first for each device */
-
-QUIRE_API quire_status quire_backend_count(int32_t* count);
-
-/* "cpu", "reference", "cuda"; lives as long as the library. */
-QUIRE_API quire_status quire_backend_name(int32_t backend, const char** name);
-
-/* 1 if this machine can run it now, else 0. */
-QUIRE_API quire_status quire_backend_available(int32_t backend, int32_t* available);
-
-/* What it runs on ("AVX3", "sm_90", ...), or why it cannot. Text results go to `text`, cut to
- * `capacity` bytes with the final 0; `length`, if not null, receives the whole length without it.
- * `text` may be null if `capacity` is 0. */
-QUIRE_API quire_status quire_backend_instruction_set(int32_t backend, char* text, size_t capacity,
-                                                     size_t* length);
-
-/* Why the backend cannot serve the configuration, a line for each reason; empty if it can. */
-QUIRE_API quire_status quire_backend_supports(int32_t backend, const quire_attention_config* config,
-                                              char* text, size_t capacity, size_t* length);
-
 #ifdef __cplusplus
 }
 #endif
+
+#include "quire/quire_c_backend.h" /* backends, and the serving layer over all of this */
 
 #endif /* QUIRE_QUIRE_C_H_ */

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
+#include <new>
 #include <ranges>
 #include <span>
 #include <stdexcept>
@@ -42,6 +43,19 @@ class QUIRE_API Error : public std::invalid_argument {
 
  private:
   std::string argument_;
+};
+
+// Thrown where a device has no memory left for what a call needs of it: a workspace. `what()` says
+// how many bytes on which device. Nothing is lost but the call: a plan whose update() threw it
+// needs another update(). Memory of the host that runs out is std::bad_alloc itself; a device that
+// fails in another way is std::runtime_error.
+class QUIRE_API OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(const std::string& text) : text_(text) {}
+  const char* what() const noexcept override { return text_.what(); }
+
+ private:
+  std::runtime_error text_;  // copies of an exception must not throw: those of a string may
 };
 
 // ---------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What libquire.so exports: every function of quire_c.h and the C++ names that the public headers
+"""What libquire.so exports: every function of the C headers and the C++ names that the public headers
 mark QUIRE_API, and nothing else; and that its soname has the version's first two numbers.
 
 usage: exported_symbols_test.py LIBRARY INCLUDE_DIR NM READELF CXXFILT
@@ -26,7 +26,7 @@ def declared(headers):
         text = without_comments(header.read_text())
         for rest in re.findall(r"(?:^|[^\w])QUIRE_API\s([^;{]*)", text):
             name = re.search(r"(\w+)\s*(?:\(|final\b|:(?!:)|$)", rest.strip()).group(1)
-            (c_functions if header.name == "quire_c.h" else cpp_names).add(name)
+            (c_functions if header.name.startswith("quire_c") else cpp_names).add(name)
     return c_functions, cpp_names
 
 
@@ -48,9 +48,9 @@ def main():
     demangled = subprocess.run([cxxfilt], input="\n".join(mangled), check=True,
                                capture_output=True, text=True).stdout.splitlines()
 
-    problems = [f"exported, but not a function of quire_c.h: {s}"
+    problems = [f"exported, but not a function of the C headers: {s}"
                 for s in sorted(exported_c - c_functions)]
-    problems += [f"declared in quire_c.h, but not exported: {s}"
+    problems += [f"declared in the C headers, but not exported: {s}"
                  for s in sorted(c_functions - exported_c)]
     owners = {symbol: name_in_quire(symbol) for symbol in demangled}
     problems += [f"exported, but not marked QUIRE_API in a public header: {symbol}"
