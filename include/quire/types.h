@@ -51,6 +51,7 @@ class QUIRE_API Error : public std::invalid_argument {
 // fails in another way is std::runtime_error.
 class QUIRE_API OutOfMemory : public std::bad_alloc {
  public:
+  // NOLINTNEXTLINE(bugprone-throw-keyword-missing): a member, not an exception to throw
   explicit OutOfMemory(const std::string& text) : text_(text) {}
   const char* what() const noexcept override { return text_.what(); }
 
