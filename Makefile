@@ -1,5 +1,5 @@
 # The two commands a newcomer needs: `make run` and `make test`. Each installs what it needs,
-# configures, builds and does its job. PRESET=dev|asan|tsan|cuda picks another build
+# configures, builds and does its job. PRESET=dev|asan|tsan|shared|cuda picks another build
 # (CMakePresets.json).
 
 PRESET ?= release
@@ -21,7 +21,7 @@ help:
 	@echo 'make format   rewrite the sources with clang-format'
 	@echo 'make lint     formatting, include rules, clang-tidy'
 	@echo 'make clean    remove build/'
-	@echo 'PRESET=release (default), dev, asan, tsan or cuda picks the build; JOBS=N bounds its processes'
+	@echo 'PRESET=release (default), dev, asan, tsan, shared or cuda picks the build; JOBS=N bounds its processes'
 
 bootstrap:
 	@scripts/bootstrap.sh build

@@ -9,6 +9,19 @@ function(quire_add_subdirectory_if_present dir)
   endif()
 endfunction()
 
+# quire_set_shared_properties(target): name, version and exports of the shared library. Before 1.0
+# every minor version may change the ABI, so the SOVERSION has both numbers: libquire.so.0.1.
+function(quire_set_shared_properties target)
+  set(map "${PROJECT_SOURCE_DIR}/cmake/quire.map")
+  set_target_properties(
+    ${target}
+    PROPERTIES VERSION "${PROJECT_VERSION}"
+               SOVERSION "${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR}"
+               DEFINE_SYMBOL "" # nobody reads it, and objects are the same in both kinds of build
+               LINK_DEPENDS "${map}")
+  target_link_options(${target} PRIVATE "LINKER:--version-script=${map}")
+endfunction()
+
 # quire_add_test(name SOURCES a.cc... [LIBRARIES lib...] [LABELS label...] [TIMEOUT seconds]
 #                [SERIAL]): a GoogleTest program; each of its cases is a test of its own in ctest.
 # The library, the headers of src/ and tests/, and gtest_main come with it. QUIRE_SOURCE_DIR is

@@ -13,6 +13,7 @@
 #include <memory>
 #include <string>
 
+#include "quire/export.h"
 #include "quire/kv_cache.h"
 #include "quire/mask.h"
 #include "quire/metadata.h"
@@ -68,7 +69,7 @@ struct AttentionConfig {
 
 // How a batch is cut into work. Holds the workspace of the calls that use it, so one plan serves
 // one call at a time; plans are cheap to keep, and steady-state updates and calls allocate nothing.
-class Plan {
+class QUIRE_API Plan {
  public:
   // Validates the configuration and sets up the workspace. Throws Error if no backend of the device
   // supports it: the error names the first member that does not fit, and its text lists the others
@@ -107,8 +108,8 @@ class Plan {
 };
 
 // A new plan for one batch; the same as constructing and updating one.
-Plan plan(const AttentionConfig& config, const CommonAttentionMetadata& batch,
-          std::int64_t common_prefix_len = 0, const Context& ctx = {});
+QUIRE_API Plan plan(const AttentionConfig& config, const CommonAttentionMetadata& batch,
+                    std::int64_t common_prefix_len = 0, const Context& ctx = {});
 
 // The tensors of one attention call. Absent views are default-constructed. What is a
 // ConstTensorView is only read.
@@ -152,7 +153,7 @@ struct AttentionArgs {
 // Attention of one layer over the planned batch. CPU: done on return. CUDA: queued on ctx.stream.
 // Memory: reads query, the needed parts of the cache and the batch's tensors; writes output, lse,
 // output_block_scale and the plan's workspace. Throws Error before anything is written.
-void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx = {});
+QUIRE_API void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx = {});
 
 // Merges two attention results over disjoint keys, (o_a, lse_a) and (o_b, lse_b):
 //   lse = logaddexp(lse_a, lse_b),  o = o_a exp(lse_a - lse) + o_b exp(lse_b - lse)
@@ -164,8 +165,9 @@ void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx =
 // them, a part over the second half of a cache, or over every other key, needs
 // CommonAttentionMetadata's kv_offset, kv_stride and q_offset. (Section 2.2 of FlashInfer, Ye et al.,
 // 2025; vLLM's merge_attn_states.)
-void merge_states(const ConstTensorView& o_a, const ConstTensorView& lse_a,
-                  const ConstTensorView& o_b, const ConstTensorView& lse_b,
-                  const TensorView& output, const TensorView& lse = {}, const Context& ctx = {});
+QUIRE_API void merge_states(const ConstTensorView& o_a, const ConstTensorView& lse_a,
+                            const ConstTensorView& o_b, const ConstTensorView& lse_b,
+                            const TensorView& output, const TensorView& lse = {},
+                            const Context& ctx = {});
 
 }  // namespace quire

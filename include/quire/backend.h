@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "quire/attention.h"
+#include "quire/export.h"
 #include "quire/kv_cache.h"
 #include "quire/metadata.h"
 #include "quire/types.h"
@@ -53,7 +54,7 @@ struct KernelInfo {
 
 // One attention implementation. Objects are immutable, live for the whole process and may be used
 // from any thread. Corresponds to TritonAttentionBackend's class methods.
-class AttentionBackend {
+class QUIRE_API AttentionBackend {
  public:
   virtual ~AttentionBackend() = default;
 
@@ -80,12 +81,12 @@ class AttentionBackend {
 };
 
 // All backends of this build, best first for each device.
-const std::vector<const AttentionBackend*>& attention_backends();
+QUIRE_API const std::vector<const AttentionBackend*>& attention_backends();
 // By name. Throws Error naming the known ones.
-const AttentionBackend& attention_backend(std::string_view name);
+QUIRE_API const AttentionBackend& attention_backend(std::string_view name);
 
 // Builds AttentionMetadata once a step for all layers of one configuration.
-class AttentionMetadataBuilder {
+class QUIRE_API AttentionMetadataBuilder {
  public:
   // Throws Error if the configuration is not supported.
   explicit AttentionMetadataBuilder(const AttentionConfig& config);
@@ -119,7 +120,7 @@ struct LayerScales {
 };
 
 // One attention layer. Corresponds to TritonAttentionImpl.
-class AttentionImpl {
+class QUIRE_API AttentionImpl {
  public:
   // A layer with a non-empty `kv_sharing_target_layer_name` reads that layer's cache and never
   // writes it. Throws Error if the configuration is not supported.

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include "quire/export.h"
 #include "quire/types.h"
 
 namespace quire {
@@ -26,11 +27,11 @@ enum class KvCacheDType : std::uint8_t {
 
 // Accepts vLLM's names: auto, float16, bfloat16, float32, fp8, fp8_e4m3, fp8_e5m2,
 // int8_per_token_head, fp8_per_token_head. Throws Error otherwise.
-KvCacheDType parse_kv_cache_dtype(std::string_view kv_cache_dtype);
-const char* to_string(KvCacheDType dtype);
+QUIRE_API KvCacheDType parse_kv_cache_dtype(std::string_view kv_cache_dtype);
+QUIRE_API const char* to_string(KvCacheDType dtype);
 
 // The element type of a cache of that kind for a model of dtype `model_dtype`.
-DType storage_dtype(KvCacheDType dtype, DType model_dtype);
+QUIRE_API DType storage_dtype(KvCacheDType dtype, DType model_dtype);
 constexpr bool is_per_token_head(KvCacheDType dtype) {
   return dtype == KvCacheDType::kInt8PerTokenHead || dtype == KvCacheDType::kFp8E4M3PerTokenHead;
 }
@@ -71,7 +72,7 @@ struct Scale {
 // logical block lies past the width of the block table, is not there: a block of the first kind
 // reads as zeros, and sequences end at the table's width. Slots outside
 // [0, num_blocks * block_size) are skipped by writes.
-struct PagedKvCache {
+struct QUIRE_API PagedKvCache {
   // Of the element type that `dtype` stores. Bytes (kUInt8) stand for the fp8 and int8 kinds.
   TensorView key{};    // [num_blocks, block_size, num_kv_heads, head_size]
   TensorView value{};  // [num_blocks, block_size, num_kv_heads, head_size_v]
@@ -118,8 +119,8 @@ struct PagedKvCache {
 // Memory: reads key, value, slot_mapping; writes the cache; allocates nothing.
 // Throws Error before anything is written if shapes, dtypes, devices or scales do not fit, or,
 // with ctx.check_indices, if a slot is past the cache or named twice.
-void write_kv_cache(const ConstTensorView& key, const ConstTensorView& value,
-                    const PagedKvCache& kv_cache, const ConstTensorView& slot_mapping,
-                    const Context& ctx = {});
+QUIRE_API void write_kv_cache(const ConstTensorView& key, const ConstTensorView& value,
+                              const PagedKvCache& kv_cache, const ConstTensorView& slot_mapping,
+                              const Context& ctx = {});
 
 }  // namespace quire

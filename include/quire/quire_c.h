@@ -1,7 +1,8 @@
 /*
- * The C ABI of Quire: the functional core of quire/attention.h and quire/kv_cache.h for C, and for
- * languages that call C. The C++ headers are the manual of what each call means; this one says how
- * it looks from C.
+ * The C ABI of Quire, for C and for languages that call C. The C++ headers are the manual of what
+ * each call means; this one says how it looks from C. Here is the functional core of
+ * quire/attention.h and quire/kv_cache.h; quire/quire_c_backend.h, which comes with it, has the
+ * backends and the serving layer of quire/backend.h.
  *
  *     quire_attention_config config;
  *     quire_attention_config_init(&config, sizeof config);
@@ -20,8 +21,13 @@
  * Structures. Those that begin with `struct_size` may gain members at their end. Set them up with
  * their _init function, which fills in the defaults and the size that the caller was compiled with;
  * a library that knows more members uses their defaults, and one that knows fewer refuses a
- * structure whose additional members are not zero. quire_device, quire_tensor and quire_scale stay
- * as they are. Enumerations travel as int32_t, booleans as int32_t that is 0 or 1.
+ * structure whose additional members are not zero. Functions that fill such a structure take its
+ * size, as _init does. quire_device, quire_tensor and quire_scale stay as they are. Enumerations
+ * travel as int32_t, booleans as int32_t that is 0 or 1.
+ *
+ * Texts. A `const char**` receives a text that lives as long as the library. Where a text is made by
+ * the call, it goes to `text`, cut to `capacity` bytes with the final 0; `length`, if not null,
+ * receives the whole length without it. `text` may be null if `capacity` is 0.
  *
  * Threads. A plan serves one call at a time; different plans may be used from different threads.
  * Everything that is passed by pointer is read before the call returns, except the memory that
@@ -33,11 +39,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define QUIRE_C_API
-#else
-#define QUIRE_C_API __attribute__((visibility("default")))
-#endif
+#include "quire/export.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -50,21 +52,21 @@ typedef int32_t quire_status;
 enum {
   QUIRE_OK = 0,
   QUIRE_INVALID_ARGUMENT = 1, /* a mistake of the caller: quire::Error, or a null pointer */
-  QUIRE_OUT_OF_MEMORY = 2,    /* of memory, or of threads that the system starts */
+  QUIRE_OUT_OF_MEMORY = 2,    /* of the host or a device, or threads that the system starts */
   QUIRE_INTERNAL = 3          /* a device failed, or Quire did */
 };
 
 /* "0.1.0" */
-QUIRE_C_API const char* quire_version(void);
+QUIRE_API const char* quire_version(void);
 
 /* The text of the calling thread's last failure, "" if it had none. Valid until this thread's next
  * failing call; successful calls leave it alone. Long texts are cut. */
-QUIRE_C_API const char* quire_last_error(void);
+QUIRE_API const char* quire_last_error(void);
 
 /* The argument that the last failure is about, spelled as in the headers and without the structure
  * that it is a member of: "query", "num_heads", "block_table[3][0]". Members of quire_kv_cache have
  * "kv_cache." ahead, struct_size has its structure: "config.struct_size". "" if there is none. */
-QUIRE_C_API const char* quire_last_error_argument(void);
+QUIRE_API const char* quire_last_error_argument(void);
 
 /* ------------------------------------------------------------------------------------------------
  * Tensors (quire/types.h) */
@@ -108,8 +110,24 @@ typedef struct quire_tensor {
 /* Fills `tensor` as a contiguous (row-major) view on the CPU; change `device` and `strides`
  * afterwards where they differ. `data` is const for the sake of inputs; where a call is to write,
  * the memory must be writable. */
-QUIRE_C_API quire_status quire_tensor_init(quire_tensor* tensor, const void* data,
-                                           quire_dtype dtype, int32_t ndim, const int64_t* shape);
+QUIRE_API quire_status quire_tensor_init(quire_tensor* tensor, const void* data, quire_dtype dtype,
+                                         int32_t ndim, const int64_t* shape);
+
+/* Fills `view` from a DLTensor (https://dmlc.github.io/dlpack). `tensor` is a const DLTensor*, alike
+ * in all versions of dlpack.h so far; of a DLManagedTensor or DLManagedTensorVersioned pass the
+ * address of its dl_tensor. Shape and strides are copied (no strides: row-major), byte_offset is
+ * applied to the data. Nothing is owned, kept or freed: the memory must stay as long as calls use the
+ * view, after which the caller calls the deleter. Whether the memory may be written, the DLTensor
+ * does not say (DLPACK_FLAG_BITMASK_READ_ONLY does): see quire_tensor for what is written. On CUDA,
+ * streams are the caller's to synchronise.
+ *
+ * Taken are the types of QUIRE_DTYPE_* (float8_e4m3fn and float8_e5m2 since DLPack 1.1), on kDLCPU,
+ * kDLCUDA and, as memory of the CPU, kDLCUDAHost. kDLCUDAManaged is refused: it does not say which
+ * device is to work on it. */
+QUIRE_API quire_status quire_tensor_from_dlpack(quire_tensor* view, const void* tensor);
+
+/* "float16", "bfloat16", "float8_e4m3", "int32", ... */
+QUIRE_API quire_status quire_dtype_name(quire_dtype dtype, const char** name);
 
 /* A scale: `value`, or the float that `data` points to in memory of the layer's device if it is
  * not null, read when the work runs. */
@@ -132,17 +150,20 @@ typedef void (*quire_task)(void* task_context, int64_t index, int32_t worker);
  * is part of: see quire::ThreadPool. */
 typedef void (*quire_run_tasks)(void* user, int64_t num_tasks, quire_task task, void* task_context);
 
+/* How many threads the process-wide pool asks for: QUIRE_NUM_THREADS, or one for each CPU. */
+QUIRE_API quire_status quire_default_num_threads(int32_t* num_threads);
+
 /* A pool of Quire's own: num_threads - 1 threads are started, the calling thread is the last.
  * QUIRE_OUT_OF_MEMORY if the system does not start them all; the text says how many it would.
  * quire/types.h says what holds after fork() and for calls from inside a task. */
-QUIRE_C_API quire_status quire_thread_pool_create(int32_t num_threads, quire_thread_pool** pool);
+QUIRE_API quire_status quire_thread_pool_create(int32_t num_threads, quire_thread_pool** pool);
 
 /* A pool over threads of the caller's: at most `num_threads` tasks run at a time. */
-QUIRE_C_API quire_status quire_thread_pool_wrap(int32_t num_threads, quire_run_tasks run,
-                                                void* user, quire_thread_pool** pool);
+QUIRE_API quire_status quire_thread_pool_wrap(int32_t num_threads, quire_run_tasks run, void* user,
+                                              quire_thread_pool** pool);
 
 /* Null does nothing. No call may be using the pool. */
-QUIRE_C_API quire_status quire_thread_pool_destroy(quire_thread_pool* pool);
+QUIRE_API quire_status quire_thread_pool_destroy(quire_thread_pool* pool);
 
 /* Where and how a call runs. Functions accept null for the defaults. */
 typedef struct quire_context {
@@ -152,7 +173,7 @@ typedef struct quire_context {
   int32_t check_indices; /* 1: look at the data of index tensors and scales first; for debugging */
 } quire_context;
 
-QUIRE_C_API quire_status quire_context_init(quire_context* context, size_t struct_size);
+QUIRE_API quire_status quire_context_init(quire_context* context, size_t struct_size);
 
 /* ------------------------------------------------------------------------------------------------
  * The layer (quire::AttentionConfig, Mask, Score) */
@@ -193,7 +214,7 @@ typedef struct quire_score {
   int32_t alibi_sqrt;
 } quire_score;
 
-QUIRE_C_API quire_status quire_score_init(quire_score* score, size_t struct_size);
+QUIRE_API quire_status quire_score_init(quire_score* score, size_t struct_size);
 
 typedef struct quire_attention_config {
   size_t struct_size;
@@ -220,8 +241,8 @@ typedef struct quire_attention_config {
   int32_t clamp_ranges;    /* 1: bidirectional ranges end at the sliding window; default 0 */
 } quire_attention_config;
 
-QUIRE_C_API quire_status quire_attention_config_init(quire_attention_config* config,
-                                                     size_t struct_size);
+QUIRE_API quire_status quire_attention_config_init(quire_attention_config* config,
+                                                   size_t struct_size);
 
 /* ------------------------------------------------------------------------------------------------
  * The batch (quire::CommonAttentionMetadata); absent tensors are all zeros */
@@ -245,7 +266,7 @@ typedef struct quire_batch {
   quire_tensor q_offset;            /* int32 [num_seqs] or absent: and of queries */
 } quire_batch;
 
-QUIRE_C_API quire_status quire_batch_init(quire_batch* batch, size_t struct_size);
+QUIRE_API quire_status quire_batch_init(quire_batch* batch, size_t struct_size);
 
 /* ------------------------------------------------------------------------------------------------
  * The plan (quire::Plan) */
@@ -254,21 +275,25 @@ typedef struct quire_plan quire_plan;
 
 /* Checks the configuration and sets up the workspace; *plan is null after a failure. `backend` is
  * copied. */
-QUIRE_C_API quire_status quire_plan_create(const quire_attention_config* config, quire_plan** plan);
+QUIRE_API quire_status quire_plan_create(const quire_attention_config* config, quire_plan** plan);
 
 /* Plans a batch. The memory of the batch's tensors must stay unchanged until the last attention
  * call of the step; the structure itself need not. `common_prefix_len` > 0 announces that all block
  * tables start with the same blocks up to that many tokens. */
-QUIRE_C_API quire_status quire_plan_update(quire_plan* plan, const quire_batch* batch,
-                                           int64_t common_prefix_len, const quire_context* context);
+QUIRE_API quire_status quire_plan_update(quire_plan* plan, const quire_batch* batch,
+                                         int64_t common_prefix_len, const quire_context* context);
 
 /* Null does nothing. */
-QUIRE_C_API quire_status quire_plan_destroy(quire_plan* plan);
+QUIRE_API quire_status quire_plan_destroy(quire_plan* plan);
 
-/* "cpu", "cuda", "reference"; lives as long as the library. */
-QUIRE_C_API quire_status quire_plan_backend_name(const quire_plan* plan, const char** name);
+/* "cpu", "cuda", "reference" */
+QUIRE_API quire_status quire_plan_backend_name(const quire_plan* plan, const char** name);
 
-QUIRE_C_API quire_status quire_plan_workspace_bytes(const quire_plan* plan, int64_t* bytes);
+QUIRE_API quire_status quire_plan_workspace_bytes(const quire_plan* plan, int64_t* bytes);
+
+/* How the batch is cut into work, for people: quire::Plan::to_string(). */
+QUIRE_API quire_status quire_plan_to_string(const quire_plan* plan, char* text, size_t capacity,
+                                            size_t* length);
 
 /* ------------------------------------------------------------------------------------------------
  * The paged cache (quire::PagedKvCache) */
@@ -285,14 +310,34 @@ typedef struct quire_kv_cache {
   quire_tensor v_scale_cache; /*   num_kv_heads]; otherwise absent */
 } quire_kv_cache;
 
-QUIRE_C_API quire_status quire_kv_cache_init(quire_kv_cache* cache, size_t struct_size);
+QUIRE_API quire_status quire_kv_cache_init(quire_kv_cache* cache, size_t struct_size);
+
+/* Sets up `cache` over vLLM's default layout: one tensor [num_blocks, 2, block_size, num_kv_heads,
+ * head_size], K before V, any strides. `dtype` is a QUIRE_KV_CACHE_*. */
+QUIRE_API quire_status quire_kv_cache_from_combined(quire_kv_cache* cache, size_t struct_size,
+                                                    const quire_tensor* kv_cache, int32_t dtype);
+
+/* The same over vLLM's packed layout: [num_blocks, num_kv_heads, block_size, head_size +
+ * head_size_v], K before V in each row. */
+QUIRE_API quire_status quire_kv_cache_from_packed(quire_kv_cache* cache, size_t struct_size,
+                                                  const quire_tensor* kv_cache, int64_t head_size,
+                                                  int32_t dtype);
+
+/* vLLM's names of cache dtypes: auto, float16, bfloat16, float32, fp8 and fp8_e4m3, fp8_e5m2,
+ * int8_per_token_head, fp8_per_token_head. */
+QUIRE_API quire_status quire_kv_cache_dtype_from_name(const char* kv_cache_dtype, int32_t* dtype);
+QUIRE_API quire_status quire_kv_cache_dtype_name(int32_t kv_cache_dtype, const char** name);
+
+/* The element type of a cache of that kind for a model of dtype `model_dtype`. */
+QUIRE_API quire_status quire_kv_cache_storage_dtype(int32_t kv_cache_dtype, quire_dtype model_dtype,
+                                                    quire_dtype* storage_dtype);
 
 /* Writes K and V of new tokens into `kv_cache` at `slot_mapping` (int64 [num_slots], negative ones
  * are skipped). key: [>= num_slots, num_kv_heads, head_size], value: [.., head_size_v]. */
-QUIRE_C_API quire_status quire_write_kv_cache(const quire_tensor* key, const quire_tensor* value,
-                                              const quire_kv_cache* kv_cache,
-                                              const quire_tensor* slot_mapping,
-                                              const quire_context* context);
+QUIRE_API quire_status quire_write_kv_cache(const quire_tensor* key, const quire_tensor* value,
+                                            const quire_kv_cache* kv_cache,
+                                            const quire_tensor* slot_mapping,
+                                            const quire_context* context);
 
 /* ------------------------------------------------------------------------------------------------
  * Attention (quire::AttentionArgs, quire::attention) */
@@ -312,45 +357,25 @@ typedef struct quire_attention_args {
   quire_tensor output_block_scale; /* fp8 output: receives a scale per group of 128, or absent */
 } quire_attention_args;
 
-QUIRE_C_API quire_status quire_attention_args_init(quire_attention_args* args, size_t struct_size);
+QUIRE_API quire_status quire_attention_args_init(quire_attention_args* args, size_t struct_size);
 
 /* Attention of one layer over the planned batch. CPU: done on return. CUDA: queued on the
  * context's stream. */
-QUIRE_C_API quire_status quire_attention(const quire_plan* plan, const quire_attention_args* args,
-                                         const quire_context* context);
+QUIRE_API quire_status quire_attention(const quire_plan* plan, const quire_attention_args* args,
+                                       const quire_context* context);
 
 /* Merges two results over disjoint keys. o: [num_tokens, num_heads, head_size_v], lse: float32
  * [num_heads, num_tokens]. `output` may alias o_a or o_b. `lse` may be null or absent, and may
  * alias lse_a or lse_b. */
-QUIRE_C_API quire_status quire_merge_states(const quire_tensor* o_a, const quire_tensor* lse_a,
-                                            const quire_tensor* o_b, const quire_tensor* lse_b,
-                                            const quire_tensor* output, const quire_tensor* lse,
-                                            const quire_context* context);
-
-/* ------------------------------------------------------------------------------------------------
- * Backends (quire::AttentionBackend): numbered from 0, best first for each device */
-
-QUIRE_C_API quire_status quire_backend_count(int32_t* count);
-
-/* "cpu", "reference", "cuda"; lives as long as the library. */
-QUIRE_C_API quire_status quire_backend_name(int32_t backend, const char** name);
-
-/* 1 if this machine can run it now, else 0. */
-QUIRE_C_API quire_status quire_backend_available(int32_t backend, int32_t* available);
-
-/* What it runs on ("AVX3", "sm_90", ...), or why it cannot. Text results go to `text`, cut to
- * `capacity` bytes with the final 0; `length`, if not null, receives the whole length without it.
- * `text` may be null if `capacity` is 0. */
-QUIRE_C_API quire_status quire_backend_instruction_set(int32_t backend, char* text, size_t capacity,
-                                                       size_t* length);
-
-/* Why the backend cannot serve the configuration, a line for each reason; empty if it can. */
-QUIRE_C_API quire_status quire_backend_supports(int32_t backend,
-                                                const quire_attention_config* config, char* text,
-                                                size_t capacity, size_t* length);
+QUIRE_API quire_status quire_merge_states(const quire_tensor* o_a, const quire_tensor* lse_a,
+                                          const quire_tensor* o_b, const quire_tensor* lse_b,
+                                          const quire_tensor* output, const quire_tensor* lse,
+                                          const quire_context* context);
 
 #ifdef __cplusplus
 }
 #endif
+
+#include "quire/quire_c_backend.h" /* backends, and the serving layer over all of this */
 
 #endif /* QUIRE_QUIRE_C_H_ */

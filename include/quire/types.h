@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
+#include <new>
 #include <ranges>
 #include <span>
 #include <stdexcept>
@@ -15,6 +16,8 @@
 #include <string_view>
 #include <type_traits>
 #include <utility>
+
+#include "quire/export.h"
 
 namespace quire {
 
@@ -29,7 +32,7 @@ namespace quire {
 // Members of PagedKvCache have "kv_cache." ahead, since attention has arguments of the same names:
 // "kv_cache.key". An entry of an index tensor has its index behind: "block_table[3][0]". An
 // environment variable goes by its own name: "QUIRE_BACKEND".
-class Error : public std::invalid_argument {
+class QUIRE_API Error : public std::invalid_argument {
  public:
   Error(std::string_view argument, std::string_view expected, std::string_view got)
       : std::invalid_argument(std::string(argument) + ": expected " + std::string(expected) +
@@ -40,6 +43,20 @@ class Error : public std::invalid_argument {
 
  private:
   std::string argument_;
+};
+
+// Thrown where a device has no memory left for what a call needs of it: a workspace. `what()` says
+// how many bytes on which device. Nothing is lost but the call: a plan whose update() threw it
+// needs another update(). Memory of the host that runs out is std::bad_alloc itself; a device that
+// fails in another way is std::runtime_error.
+class QUIRE_API OutOfMemory : public std::bad_alloc {
+ public:
+  // NOLINTNEXTLINE(bugprone-throw-keyword-missing): a member, not an exception to throw
+  explicit OutOfMemory(const std::string& text) : text_(text) {}
+  const char* what() const noexcept override { return text_.what(); }
+
+ private:
+  std::runtime_error text_;  // copies of an exception must not throw: those of a string may
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -72,7 +89,7 @@ constexpr std::int64_t size_of(DType dtype) {
 }
 
 // "float16", "bfloat16", "float8_e4m3", "int32", ... ; never null.
-const char* to_string(DType dtype);
+QUIRE_API const char* to_string(DType dtype);
 
 // ---------------------------------------------------------------------------------------------
 // Devices and execution
@@ -85,11 +102,11 @@ struct Device {
   friend constexpr bool operator==(const Device&, const Device&) = default;
 };
 
-std::string to_string(Device device);
+QUIRE_API std::string to_string(Device device);
 
 // A pool of worker threads that CPU kernels run on. Engines that own threads implement this over
 // them; others use `default_thread_pool()`.
-class ThreadPool {
+class QUIRE_API ThreadPool {
  public:
   virtual ~ThreadPool() = default;
 
@@ -121,18 +138,18 @@ class ThreadPool {
 // The process-wide pool, started on first use with default_num_threads() threads. Where the system
 // cannot start so many, with half of those that it could, which leaves something to the rest of
 // the process; the calling thread alone is always there. Calls from several threads take turns.
-ThreadPool& default_thread_pool();
+QUIRE_API ThreadPool& default_thread_pool();
 
 // What default_thread_pool() asks for: QUIRE_NUM_THREADS from the environment, or one thread for
 // each CPU that this process may run on. Throws Error if QUIRE_NUM_THREADS is no number from 1 to
 // 4096.
-int default_num_threads();
+QUIRE_API int default_num_threads();
 
 // A pool of the caller's own: num_threads - 1 threads are started, the calling thread is the last.
 // Throws Error unless num_threads is 1 to 4096; std::system_error with the code
 // std::errc::resource_unavailable_try_again, saying how many it could start, if the system does not
 // start them all (limits of processes or of address space). None is left running then.
-std::unique_ptr<ThreadPool> make_thread_pool(int num_threads);
+QUIRE_API std::unique_ptr<ThreadPool> make_thread_pool(int num_threads);
 
 // Where and how a call runs. The default: the CPU, on the default thread pool.
 struct Context {
@@ -164,7 +181,7 @@ inline constexpr int kMaxDims = 6;
 
 // The sizes or strides of a view: a braced list, or any range of integers (std::vector, std::array,
 // std::span, ...). Throws Error if there are more than kMaxDims.
-class Sizes {
+class QUIRE_API Sizes {
  public:
   Sizes(std::initializer_list<std::int64_t> values)
       : Sizes(std::span(values.begin(), values.size())) {}
@@ -199,7 +216,7 @@ class Sizes {
 // first converts to the second. Arguments say by their type what a call does: ConstTensorView is
 // read, TensorView may be written.
 template <class Data>
-struct BasicTensorView {
+struct QUIRE_API BasicTensorView {
   static_assert(std::is_void_v<Data>, "use TensorView or ConstTensorView");
 
   Data* data = nullptr;
@@ -255,9 +272,10 @@ extern template struct BasicTensorView<const void>;
 // DLTensor: Quire needs no header and takes no ownership.
 
 namespace detail {
-DType dtype_from_dlpack(int code, int bits, int lanes);  // throws Error on an unsupported type
-std::pair<int, int> dtype_to_dlpack(DType dtype);        // code, bits
-Device device_from_dlpack(int type, int index);          // throws Error
+// These throw Error on a type or device that the other side does not know.
+QUIRE_API DType dtype_from_dlpack(int code, int bits, int lanes);
+QUIRE_API std::pair<int, int> dtype_to_dlpack(DType dtype);  // code, bits
+QUIRE_API Device device_from_dlpack(int type, int index);
 constexpr int device_type_to_dlpack(DeviceType type) { return type == DeviceType::kCuda ? 2 : 1; }
 }  // namespace detail
 

@@ -190,10 +190,14 @@ std::pair<int, int> dtype_to_dlpack(DType dtype) {
 }
 
 Device device_from_dlpack(int type, int index) {
-  // kDLCPU 1, kDLCUDA 2, kDLCUDAHost 3 (pinned memory, readable by the CPU).
+  // kDLCPU 1, kDLCUDA 2, kDLCUDAHost 3 (pinned memory, the CPU's), kDLCUDAManaged 13.
   if (type == 1 || type == 3) return {DeviceType::kCpu, 0};
   if (type == 2) return {DeviceType::kCuda, index};
-  throw Error("tensor", "a CPU (1) or CUDA (2) device", std::to_string(type));
+  if (type == 13) {
+    throw Error("tensor", "memory of one device",
+                "managed memory (13): fill in a view with the device that is to work on it");
+  }
+  throw Error("tensor", "a CPU (1, 3) or CUDA (2) device", std::to_string(type));
 }
 
 }  // namespace detail

@@ -63,6 +63,13 @@ DeviceInfo read_info(int index) {
 }  // namespace
 
 void fail(const std::string& what, cudaError_t error) {
+  cudaGetLastError();  // forget it
+  if (error == cudaErrorMemoryAllocation) {
+    int index = -1;
+    cudaGetDevice(&index);
+    throw OutOfMemory("CUDA: " + what + " on " + to_string(Device{DeviceType::kCuda, index}) +
+                      ": " + describe(error));
+  }
   throw CudaError("CUDA: " + what + ": " + describe(error));
 }
 

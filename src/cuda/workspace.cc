@@ -18,7 +18,12 @@ void DeviceBuffer::allocate(std::size_t bytes, cudaStream_t stream) {
                 "a plan that has run a batch of this size before the capture (warm up first)",
                 "a capture that would have to allocate " + std::to_string(bytes) + " bytes");
   }
-  check(cudaMalloc(&data_, bytes), "cudaMalloc of a workspace");
+  void* memory = nullptr;
+  const cudaError_t error = cudaMalloc(&memory, bytes);
+  if (error != cudaSuccess) {
+    fail("cudaMalloc of a workspace of " + std::to_string(bytes) + " bytes", error);
+  }
+  data_ = static_cast<char*>(memory);
   size_ = bytes;
   check(cudaMemset(data_, 0, bytes), "cudaMemset of a workspace");
   check(cudaStreamSynchronize(nullptr), "cudaMemset of a workspace");
@@ -77,14 +82,17 @@ std::int64_t slot_floats(const TilePolicy& policy, const LayerParams& layer) {
 }  // namespace
 
 void Workspace::allocate_partials(cudaStream_t stream) {
-  if (slots_.data() != nullptr) return;
+  if (arrivals_.data() != nullptr) return;
   // The kernels run one after the other and share the memory.
   std::int64_t floats = 0;
   for (const KernelFamily& family : families_) {
     floats = std::max(floats, std::int64_t{family.grid} * slots_per_cta(layer_, family.first()) *
                                   slot_floats(family.first().policy, layer_));
   }
-  slots_.allocate(static_cast<std::size_t>(floats) * sizeof(float), stream);
+  // There already, if memory ran out between the two in an earlier update.
+  if (slots_.data() == nullptr) {
+    slots_.allocate(static_cast<std::size_t>(floats) * sizeof(float), stream);
+  }
   arrivals_.allocate((kMaxGrid + 1) * sizeof(std::int32_t), stream);
 }
 

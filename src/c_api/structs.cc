@@ -1,10 +1,10 @@
-#include "api/c_structs.h"
+#include "c_api/structs.h"
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-namespace quire::c_abi {
+namespace quire::c_api {
 
 static_assert(std::is_same_v<std::int32_t, int>, "quire_task and ThreadPool::Task are one type");
 static_assert(QUIRE_MAX_DIMS == kMaxDims);
@@ -95,11 +95,6 @@ T read(const T* in, std::string_view argument) {
   return out;
 }
 
-bool to_bool(std::int32_t value, std::string_view argument) {
-  if (value != 0 && value != 1) throw Error(argument, "0 or 1", std::to_string(value));
-  return value == 1;
-}
-
 Device to_device(const quire_device& device, std::string_view argument) {
   return {to_enum(device.type, DeviceType::kCuda, argument, "a device type of "), device.index};
 }
@@ -132,6 +127,17 @@ TensorView to_view(const quire_tensor& tensor, const std::string& argument) {
 
 TensorView to_view(const quire_tensor* tensor, const std::string& argument) {
   return to_view(deref(tensor, argument), argument);
+}
+
+quire_tensor from_view(const TensorView& view) {
+  quire_tensor tensor{};
+  tensor.data = view.data;
+  tensor.dtype = static_cast<quire_dtype>(view.dtype);
+  tensor.device = {static_cast<std::int32_t>(view.device.type), view.device.index};
+  tensor.ndim = view.ndim;
+  std::copy_n(view.shape.begin(), view.ndim, tensor.shape);
+  std::copy_n(view.strides.begin(), view.ndim, tensor.strides);
+  return tensor;
 }
 
 namespace {
@@ -238,4 +244,4 @@ AttentionArgs to_args(const quire_attention_args* from, Score* score) {
   return args;
 }
 
-}  // namespace quire::c_abi
+}  // namespace quire::c_api

@@ -1,0 +1,1 @@
+#include "quire/quire_c.h"
