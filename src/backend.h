@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "params.h"
@@ -66,8 +67,7 @@ const std::vector<const Backend*>& backends();
 
 // The backend that serves a device: `name`, or QUIRE_BACKEND, or the first available one. Throws
 // Error if there is none, or no such device; `argument` is what named the device.
-const Backend& pick_backend(Device device, const std::string& name,
-                            const char* argument = "device");
+const Backend& pick_backend(Device device, std::string_view name, const char* argument = "device");
 
 // The whole of semantics.md: what the reference and the CPU backend have.
 BackendCapabilities full_capabilities();

@@ -16,8 +16,13 @@
 
 namespace quire {
 
-// What a backend can do, for people and for engines that choose. The same arrays that dispatch
-// uses.
+class Backend;  // src/backend.h
+
+// What a backend can do, said by the backend itself. `quire info` prints it, and the library refuses
+// calls by it: whatever is not in here throws Error naming the argument, when the layer is planned
+// (members of AttentionConfig), when the batch is (those of CommonAttentionMetadata), or in the call
+// (those of AttentionArgs, caches to write, states to merge). Which kernel then serves the call is
+// looked up in another table: kernel_table().
 struct BackendCapabilities {
   std::vector<DType> dtypes;  // of the query
   std::vector<KvCacheDType> kv_cache_dtypes;
@@ -99,8 +104,8 @@ class AttentionMetadataBuilder {
 
   // The same without cascade, in buffers whose addresses stay fixed, so that a graph captured with
   // the result serves every later batch up to this one's padded size: build() that batch, then
-  // replay. The graph stays good; the metadata itself is valid until the next build(), as any. On
-  // the CPU: build().
+  // replay. The graph stays good; the metadata itself is valid until the next build(), as any. Throws
+  // Error on a backend without graph capture (BackendCapabilities): the CPU, the reference.
   AttentionMetadata build_for_cudagraph_capture(const CommonAttentionMetadata& common,
                                                 const Context& ctx = {});
 
@@ -161,6 +166,7 @@ class AttentionImpl {
 
  private:
   AttentionConfig config_;
+  const Backend* backend_;
   std::string kv_sharing_target_layer_name_;
 };
 

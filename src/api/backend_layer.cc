@@ -24,13 +24,19 @@ AttentionMetadata AttentionMetadataBuilder::build(std::int64_t common_prefix_len
 
 AttentionMetadata AttentionMetadataBuilder::build_for_cudagraph_capture(
     const CommonAttentionMetadata& common, const Context& ctx) {
+  check::that(plan_ != nullptr, "plan", "a builder with a plan", "one that was moved from");
+  const Backend& backend = *plan_->impl().backend;
+  check::that(backend.capabilities().graph_capture, "backend", "one whose work a graph can capture",
+              backend.name());
   return build(0, common, true, ctx);
 }
 
 AttentionImpl::AttentionImpl(const AttentionConfig& config,
                              std::string kv_sharing_target_layer_name)
-    : config_(config), kv_sharing_target_layer_name_(std::move(kv_sharing_target_layer_name)) {
-  const Plan validated(config);
+    : config_(config),
+      backend_(&api::backend_of(config)),
+      kv_sharing_target_layer_name_(std::move(kv_sharing_target_layer_name)) {
+  api::lower_layer(config, backend_->capabilities());  // checks the tensors of its score
 }
 
 namespace {
@@ -42,14 +48,15 @@ PagedKvCache with_scales(PagedKvCache cache, const LayerScales& scales) {
 }
 
 // A profiling run has no batch: the output only has to exist and be finite.
-void fill_with_zeros(const AttentionConfig& config, const TensorView& output, const Context& ctx) {
+void fill_with_zeros(const Backend& backend, const AttentionConfig& config,
+                     const TensorView& output, const Context& ctx) {
   check::that(output.ndim == 2 || output.ndim == 3, "output", "2 or 3 dimensions", output);
   check::tensor("output", output, config.device, {output.dtype},
                 output.ndim == 2
                     ? std::initializer_list<std::int64_t>{check::kAny, check::kAny}
                     : std::initializer_list<std::int64_t>{check::kAny, check::kAny, check::kAny});
   check::unit_last_stride("output", output);
-  pick_backend(config.device, config.backend).fill_zero(output, ctx);
+  backend.fill_zero(output, ctx);
 }
 
 // The member in which a plan's configuration is not this layer's; "" if it serves the layer.
@@ -74,14 +81,16 @@ std::string difference(const AttentionConfig& plan, const AttentionConfig& layer
 }
 
 // The plan of metadata that is good for this layer now.
-const Plan& plan_of(const AttentionMetadata& metadata, const AttentionConfig& config) {
+const Plan::Impl& plan_of(const AttentionMetadata& metadata, const AttentionConfig& config,
+                          const Backend& backend) {
   check::that(metadata.scheduler_metadata != nullptr, "metadata",
               "metadata made by AttentionMetadataBuilder", "no plan in it");
-  const Plan& plan = *metadata.scheduler_metadata;
-  const std::string other = difference(plan.config(), config);
+  const Plan::Impl& plan = metadata.scheduler_metadata->impl();
+  std::string other = difference(plan.config, config);
+  if (other.empty() && plan.backend != &backend) other = "backend";
   check::that(other.empty(), "metadata", "metadata built for this layer's configuration",
               [&] { return "another " + other; });
-  check::that(plan.impl().planned && metadata.build_number == plan.impl().build_number, "metadata",
+  check::that(plan.planned && metadata.build_number == plan.build_number, "metadata",
               "the metadata of its builder's last build()", "that of an earlier one");
   return plan;
 }
@@ -96,11 +105,11 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const ConstTensorVi
                                   const TensorView& output_block_scale, const TensorView& lse,
                                   const Context& ctx) const {
   if (metadata == nullptr) {
-    fill_with_zeros(config_, output, ctx);
+    fill_with_zeros(*backend_, config_, output, ctx);
     return output;
   }
-  const Plan& plan = plan_of(*metadata, config_);
-  const bool encoder = !plan.impl().layer.paged;
+  const Plan::Impl& plan = plan_of(*metadata, config_, *backend_);
+  const bool encoder = !plan.layer.paged;
   AttentionArgs args;
   args.query = query;
   args.output = output;
@@ -118,14 +127,14 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const ConstTensorVi
   }
 
   // Everything is checked before the cache changes.
-  const Plan::Impl& impl = plan.impl();
-  const AttentionParams params =
-      api::lower_attention(impl.config, impl.layer, impl.batch_params, args);
-  if (ctx.check_indices) api::check_call_data(*impl.backend, params, ctx);
-  if (!encoder && (key || value)) {
-    do_kv_cache_update(scales, key, value, kv_cache, metadata->common.slot_mapping, ctx);
+  const AttentionParams attend = plan.lower(args, ctx);
+  const bool writes = !encoder && (key || value) && kv_sharing_target_layer_name_.empty();
+  if (writes) {
+    const CacheWriteParams write = api::checked_cache_write(*backend_, key, value, args.kv_cache,
+                                                            metadata->common.slot_mapping, ctx);
+    api::run_cache_write(*backend_, write, ctx);
   }
-  attention(plan, args, ctx);
+  plan.attend(attend, ctx);
   return output;
 }
 
@@ -134,7 +143,10 @@ void AttentionImpl::do_kv_cache_update(const LayerScales& scales, const ConstTen
                                        const ConstTensorView& slot_mapping,
                                        const Context& ctx) const {
   if (!kv_sharing_target_layer_name_.empty()) return;
-  write_kv_cache(key, value, with_scales(kv_cache, scales), slot_mapping, ctx);
+  api::check_backend(*backend_, ctx);
+  const CacheWriteParams write = api::checked_cache_write(
+      *backend_, key, value, with_scales(kv_cache, scales), slot_mapping, ctx);
+  api::run_cache_write(*backend_, write, ctx);
 }
 
 }  // namespace quire

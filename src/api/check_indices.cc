@@ -220,8 +220,8 @@ void check_call_data(const Backend& backend, const AttentionParams& params, cons
   }
 }
 
-void check_write_data(const CacheWriteParams& params, const Context& ctx) {
-  const Reader reader(pick_backend(params.device, "", "kv_cache.key"), params.device, ctx);
+void check_write_data(const Backend& backend, const CacheWriteParams& params, const Context& ctx) {
+  const Reader reader(backend, params.device, ctx);
   reader.check_scale("kv_cache.k_scale", params.k.scale);
   reader.check_scale("kv_cache.v_scale", params.v.scale);
   const std::int64_t num_slots = params.num_blocks * params.block_size;
