@@ -24,6 +24,14 @@ class LayerPlan {
   virtual void attention(const AttentionParams& params, const Context& ctx) = 0;
   virtual std::int64_t workspace_bytes() const = 0;
   virtual std::string to_string() const = 0;
+
+  // The three cascade tensors of AttentionMetadata, as one array (plan/cascade_tensors.h) in memory
+  // of the layer's device that lives as long as the plan; the last call's content. Host memory
+  // unless overridden.
+  virtual const std::int32_t* cascade_tensors(const BatchParams& batch, const Context& ctx);
+
+ private:
+  std::vector<std::int32_t> cascade_tensors_;
 };
 
 // A member of a configuration that a backend cannot serve.

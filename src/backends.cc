@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "backend.h"
+#include "plan/cascade_tensors.h"
 
 namespace quire {
 
@@ -43,6 +44,14 @@ const Backend& backend_by_name(std::string_view name, const char* argument) {
 
 const AttentionBackend& attention_backend(std::string_view name) {
   return backend_by_name(name, "name");
+}
+
+const std::int32_t* LayerPlan::cascade_tensors(const BatchParams& batch, const Context&) {
+  cascade_tensors_.resize(static_cast<std::size_t>(planning::num_cascade_entries(batch)));
+  for (std::size_t i = 0; i < cascade_tensors_.size(); ++i) {
+    cascade_tensors_[i] = planning::cascade_entry(batch, static_cast<std::int64_t>(i));
+  }
+  return cascade_tensors_.data();
 }
 
 void Backend::read(Device, void* to, const void* from, std::size_t bytes, const Context&) const {

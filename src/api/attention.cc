@@ -179,7 +179,10 @@ BatchParams lower_batch(const AttentionConfig& config, const BackendCapabilities
               "num_actual_tokens", "0 to 2^31 - 1", batch.num_actual_tokens);
   check::that(batch.max_query_len >= 0, "max_query_len", "at least 0", batch.max_query_len);
   check::that(batch.max_seq_len >= 0, "max_seq_len", "at least 0", batch.max_seq_len);
-  check::that(common_prefix_len >= 0, "common_prefix_len", "at least 0", common_prefix_len);
+  check::that(common_prefix_len >= 0 && common_prefix_len < (1LL << 31), "common_prefix_len",
+              "0 to 2^31 - 1", common_prefix_len);
+  check::that(common_prefix_len == 0 || !is_encoder(config.type), "common_prefix_len",
+              "0 for attention without a cache", common_prefix_len);
   check_batch_capabilities(caps, batch, common_prefix_len);
   p.num_tokens = batch.num_actual_tokens;
   p.max_query_len = batch.max_query_len;
@@ -358,17 +361,26 @@ Plan& Plan::operator=(Plan&&) noexcept = default;
 
 void Plan::update(const CommonAttentionMetadata& batch, std::int64_t common_prefix_len,
                   const Context& ctx) {
-  Impl& self = impl();
-  api::check_backend(*self.backend, ctx);
+  impl().update(batch, impl().lower(batch, common_prefix_len, ctx), ctx);
+}
+
+BatchParams Plan::Impl::lower(const CommonAttentionMetadata& metadata,
+                              std::int64_t common_prefix_len, const Context& ctx) const {
+  api::check_backend(*backend, ctx);
   const BatchParams params =
-      api::lower_batch(self.config, self.backend->capabilities(), batch, common_prefix_len);
-  if (ctx.check_indices) api::check_batch_indices(*self.backend, self.layer, params, ctx);
-  self.planned = false;
-  ++self.build_number;
-  self.plan->update(params, ctx);
-  self.batch = batch;
-  self.batch_params = params;
-  self.planned = true;
+      api::lower_batch(config, backend->capabilities(), metadata, common_prefix_len);
+  if (ctx.check_indices) api::check_batch_indices(*backend, layer, params, ctx);
+  return params;
+}
+
+void Plan::Impl::update(const CommonAttentionMetadata& metadata, const BatchParams& params,
+                        const Context& ctx) {
+  planned = false;
+  ++build_number;
+  plan->update(params, ctx);
+  batch = metadata;
+  batch_params = params;
+  planned = true;
 }
 
 Plan::Impl& Plan::impl() const {

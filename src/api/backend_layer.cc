@@ -1,35 +1,9 @@
-// AttentionMetadataBuilder and AttentionImpl: vLLM's names over the functional core.
+// AttentionImpl: one layer of vLLM's serving interface over the functional core.
 #include "api/check.h"
 #include "api/lower.h"
 #include "quire/backend.h"
 
 namespace quire {
-
-AttentionMetadataBuilder::AttentionMetadataBuilder(const AttentionConfig& config)
-    : config_(config), plan_(std::make_shared<Plan>(config)) {}
-
-AttentionMetadata AttentionMetadataBuilder::build(std::int64_t common_prefix_len,
-                                                  const CommonAttentionMetadata& common,
-                                                  bool /*fast_build*/, const Context& ctx) {
-  check::that(plan_ != nullptr, "plan", "a builder with a plan", "one that was moved from");
-  plan_->update(common, common_prefix_len, ctx);
-  AttentionMetadata metadata;
-  metadata.common = common;
-  metadata.use_cascade = common_prefix_len > 0 && !config_.batch_invariant;
-  metadata.common_prefix_len = metadata.use_cascade ? common_prefix_len : 0;
-  metadata.scheduler_metadata = plan_;
-  metadata.build_number = plan_->impl().build_number;
-  return metadata;
-}
-
-AttentionMetadata AttentionMetadataBuilder::build_for_cudagraph_capture(
-    const CommonAttentionMetadata& common, const Context& ctx) {
-  check::that(plan_ != nullptr, "plan", "a builder with a plan", "one that was moved from");
-  const Backend& backend = *plan_->impl().backend;
-  check::that(backend.capabilities().graph_capture, "backend", "one whose work a graph can capture",
-              backend.name());
-  return build(0, common, true, ctx);
-}
 
 AttentionImpl::AttentionImpl(const AttentionConfig& config,
                              std::string kv_sharing_target_layer_name)
@@ -80,18 +54,62 @@ std::string difference(const AttentionConfig& plan, const AttentionConfig& layer
   return text;
 }
 
+// The field in which metadata is not as it was planned; "" if none. Slots may be the layer's own.
+std::string changed_field(const AttentionMetadata& metadata, const Plan::Impl& plan) {
+  using Common = CommonAttentionMetadata;
+  static constexpr std::pair<const char*, ConstTensorView Common::*> kTensors[] = {
+      {"query_start_loc", &Common::query_start_loc},
+      {"seq_lens", &Common::seq_lens},
+      {"block_table", &Common::block_table},
+      {"causal", &Common::causal},
+      {"mm_prefix_range", &Common::mm_prefix_range},
+      {"visible_prefix_lens", &Common::visible_prefix_lens},
+      {"qq_bias", &Common::qq_bias},
+      {"kv_start_loc", &Common::kv_start_loc},
+      {"kv_offset", &Common::kv_offset},
+      {"kv_stride", &Common::kv_stride},
+      {"q_offset", &Common::q_offset}};
+  static constexpr std::pair<const char*, std::int64_t Common::*> kNumbers[] = {
+      {"num_actual_tokens", &Common::num_actual_tokens},
+      {"max_query_len", &Common::max_query_len},
+      {"max_seq_len", &Common::max_seq_len}};
+  for (const auto& [name, member] : kTensors) {
+    const ConstTensorView& now = metadata.*member;
+    const ConstTensorView& planned = plan.batch.*member;
+    if (now.data != planned.data || now.dtype != planned.dtype || now.shape != planned.shape) {
+      return name;
+    }
+  }
+  for (const auto& [name, member] : kNumbers) {
+    if (metadata.*member != plan.batch.*member) return name;
+  }
+  const std::int64_t prefix = metadata.use_cascade ? metadata.common_prefix_len : 0;
+  return prefix != plan.batch_params.common_prefix_len ? "common_prefix_len" : "";
+}
+
 // The plan of metadata that is good for this layer now.
 const Plan::Impl& plan_of(const AttentionMetadata& metadata, const AttentionConfig& config,
                           const Backend& backend) {
-  check::that(metadata.scheduler_metadata != nullptr, "metadata",
-              "metadata made by AttentionMetadataBuilder", "no plan in it");
+  check::that(metadata.scheduler_metadata != nullptr, "scheduler_metadata",
+              "a plan: AttentionMetadataBuilder::build() makes metadata that has one, and plan() "
+              "gives one to metadata filled by hand",
+              "none");
   const Plan::Impl& plan = metadata.scheduler_metadata->impl();
   std::string other = difference(plan.config, config);
   if (other.empty() && plan.backend != &backend) other = "backend";
   check::that(other.empty(), "metadata", "metadata built for this layer's configuration",
               [&] { return "another " + other; });
   check::that(plan.planned && metadata.build_number == plan.build_number, "metadata",
-              "the metadata of its builder's last build()", "that of an earlier one");
+              "the metadata of its builder's last build() or plan()", "that of an earlier one");
+  check::that(metadata.prefix_scheduler_metadata ==
+                  (metadata.use_cascade ? metadata.scheduler_metadata : nullptr),
+              "prefix_scheduler_metadata",
+              "scheduler_metadata with use_cascade, null without, as the builder sets it",
+              "another");
+  const std::string changed = changed_field(metadata, plan);
+  check::that(changed.empty(), changed,
+              "what was planned: AttentionMetadataBuilder::plan() plans changed metadata",
+              "another");
   return plan;
 }
 
@@ -130,8 +148,8 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const ConstTensorVi
   const AttentionParams attend = plan.lower(args, ctx);
   const bool writes = !encoder && (key || value) && kv_sharing_target_layer_name_.empty();
   if (writes) {
-    const CacheWriteParams write = api::checked_cache_write(*backend_, key, value, args.kv_cache,
-                                                            metadata->common.slot_mapping, ctx);
+    const CacheWriteParams write =
+        api::checked_cache_write(*backend_, key, value, args.kv_cache, metadata->slot_mapping, ctx);
     api::run_cache_write(*backend_, write, ctx);
   }
   plan.attend(attend, ctx);

@@ -6,6 +6,7 @@
 
 #include "api/check.h"
 #include "api/lower.h"
+#include "plan/cascade_tensors.h"
 
 namespace quire::api {
 namespace {
@@ -205,6 +206,29 @@ void check_batch_indices(const Backend& backend, const LayerParams& layer, const
     check::that(!own_keys || seq_len == 0 || query_len <= seq_len, entry("seq_lens", s),
                 "at least the query length " + std::to_string(query_len), seq_len);
   }
+}
+
+// Cascade tensors that a caller filled.
+void check_cascade_data(const Backend& backend, const LayerParams& layer, const BatchParams& batch,
+                        const AttentionMetadata& metadata, const Context& ctx) {
+  const Reader reader(backend, layer.device, ctx);
+  const HostBatch host(reader, batch);
+  const auto compare = [&](const char* name, const ConstTensorView& view, std::int32_t at) {
+    if (!view) return;
+    const std::vector<std::int32_t> values =
+        reader.read(check::data<const std::int32_t>(view), view.shape[0]);
+    for (std::int64_t i = 0; i < view.shape[0]; ++i) {
+      const std::int32_t wanted = planning::cascade_entry(host.params, at + i);
+      // vLLM does not cut off at 0 where a sequence, padding say, is shorter than the prefix.
+      const bool shorter = at == planning::kSuffixKvLens && wanted == 0;
+      check::that(
+          values[i] == wanted || (shorter && values[i] < 0), entry(name, i),
+          [&] { return std::to_string(wanted); }, values[i]);
+    }
+  };
+  compare("cu_prefix_query_lens", metadata.cu_prefix_query_lens, 0);
+  compare("prefix_kv_lens", metadata.prefix_kv_lens, planning::kPrefixKvLens);
+  compare("suffix_kv_lens", metadata.suffix_kv_lens, planning::kSuffixKvLens);
 }
 
 void check_call_data(const Backend& backend, const AttentionParams& params, const Context& ctx) {

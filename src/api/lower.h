@@ -39,6 +39,8 @@ void lower_cache(const PagedKvCache& cache, Device device, KvParams* k, KvParams
 // The data of index tensors and of scales (Context::check_indices), read through the backend.
 void check_batch_indices(const Backend& backend, const LayerParams& layer, const BatchParams& batch,
                          const Context& ctx);
+void check_cascade_data(const Backend& backend, const LayerParams& layer, const BatchParams& batch,
+                        const AttentionMetadata& metadata, const Context& ctx);
 void check_call_data(const Backend& backend, const AttentionParams& params, const Context& ctx);
 void check_write_data(const Backend& backend, const CacheWriteParams& params, const Context& ctx);
 
@@ -62,9 +64,12 @@ struct Plan::Impl {
   bool planned = false;
   std::uint64_t build_number = 0;  // updates so far: metadata of an earlier one is refused
 
-  // One attention call: everything checked, nothing run.
+  // A batch, everything checked; and the update of the plan with it.
+  BatchParams lower(const CommonAttentionMetadata& batch, std::int64_t common_prefix_len,
+                    const Context& ctx) const;
+  void update(const CommonAttentionMetadata& batch, const BatchParams& params, const Context& ctx);
+  // One attention call, everything checked; and its work.
   AttentionParams lower(const AttentionArgs& args, const Context& ctx) const;
-  // Runs it.
   void attend(const AttentionParams& params, const Context& ctx) const;
 };
 

@@ -393,7 +393,7 @@ std::int64_t CudaPlan::workspace_bytes() const {
   for (const auto& workspace : workspaces_) {
     bytes += workspace->memory.size() + workspace->block_output.size() + workspace->cascade.size();
   }
-  return static_cast<std::int64_t>(bytes);
+  return static_cast<std::int64_t>(bytes) + cascade_tensors_.bytes();
 }
 
 // The plan proper lives on the device and is not read back.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "cuda/cascade_tensors.h"
 #include "cuda/device.h"
 #include "cuda/sm80/attention_fp32.h"
 #include "cuda/sm80/table.h"
@@ -43,6 +44,10 @@ class CudaPlan final : public LayerPlan {
 
   void update(const BatchParams& batch, const Context& ctx) override;
   void attention(const AttentionParams& params, const Context& ctx) override;
+  const std::int32_t* cascade_tensors(const BatchParams& batch, const Context& ctx) override {
+    const DeviceScope scope(layer_.device);
+    return cascade_tensors_.write(batch, stream_of(ctx));
+  }
 
  private:
   // A kernel of this layer and its grid. Each serves requests of few query rows, some, or many.
@@ -104,6 +109,7 @@ class CudaPlan final : public LayerPlan {
   bool shares_ = false;           // the planned batch may have shared prefixes
   DeviceBuffer slots_;
   DeviceBuffer arrivals_;
+  CascadeTensors cascade_tensors_;
   std::vector<std::unique_ptr<Workspace>> workspaces_;  // from small to large
   Workspace* current_ = nullptr;
 };

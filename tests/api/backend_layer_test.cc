@@ -270,7 +270,7 @@ TEST(Forward, MetadataOfAnotherLayerIsRefused) {
             "metadata");
   const AttentionMetadata empty;
   EXPECT_EQ(argument_named_by([&] { call.forward(AttentionImpl(call.config), &empty); }),
-            "metadata");
+            "scheduler_metadata");
 }
 
 TEST(Forward, MetadataOfAnEarlierBuildIsRefused) {
