@@ -126,15 +126,17 @@ void add_uncaptured(const Plan& plan, std::set<std::string>* kernels) {
   if (plan.to_string().find("find_partners") != std::string::npos) kernels->insert("find_partners");
 }
 
-void launch(DeviceCase* on_device, Plan* plan, const Case& c, const Context& context) {
-  plan->update(on_device->batch(), c.spec.announced_prefix_len, context);
+void launch(DeviceCase* on_device, AttentionMetadataBuilder* builder, const Case& c,
+            const Context& context) {
+  const AttentionMetadata metadata =
+      builder->build(c.spec.announced_prefix_len, on_device->batch(), false, context);
   DeviceBuffers& buffers = on_device->buffers();
   const AttentionArgs args = on_device->args();
   if (c.spec.has_cache() && c.spec.write) {
     write_kv_cache(buffers.view(c.key), buffers.view(c.value), args.kv_cache,
                    buffers.view(c.slot_mapping), context);
   }
-  attention(*plan, args, context);
+  attention(*metadata.scheduler_metadata, args, context);
 }
 
 std::vector<CaseSpec> covering_specs() {
@@ -161,12 +163,12 @@ std::set<std::string> run_covering(const AttentionBackend& backend,
     const std::string problem = run_case(c, backend);
     tell(problem.empty() ? "" : problem + "\n  " + describe(spec));
     DeviceCase on_device(c, backend);
-    Plan plan(on_device.config());
-    plan.update(on_device.batch(), spec.announced_prefix_len, {});
-    add_uncaptured(plan, &kernels);
+    AttentionMetadataBuilder builder(on_device.config());
+    const AttentionMetadata metadata = builder.build(spec.announced_prefix_len, on_device.batch());
+    add_uncaptured(*metadata.scheduler_metadata, &kernels);
     memory.synchronize();
     kernels.merge(memory.launched_kernels(
-        [&](const Context& context) { launch(&on_device, &plan, c, context); }));
+        [&](const Context& context) { launch(&on_device, &builder, c, context); }));
   }
   for (const DType dtype : kMergeDTypes) {
     MergeCase merge({.dtype = dtype}, &memory);

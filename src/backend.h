@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "params.h"
@@ -23,6 +24,14 @@ class LayerPlan {
   virtual void attention(const AttentionParams& params, const Context& ctx) = 0;
   virtual std::int64_t workspace_bytes() const = 0;
   virtual std::string to_string() const = 0;
+
+  // The three cascade tensors of AttentionMetadata, as one array (plan/cascade_tensors.h) in memory
+  // of the layer's device that lives as long as the plan; the last call's content. Host memory
+  // unless overridden.
+  virtual const std::int32_t* cascade_tensors(const BatchParams& batch, const Context& ctx);
+
+ private:
+  std::vector<std::int32_t> cascade_tensors_;
 };
 
 // A member of a configuration that a backend cannot serve.
@@ -66,8 +75,7 @@ const std::vector<const Backend*>& backends();
 
 // The backend that serves a device: `name`, or QUIRE_BACKEND, or the first available one. Throws
 // Error if there is none, or no such device; `argument` is what named the device.
-const Backend& pick_backend(Device device, const std::string& name,
-                            const char* argument = "device");
+const Backend& pick_backend(Device device, std::string_view name, const char* argument = "device");
 
 // The whole of semantics.md: what the reference and the CPU backend have.
 BackendCapabilities full_capabilities();

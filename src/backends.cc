@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "backend.h"
+#include "plan/cascade_tensors.h"
 
 namespace quire {
 
@@ -32,17 +33,25 @@ std::string known_names() {
   return names;
 }
 
-const Backend& backend_by_name(const std::string& name, const char* argument) {
+const Backend& backend_by_name(std::string_view name, const char* argument) {
   for (const Backend* backend : backends()) {
     if (name == backend->name()) return *backend;
   }
-  throw Error(argument, "one of " + known_names(), "\"" + name + "\"");
+  throw Error(argument, "one of " + known_names(), "\"" + std::string(name) + "\"");
 }
 
 }  // namespace
 
 const AttentionBackend& attention_backend(std::string_view name) {
-  return backend_by_name(std::string(name), "name");
+  return backend_by_name(name, "name");
+}
+
+const std::int32_t* LayerPlan::cascade_tensors(const BatchParams& batch, const Context&) {
+  cascade_tensors_.resize(static_cast<std::size_t>(planning::num_cascade_entries(batch)));
+  for (std::size_t i = 0; i < cascade_tensors_.size(); ++i) {
+    cascade_tensors_[i] = planning::cascade_entry(batch, static_cast<std::int64_t>(i));
+  }
+  return cascade_tensors_.data();
 }
 
 void Backend::read(Device, void* to, const void* from, std::size_t bytes, const Context&) const {
@@ -65,7 +74,7 @@ void Backend::fill_zero(const TensorView& output, const Context&) const {
 namespace {
 
 // The backend that was asked for by name.
-const Backend& named_backend(Device device, const std::string& name, const char* name_argument,
+const Backend& named_backend(Device device, std::string_view name, const char* name_argument,
                              const char* device_argument) {
   const Backend& backend = backend_by_name(name, name_argument);
   if (backend.device_type() != device.type) {
@@ -74,7 +83,7 @@ const Backend& named_backend(Device device, const std::string& name, const char*
   }
   if (!backend.available()) {
     throw Error(name_argument, "a backend that can run on this machine",
-                name + " (" + backend.instruction_set() + ")");
+                std::string(name) + " (" + backend.instruction_set() + ")");
   }
   return backend;
 }
@@ -93,7 +102,7 @@ const Backend& best_backend(Device device, const char* argument) {
 
 }  // namespace
 
-const Backend& pick_backend(Device device, const std::string& name, const char* argument) {
+const Backend& pick_backend(Device device, std::string_view name, const char* argument) {
   const char* forced = std::getenv("QUIRE_BACKEND");
   const bool is_forced = name.empty() && forced != nullptr && *forced != '\0';
   const Backend& backend = is_forced      ? named_backend(device, forced, "QUIRE_BACKEND", argument)

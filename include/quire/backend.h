@@ -17,8 +17,13 @@
 
 namespace quire {
 
-// What a backend can do, for people and for engines that choose. The same arrays that dispatch
-// uses.
+class Backend;  // src/backend.h
+
+// What a backend can do, said by the backend itself. `quire info` prints it, and the library refuses
+// calls by it: whatever is not in here throws Error naming the argument, when the layer is planned
+// (members of AttentionConfig), when the batch is (those of CommonAttentionMetadata), or in the call
+// (those of AttentionArgs, caches to write, states to merge). Which kernel then serves the call is
+// looked up in another table: kernel_table().
 struct BackendCapabilities {
   std::vector<DType> dtypes;  // of the query
   std::vector<KvCacheDType> kv_cache_dtypes;
@@ -91,17 +96,25 @@ class QUIRE_API AttentionMetadataBuilder {
   // Throws Error if the configuration is not supported.
   explicit AttentionMetadataBuilder(const AttentionConfig& config);
 
-  // Plans the batch. The result, and every copy of it, shares this builder's plan: it is valid
-  // until the next build() of either kind, and AttentionImpl::forward() refuses it afterwards.
-  // `common_prefix_len` as in Plan::update; `fast_build` is accepted for vLLM's sake (planning is
-  // already cheap enough to do every time).
+  // Plans the batch and fills all fields. The result, and every copy of it, shares this builder's
+  // plan: it is valid until the builder plans again, by whichever function, and
+  // AttentionImpl::forward() refuses it afterwards. `common_prefix_len` as in Plan::update; above 0
+  // it sets use_cascade, unless the layer is batch-invariant. `fast_build` is accepted for vLLM's
+  // sake (planning is already cheap enough to do every time).
   AttentionMetadata build(std::int64_t common_prefix_len, const CommonAttentionMetadata& common,
                           bool fast_build = false, const Context& ctx = {});
 
-  // The same without cascade, in buffers whose addresses stay fixed, so that a graph captured with
+  // Plans metadata whose fields the caller filled, and returns it complete: with the plans, and with
+  // those of the three cascade tensors that were absent. Plans in it are replaced. Throws Error on
+  // fields that contradict each other: use_cascade without a common_prefix_len, a prefix or cascade
+  // tensors without use_cascade, cascade tensors of another shape, dtype or device, and, with
+  // ctx.check_indices, of other content than AttentionMetadata says.
+  AttentionMetadata plan(const AttentionMetadata& metadata, const Context& ctx = {});
+
+  // build() without cascade, in buffers whose addresses stay fixed, so that a graph captured with
   // the result serves every later batch up to this one's padded size: build() that batch, then
-  // replay. The graph stays good; the metadata itself is valid until the next build(), as any. On
-  // the CPU: build().
+  // replay. The graph stays good; the metadata itself is valid until the next build(), as any. Throws
+  // Error on a backend without graph capture (BackendCapabilities): the CPU, the reference.
   AttentionMetadata build_for_cudagraph_capture(const CommonAttentionMetadata& common,
                                                 const Context& ctx = {});
 
@@ -162,6 +175,7 @@ class QUIRE_API AttentionImpl {
 
  private:
   AttentionConfig config_;
+  const Backend* backend_;
   std::string kv_sharing_target_layer_name_;
 };
 

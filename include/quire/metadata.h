@@ -71,22 +71,39 @@ struct CommonAttentionMetadata {
   std::int64_t num_seqs() const { return query_start_loc ? query_start_loc.shape[0] - 1 : 0; }
 };
 
-// The metadata an attention layer takes: the batch, and how it is to be worked on. Made by
-// AttentionMetadataBuilder; copies share the plan, and all are valid until the builder's next
-// build(). It stands for vLLM's TritonAttentionMetadata, whose cu_prefix_query_lens,
-// prefix_kv_lens, suffix_kv_lens and prefix_scheduler_metadata have no fields here: the plan covers
-// prefix and suffix.
-struct AttentionMetadata {
-  CommonAttentionMetadata common{};
-
+// The metadata of a step that an attention layer takes: vLLM's TritonAttentionMetadata, its fourteen
+// fields by their names. Seven are CommonAttentionMetadata's (num_actual_tokens, max_query_len,
+// query_start_loc, max_seq_len, seq_lens, block_table, slot_mapping), which also has what Quire's
+// batches may have beyond vLLM's; seven follow.
+//
+// AttentionMetadataBuilder::build() makes it from a CommonAttentionMetadata. A caller may also fill
+// it by hand, all but the plans, and pass it through AttentionMetadataBuilder::plan(): both ways
+// compute the same. Copies share the plan, and all are valid until the builder plans another batch.
+// A layer takes the fields as they were planned (AttentionImpl::forward() refuses others); only
+// slot_mapping may be another for each layer.
+struct AttentionMetadata : CommonAttentionMetadata {
   // Cascade: keys [0, common_prefix_len) are shared by all sequences (their block tables start with
-  // the same blocks), read once for the whole batch and merged by lse. The plan checks the promise
-  // and treats sequences that do not keep it plainly.
+  // the same blocks), read once for the whole batch and merged by lse. 0 without use_cascade, above
+  // 0 with it. The plan checks the promise and treats sequences that do not keep it plainly.
   bool use_cascade = false;
   std::int64_t common_prefix_len = 0;
 
-  // How the batch is cut into work, prefix and suffixes; and which of the plan's updates it was.
+  // With use_cascade, else absent: all rows of the batch over the shared keys, and each sequence
+  // over its own. On the layer's device. The plan does not read them, since it has the same from
+  // common_prefix_len and seq_lens: they are for kernels of the caller's. What build() and plan()
+  // make of them lies in the builder's memory and is written with the plan: on return on the CPU, in
+  // the order of ctx.stream on CUDA, and again by each replay of a graph that captured it.
+  ConstTensorView cu_prefix_query_lens{};  // int32 [2]: {0, num_actual_tokens}
+  ConstTensorView prefix_kv_lens{};        // int32 [1]: {common_prefix_len}
+  ConstTensorView suffix_kv_lens{};        // int32 [num_seqs]: seq_lens - common_prefix_len; 0 (by
+                                           // hand also less) for sequences shorter than that
+
+  // How the batch is cut into work. One plan covers prefix and suffixes: with use_cascade both are
+  // that plan, without it the second is null. Null before the metadata is planned.
   std::shared_ptr<Plan> scheduler_metadata{};
+  std::shared_ptr<Plan> prefix_scheduler_metadata{};
+
+  // Quire's own: which of the plan's updates it was. Set by the builder.
   std::uint64_t build_number = 0;
 };
 

@@ -160,6 +160,11 @@ struct Context {
   // CPU: the threads to use; null means default_thread_pool(). CUDA ignores it.
   ThreadPool* threads = nullptr;
 
+  // The backend of a call without a plan (write_kv_cache, merge_states): "" picks as
+  // AttentionConfig::backend does. A call with a plan, a layer's too, runs on the plan's backend and
+  // throws Error if this names another. Read during the call only.
+  std::string_view backend{};
+
   // Look at the *data* of index tensors and of scales in memory before running, and throw
   // quire::Error naming the first offending entry. Without it wild entries are harmless (see
   // PagedKvCache) but silent. Costs a pass over these tensors on the CPU, device-to-host copies and

@@ -18,7 +18,17 @@ bool is_encoder(AttentionType type) {
 
 }  // namespace
 
-void lower_score(const AttentionConfig& config, const Score& score, LayerParams* layer) {
+namespace {
+
+// A call may bring a score of its own, so this is asked once more than Backend::unsupported() does.
+void check_score_capabilities(const Score& score, const BackendCapabilities& caps) {
+  check::capability(!score.alibi_slopes || caps.alibi, "alibi_slopes", score.alibi_slopes);
+  check::capability(!score.sinks || caps.sinks, "sinks", score.sinks);
+  check::capability(score.soft_cap == 0 || caps.soft_cap, "soft_cap", score.soft_cap);
+}
+
+void lower_score(const AttentionConfig& config, const BackendCapabilities& caps, const Score& score,
+                 LayerParams* layer) {
   if (score.alibi_slopes) {
     check::tensor("alibi_slopes", score.alibi_slopes, config.device, {DType::kFloat32},
                   {config.num_heads});
@@ -41,9 +51,12 @@ void lower_score(const AttentionConfig& config, const Score& score, LayerParams*
   layer->alibi_slopes = check::data<const float>(score.alibi_slopes);
   layer->alibi_sqrt = score.alibi_sqrt;
   layer->sinks = check::data<const float>(score.sinks);
+  check_score_capabilities(score, caps);
 }
 
-LayerParams lower_layer(const AttentionConfig& config) {
+}  // namespace
+
+LayerParams lower_layer(const AttentionConfig& config, const BackendCapabilities& caps) {
   LayerParams layer;
   layer.num_heads = static_cast<std::int32_t>(config.num_heads);
   layer.num_kv_heads = static_cast<std::int32_t>(config.num_kv_heads);
@@ -57,10 +70,11 @@ LayerParams lower_layer(const AttentionConfig& config) {
   layer.kv_dtype = layer.paged ? storage_dtype(config.kv_cache_dtype, config.dtype) : config.dtype;
   layer.cross = config.type == AttentionType::kEncoderDecoder;
   layer.batch_invariant = config.batch_invariant;
-  layer.auto_cascade = config.auto_cascade && !config.batch_invariant && layer.paged;
+  layer.auto_cascade =
+      config.auto_cascade && caps.cascade && !config.batch_invariant && layer.paged;
   layer.mask = config.mask;
   if (config.type != AttentionType::kDecoder) layer.mask.causal = false;
-  lower_score(config, config.score, &layer);
+  lower_score(config, caps, config.score, &layer);
   return layer;
 }
 
@@ -139,10 +153,20 @@ void lower_keys(const AttentionConfig& config, const CommonAttentionMetadata& ba
   p->table_width = batch.block_table.shape[1];
 }
 
+void check_batch_capabilities(const BackendCapabilities& caps, const CommonAttentionMetadata& batch,
+                              std::int64_t common_prefix_len) {
+  check::capability(!batch.mm_prefix_range || caps.bidirectional_ranges, "mm_prefix_range",
+                    batch.mm_prefix_range);
+  check::capability(!batch.visible_prefix_lens || caps.visible_prefix, "visible_prefix_lens",
+                    batch.visible_prefix_lens);
+  check::capability(!batch.qq_bias || caps.qq_bias, "qq_bias", batch.qq_bias);
+  check::capability(common_prefix_len == 0 || caps.cascade, "common_prefix_len", common_prefix_len);
+}
+
 }  // namespace
 
-BatchParams lower_batch(const AttentionConfig& config, const CommonAttentionMetadata& batch,
-                        std::int64_t common_prefix_len) {
+BatchParams lower_batch(const AttentionConfig& config, const BackendCapabilities& caps,
+                        const CommonAttentionMetadata& batch, std::int64_t common_prefix_len) {
   const Device device = config.device;
   BatchParams p;
   check::tensor("query_start_loc", batch.query_start_loc, device, {DType::kInt32}, {kAny});
@@ -155,7 +179,11 @@ BatchParams lower_batch(const AttentionConfig& config, const CommonAttentionMeta
               "num_actual_tokens", "0 to 2^31 - 1", batch.num_actual_tokens);
   check::that(batch.max_query_len >= 0, "max_query_len", "at least 0", batch.max_query_len);
   check::that(batch.max_seq_len >= 0, "max_seq_len", "at least 0", batch.max_seq_len);
-  check::that(common_prefix_len >= 0, "common_prefix_len", "at least 0", common_prefix_len);
+  check::that(common_prefix_len >= 0 && common_prefix_len < (1LL << 31), "common_prefix_len",
+              "0 to 2^31 - 1", common_prefix_len);
+  check::that(common_prefix_len == 0 || !is_encoder(config.type), "common_prefix_len",
+              "0 for attention without a cache", common_prefix_len);
+  check_batch_capabilities(caps, batch, common_prefix_len);
   p.num_tokens = batch.num_actual_tokens;
   p.max_query_len = batch.max_query_len;
   p.max_seq_len = batch.max_seq_len;
@@ -253,17 +281,23 @@ void lower_output_scales(const AttentionConfig& config, const AttentionArgs& arg
   p->block_scales_group_stride = args.output_block_scale.strides[1];
 }
 
-void lower_output(const AttentionConfig& config, const AttentionArgs& args, AttentionParams* p) {
+void lower_output(const AttentionConfig& config, const BackendCapabilities& caps,
+                  const AttentionArgs& args, AttentionParams* p) {
   const TensorView& output = args.output;
   const std::int64_t head_size_v = config.value_head_size();
-  const auto kDTypes = {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat8E4M3};
   if (output.ndim == 3) {
-    check::tensor("output", output, config.device, kDTypes, {kAny, config.num_heads, head_size_v});
+    check::tensor("output", output, config.device, caps.output_dtypes,
+                  {kAny, config.num_heads, head_size_v});
     p->output_head_stride = output.strides[1];
   } else {
-    check::tensor("output", output, config.device, kDTypes, {kAny, config.num_heads * head_size_v});
+    check::tensor("output", output, config.device, caps.output_dtypes,
+                  {kAny, config.num_heads * head_size_v});
     p->output_head_stride = head_size_v;
   }
+  check::capability(output.dtype != DType::kFloat8E4M3 || caps.fp8_output, "output", output);
+  check::capability(!args.output_block_scale || caps.block_scale_output, "output_block_scale",
+                    args.output_block_scale);
+  check::capability(!args.lse || caps.lse, "lse", args.lse);
   check::unit_last_stride("output", output);
   check::at_least("output", output, 0, p->batch.num_tokens, "num_actual_tokens");
   p->output = output.data;
@@ -280,27 +314,24 @@ void lower_output(const AttentionConfig& config, const AttentionArgs& args, Atte
 
 }  // namespace
 
-AttentionParams lower_attention(const AttentionConfig& config, const LayerParams& layer,
-                                const BatchParams& batch, const AttentionArgs& args) {
+AttentionParams lower_attention(const AttentionConfig& config, const BackendCapabilities& caps,
+                                const LayerParams& layer, const BatchParams& batch,
+                                const AttentionArgs& args) {
   AttentionParams params;
   params.layer = layer;
   params.batch = batch;
-  if (args.score != nullptr) lower_score(config, *args.score, &params.layer);
+  if (args.score != nullptr) lower_score(config, caps, *args.score, &params.layer);
   lower_query(config, args, &params);
   if (layer.paged) {
     lower_paged(config, args, &params);
   } else {
     lower_direct(config, args, &params);
   }
-  lower_output(config, args, &params);
+  lower_output(config, caps, args, &params);
   return params;
 }
 
-}  // namespace api
-
-namespace {
-
-const Backend& supporting_backend(const AttentionConfig& config) {
+const Backend& backend_of(const AttentionConfig& config) {
   const Backend& backend = pick_backend(config.device, config.backend);
   const std::vector<Unsupported> reasons = backend.unsupported(config);
   if (reasons.empty()) return backend;
@@ -309,12 +340,18 @@ const Backend& supporting_backend(const AttentionConfig& config) {
   throw Error(reasons[0].argument, reasons[0].expected, reasons[0].got + others);
 }
 
-}  // namespace
+void check_backend(const Backend& backend, const Context& ctx) {
+  check::that(
+      ctx.backend.empty() || ctx.backend == backend.name(), "backend",
+      [&] { return std::string("none, or the plan's, ") + backend.name(); }, ctx.backend);
+}
+
+}  // namespace api
 
 Plan::Plan(const AttentionConfig& config) : impl_(std::make_unique<Impl>()) {
   impl_->config = config;
-  impl_->backend = &supporting_backend(config);
-  impl_->layer = api::lower_layer(config);
+  impl_->backend = &api::backend_of(config);
+  impl_->layer = api::lower_layer(config, impl_->backend->capabilities());
   impl_->plan = impl_->backend->make_plan(impl_->layer);
 }
 
@@ -324,15 +361,26 @@ Plan& Plan::operator=(Plan&&) noexcept = default;
 
 void Plan::update(const CommonAttentionMetadata& batch, std::int64_t common_prefix_len,
                   const Context& ctx) {
-  Impl& self = impl();
-  const BatchParams params = api::lower_batch(self.config, batch, common_prefix_len);
-  if (ctx.check_indices) api::check_batch_indices(*self.backend, self.layer, params, ctx);
-  self.planned = false;
-  ++self.build_number;
-  self.plan->update(params, ctx);
-  self.batch = batch;
-  self.batch_params = params;
-  self.planned = true;
+  impl().update(batch, impl().lower(batch, common_prefix_len, ctx), ctx);
+}
+
+BatchParams Plan::Impl::lower(const CommonAttentionMetadata& metadata,
+                              std::int64_t common_prefix_len, const Context& ctx) const {
+  api::check_backend(*backend, ctx);
+  const BatchParams params =
+      api::lower_batch(config, backend->capabilities(), metadata, common_prefix_len);
+  if (ctx.check_indices) api::check_batch_indices(*backend, layer, params, ctx);
+  return params;
+}
+
+void Plan::Impl::update(const CommonAttentionMetadata& metadata, const BatchParams& params,
+                        const Context& ctx) {
+  planned = false;
+  ++build_number;
+  plan->update(params, ctx);
+  batch = metadata;
+  batch_params = params;
+  planned = true;
 }
 
 Plan::Impl& Plan::impl() const {
@@ -354,15 +402,25 @@ Plan plan(const AttentionConfig& config, const CommonAttentionMetadata& batch,
 }
 
 void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx) {
-  Plan::Impl& impl = plan.impl();
+  const Plan::Impl& impl = plan.impl();
   check::that(impl.planned, "plan", "a plan that update() was called on", "none");
-  const AttentionParams params =
-      api::lower_attention(impl.config, impl.layer, impl.batch_params, args);
-  if (ctx.check_indices) api::check_call_data(*impl.backend, params, ctx);
-  if (impl.batch_params.num_tokens == 0 || impl.batch_params.num_seqs == 0) return;
-  impl.plan->attention(params, ctx);
+  impl.attend(impl.lower(args, ctx), ctx);
 }
 
+AttentionParams Plan::Impl::lower(const AttentionArgs& args, const Context& ctx) const {
+  api::check_backend(*backend, ctx);
+  const AttentionParams params =
+      api::lower_attention(config, backend->capabilities(), layer, batch_params, args);
+  if (ctx.check_indices) api::check_call_data(*backend, params, ctx);
+  return params;
+}
+
+void Plan::Impl::attend(const AttentionParams& params, const Context& ctx) const {
+  if (params.batch.num_tokens == 0 || params.batch.num_seqs == 0) return;
+  plan->attention(params, ctx);
+}
+
+namespace api {
 namespace {
 
 template <class Data>
@@ -389,12 +447,14 @@ MergePart lower_part(std::string_view o_name, const BasicTensorView<Data>& o,
 
 }  // namespace
 
-void merge_states(const ConstTensorView& o_a, const ConstTensorView& lse_a,
-                  const ConstTensorView& o_b, const ConstTensorView& lse_b,
-                  const TensorView& output, const TensorView& lse, const Context& ctx) {
+MergeParams lower_merge(const BackendCapabilities& caps, const ConstTensorView& o_a,
+                        const ConstTensorView& lse_a, const ConstTensorView& o_b,
+                        const ConstTensorView& lse_b, const TensorView& output,
+                        const TensorView& lse) {
   using check::kAny;
   check::tensor("o_a", o_a, o_a.device, {DType::kFloat16, DType::kBFloat16, DType::kFloat32},
                 {kAny, kAny, kAny});
+  check::capability(check::contains(caps.output_dtypes, o_a.dtype), "o_a", o_a);
   check::that(static_cast<bool>(lse_a), "lse_a", "a tensor", "none");
   check::that(static_cast<bool>(lse_b), "lse_b", "a tensor", "none");
   check::that(o_a.shape[1] <= kMaxHeads && o_a.shape[2] <= kMaxRowSize, "o_a",
@@ -408,8 +468,19 @@ void merge_states(const ConstTensorView& o_a, const ConstTensorView& lse_a,
   params.num_tokens = o_a.shape[0];
   params.num_heads = static_cast<std::int32_t>(o_a.shape[1]);
   params.head_size_v = static_cast<std::int32_t>(o_a.shape[2]);
+  return params;
+}
+
+}  // namespace api
+
+void merge_states(const ConstTensorView& o_a, const ConstTensorView& lse_a,
+                  const ConstTensorView& o_b, const ConstTensorView& lse_b,
+                  const TensorView& output, const TensorView& lse, const Context& ctx) {
+  const Backend& backend = pick_backend(o_a.device, ctx.backend, "o_a");
+  const MergeParams params =
+      api::lower_merge(backend.capabilities(), o_a, lse_a, o_b, lse_b, output, lse);
   if (o_a.num_elements() == 0) return;
-  pick_backend(o_a.device, "", "o_a").merge(params, ctx);
+  backend.merge(params, ctx);
 }
 
 }  // namespace quire

@@ -8,7 +8,7 @@ namespace quire::check {
 
 namespace {
 
-std::string join_dtypes(std::initializer_list<DType> dtypes) {
+std::string join_dtypes(std::span<const DType> dtypes) {
   std::string text;
   for (const DType dtype : dtypes) {
     text += text.empty() ? "" : " or ";
@@ -41,7 +41,7 @@ bool shape_matches(const ConstTensorView& view, std::initializer_list<std::int64
 }  // namespace
 
 void tensor(std::string_view name, const ConstTensorView& view, Device device,
-            std::initializer_list<DType> dtypes, std::initializer_list<std::int64_t> shape) {
+            std::span<const DType> dtypes, std::initializer_list<std::int64_t> shape) {
   if (!view) throw Error(name, "a tensor of " + shape_text(shape), "none");
   bool dtype_ok = false;
   for (const DType dtype : dtypes) dtype_ok = dtype_ok || view.dtype == dtype;

@@ -1,11 +1,14 @@
 // Checks of the public boundary. Each throws quire::Error naming the argument.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "params.h"
 #include "quire/types.h"
@@ -17,7 +20,11 @@ inline constexpr std::int64_t kAny = -1;
 // `view` is present, on `device`, of one of `dtypes`, and of `shape` (kAny matches every size).
 // Data may be null only if the view has no elements.
 void tensor(std::string_view name, const ConstTensorView& view, Device device,
-            std::initializer_list<DType> dtypes, std::initializer_list<std::int64_t> shape);
+            std::span<const DType> dtypes, std::initializer_list<std::int64_t> shape);
+inline void tensor(std::string_view name, const ConstTensorView& view, Device device,
+                   std::initializer_list<DType> dtypes, std::initializer_list<std::int64_t> shape) {
+  tensor(name, view, device, std::span(dtypes.begin(), dtypes.size()), shape);
+}
 
 // Unit stride in the last dimension (or at most one element there).
 void unit_last_stride(std::string_view name, const ConstTensorView& view);
@@ -41,6 +48,17 @@ std::string text_of(const F& make) {
 template <class Expected, class Got>
 void that(bool ok, std::string_view name, const Expected& expected, const Got& got) {
   if (!ok) throw Error(name, text_of(expected), text_of(got));
+}
+
+template <class T>
+bool contains(const std::vector<T>& values, T value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
+}
+
+// What a call asks for is among the backend's capabilities (BackendCapabilities).
+template <class Got>
+void capability(bool has, std::string_view name, const Got& got) {
+  that(has, name, "what the capabilities of the backend have", got);
 }
 
 // A finite, positive host value, or a pointer whose value is the device's business.

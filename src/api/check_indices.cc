@@ -6,6 +6,7 @@
 
 #include "api/check.h"
 #include "api/lower.h"
+#include "plan/cascade_tensors.h"
 
 namespace quire::api {
 namespace {
@@ -207,6 +208,29 @@ void check_batch_indices(const Backend& backend, const LayerParams& layer, const
   }
 }
 
+// Cascade tensors that a caller filled.
+void check_cascade_data(const Backend& backend, const LayerParams& layer, const BatchParams& batch,
+                        const AttentionMetadata& metadata, const Context& ctx) {
+  const Reader reader(backend, layer.device, ctx);
+  const HostBatch host(reader, batch);
+  const auto compare = [&](const char* name, const ConstTensorView& view, std::int32_t at) {
+    if (!view) return;
+    const std::vector<std::int32_t> values =
+        reader.read(check::data<const std::int32_t>(view), view.shape[0]);
+    for (std::int64_t i = 0; i < view.shape[0]; ++i) {
+      const std::int32_t wanted = planning::cascade_entry(host.params, at + i);
+      // vLLM does not cut off at 0 where a sequence, padding say, is shorter than the prefix.
+      const bool shorter = at == planning::kSuffixKvLens && wanted == 0;
+      check::that(
+          values[i] == wanted || (shorter && values[i] < 0), entry(name, i),
+          [&] { return std::to_string(wanted); }, values[i]);
+    }
+  };
+  compare("cu_prefix_query_lens", metadata.cu_prefix_query_lens, 0);
+  compare("prefix_kv_lens", metadata.prefix_kv_lens, planning::kPrefixKvLens);
+  compare("suffix_kv_lens", metadata.suffix_kv_lens, planning::kSuffixKvLens);
+}
+
 void check_call_data(const Backend& backend, const AttentionParams& params, const Context& ctx) {
   const Reader reader(backend, params.layer.device, ctx);
   reader.check_scale("q_scale", params.q_scale);
@@ -220,8 +244,8 @@ void check_call_data(const Backend& backend, const AttentionParams& params, cons
   }
 }
 
-void check_write_data(const CacheWriteParams& params, const Context& ctx) {
-  const Reader reader(pick_backend(params.device, "", "kv_cache.key"), params.device, ctx);
+void check_write_data(const Backend& backend, const CacheWriteParams& params, const Context& ctx) {
+  const Reader reader(backend, params.device, ctx);
   reader.check_scale("kv_cache.k_scale", params.k.scale);
   reader.check_scale("kv_cache.v_scale", params.v.scale);
   const std::int64_t num_slots = params.num_blocks * params.block_size;

@@ -183,13 +183,16 @@ void lower_cache(const PagedKvCache& cache, Device device, KvParams* k, KvParams
   *v = lower_store(value, cache.v_scale_cache, cache.v_scale, cache.dtype);
 }
 
-CacheWriteParams lower_cache_write(const ConstTensorView& key, const ConstTensorView& value,
-                                   const PagedKvCache& cache, const ConstTensorView& slot_mapping) {
+CacheWriteParams lower_cache_write(const BackendCapabilities& caps, const ConstTensorView& key,
+                                   const ConstTensorView& value, const PagedKvCache& cache,
+                                   const ConstTensorView& slot_mapping) {
   using check::kAny;
   CacheWriteParams p;
   const Device device = cache.key.device;
   p.device = device;
   lower_cache(cache, device, &p.k, &p.v);
+  const KvCacheDType kind = spelled_out(cache.dtype, cache.key.dtype);
+  check::capability(check::contains(caps.kv_cache_dtypes, kind), "kv_cache.dtype", to_string(kind));
   check::tensor("slot_mapping", slot_mapping, device, {DType::kInt64}, {kAny});
   check::contiguous("slot_mapping", slot_mapping);
   p.num_slots = slot_mapping.shape[0];
@@ -198,6 +201,7 @@ CacheWriteParams lower_cache_write(const ConstTensorView& key, const ConstTensor
                 {kAny, cache.key.shape[2], cache.key.shape[3]});
   check::tensor("value", value, device, {key.dtype},
                 {kAny, cache.value.shape[2], cache.value.shape[3]});
+  check::capability(check::contains(caps.dtypes, key.dtype), "key", key);
   check::unit_last_stride("key", key);
   check::unit_last_stride("value", value);
   check::at_least("key", key, 0, p.num_slots, "one row for each slot of slot_mapping");
@@ -220,15 +224,27 @@ CacheWriteParams lower_cache_write(const ConstTensorView& key, const ConstTensor
   return p;
 }
 
+CacheWriteParams checked_cache_write(const Backend& backend, const ConstTensorView& key,
+                                     const ConstTensorView& value, const PagedKvCache& cache,
+                                     const ConstTensorView& slot_mapping, const Context& ctx) {
+  const CacheWriteParams params =
+      lower_cache_write(backend.capabilities(), key, value, cache, slot_mapping);
+  if (ctx.check_indices) check_write_data(backend, params, ctx);
+  return params;
+}
+
+void run_cache_write(const Backend& backend, const CacheWriteParams& params, const Context& ctx) {
+  if (params.num_slots > 0) backend.cache_write(params, ctx);
+}
+
 }  // namespace api
 
 void write_kv_cache(const ConstTensorView& key, const ConstTensorView& value,
                     const PagedKvCache& kv_cache, const ConstTensorView& slot_mapping,
                     const Context& ctx) {
-  const CacheWriteParams params = api::lower_cache_write(key, value, kv_cache, slot_mapping);
-  if (ctx.check_indices) api::check_write_data(params, ctx);
-  if (params.num_slots == 0) return;
-  pick_backend(kv_cache.key.device, "", "kv_cache.key").cache_write(params, ctx);
+  const Backend& backend = pick_backend(kv_cache.key.device, ctx.backend, "kv_cache.key");
+  api::run_cache_write(
+      backend, api::checked_cache_write(backend, key, value, kv_cache, slot_mapping, ctx), ctx);
 }
 
 }  // namespace quire

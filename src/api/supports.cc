@@ -8,11 +8,6 @@
 namespace quire {
 namespace {
 
-template <class T>
-bool has(const std::vector<T>& values, T value) {
-  return std::find(values.begin(), values.end(), value) != values.end();
-}
-
 struct Reasons {
   std::vector<Unsupported> list;
   template <class Got>
@@ -59,8 +54,9 @@ std::string names(const std::vector<T>& values) {
 }
 
 void check_dtypes(const AttentionConfig& c, const BackendCapabilities& caps, Reasons& reasons) {
-  reasons.require(has(caps.dtypes, c.dtype), "dtype", names(caps.dtypes), to_string(c.dtype));
-  reasons.require(has(caps.kv_cache_dtypes, c.kv_cache_dtype), "kv_cache_dtype",
+  reasons.require(check::contains(caps.dtypes, c.dtype), "dtype", names(caps.dtypes),
+                  to_string(c.dtype));
+  reasons.require(check::contains(caps.kv_cache_dtypes, c.kv_cache_dtype), "kv_cache_dtype",
                   names(caps.kv_cache_dtypes), to_string(c.kv_cache_dtype));
   if (c.dtype != DType::kFloat8E4M3) return;
   const bool paged = c.type == AttentionType::kDecoder || c.type == AttentionType::kEncoderDecoder;

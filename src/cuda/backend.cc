@@ -46,6 +46,7 @@ class CudaBackend final : public Backend {
     }
     list.push_back({"plan", "every batch, once a step"});
     list.push_back({"find_partners", "batches of auto_cascade, once a step"});
+    list.push_back({"cascade_tensors", "AttentionMetadata with a common prefix, once a step"});
     list.push_back({"block_quantize", "fp8 outputs with block scales"});
     list.push_back({"cache_write", "write_kv_cache"});
     list.push_back({"merge", "merge_states"});

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "cuda/cascade_tensors.h"
 #include "cuda/device.h"
 #include "cuda/kernel_table.h"
 #include "cuda/workspace.h"
@@ -20,7 +21,13 @@ class CudaPlan final : public LayerPlan {
 
   void update(const BatchParams& batch, const Context& ctx) override;
   void attention(const AttentionParams& params, const Context& ctx) override;
-  std::int64_t workspace_bytes() const override { return workspace_.bytes(); }
+  const std::int32_t* cascade_tensors(const BatchParams& batch, const Context& ctx) override {
+    const DeviceScope scope(layer_.device);
+    return cascade_tensors_.write(batch, stream_of(ctx));
+  }
+  std::int64_t workspace_bytes() const override {
+    return workspace_.bytes() + cascade_tensors_.bytes();
+  }
   std::string to_string() const override;
 
  private:
@@ -34,6 +41,7 @@ class CudaPlan final : public LayerPlan {
   const DeviceInfo& device_;
   std::vector<KernelFamily> families_;
   Workspace workspace_;
+  CascadeTensors cascade_tensors_;
   // Of the planned batch: its buffers, the families that have work in it, whether it may have shared
   // prefixes.
   BatchBuffers* buffers_ = nullptr;

@@ -241,16 +241,23 @@ TEST(Forward, EverythingIsCheckedBeforeTheCacheIsWritten) {
 }
 
 TEST(Forward, BadIndicesAreFoundBeforeTheCacheIsWritten) {
-  LayerCall call;
-  call.context.check_indices = true;
-  AttentionMetadataBuilder builder(call.config);
-  const AttentionMetadata metadata = builder.build(0, call.batch);
-  const_cast<std::int32_t*>(static_cast<const std::int32_t*>(call.batch.block_table.data))[1] =
-      1 << 20;
-  EXPECT_EQ(argument_named_by([&] { call.forward(AttentionImpl(call.config), &metadata); }),
-            "block_table[0][1]");
-  EXPECT_TRUE(call.caches_are(false));
-  EXPECT_TRUE(call.output_is_untouched());
+  for (const bool in_table : {true, false}) {
+    LayerCall call;
+    call.context.check_indices = true;
+    AttentionMetadataBuilder builder(call.config);
+    const AttentionMetadata metadata = builder.build(0, call.batch);
+    if (in_table) {
+      const ConstTensorView& table = call.batch.block_table;
+      const_cast<std::int32_t*>(static_cast<const std::int32_t*>(table.data))[1] = 1 << 20;
+    } else {
+      const ConstTensorView& slots = call.batch.slot_mapping;
+      const_cast<std::int64_t*>(static_cast<const std::int64_t*>(slots.data))[2] = 1 << 20;
+    }
+    EXPECT_EQ(argument_named_by([&] { call.forward(AttentionImpl(call.config), &metadata); }),
+              in_table ? "block_table[0][1]" : "slot_mapping[2]");
+    EXPECT_TRUE(call.caches_are(false));
+    EXPECT_TRUE(call.output_is_untouched());
+  }
 }
 
 TEST(Forward, MetadataOfAnotherLayerIsRefused) {
@@ -263,7 +270,7 @@ TEST(Forward, MetadataOfAnotherLayerIsRefused) {
             "metadata");
   const AttentionMetadata empty;
   EXPECT_EQ(argument_named_by([&] { call.forward(AttentionImpl(call.config), &empty); }),
-            "metadata");
+            "scheduler_metadata");
 }
 
 TEST(Forward, MetadataOfAnEarlierBuildIsRefused) {
@@ -286,12 +293,12 @@ TEST(Forward, MetadataOfAnEarlierBuildIsRefused) {
   const AttentionMetadata third = builder.build(0, call.batch);
   EXPECT_EQ(refused(first), "metadata");
   EXPECT_EQ(refused(second), "metadata");
-  const AttentionMetadata captured = builder.build_for_cudagraph_capture(call.batch);
+  const AttentionMetadata fourth = builder.build(0, call.batch, true);
   EXPECT_EQ(refused(third), "metadata");
   // Nor is a plan's own update, or another builder's that is a copy, passed over.
   AttentionMetadataBuilder twin = builder;
   const AttentionMetadata of_twin = twin.build(0, call.batch);
-  EXPECT_EQ(refused(captured), "metadata");
+  EXPECT_EQ(refused(fourth), "metadata");
   of_twin.scheduler_metadata->update(call.batch);
   EXPECT_EQ(refused(of_twin), "metadata");
   EXPECT_TRUE(call.caches_are(false));
@@ -341,7 +348,6 @@ TEST(Builder, Cascade) {
   EXPECT_EQ(metadata.common_prefix_len, 36);
   call.forward(AttentionImpl(call.config), &metadata);
   EXPECT_EQ(call.verdict(), "");
-  EXPECT_FALSE(builder.build_for_cudagraph_capture(call.batch).use_cascade);
   call.config.batch_invariant = true;
   EXPECT_FALSE(AttentionMetadataBuilder(call.config).build(36, call.batch).use_cascade);
 }

@@ -170,9 +170,10 @@ void visit_chunk(const LayerParams& layer, const WorkPlan& plan, bool shared, co
 void check_plan(const Case& c, int num_threads, WorkPlan* plan) {
   conformance::DeviceCase on_device(c, attention_backend("cpu"));
   const AttentionConfig config = on_device.config();
-  const LayerParams layer = api::lower_layer(config);
+  const BackendCapabilities caps = full_capabilities();
+  const LayerParams layer = api::lower_layer(config, caps);
   const BatchParams batch =
-      api::lower_batch(config, on_device.batch(), c.spec.announced_prefix_len);
+      api::lower_batch(config, caps, on_device.batch(), c.spec.announced_prefix_len);
   build(layer, batch, num_threads, plan);
   Visits visits(c);
   for (const bool shared : {true, false}) {
