@@ -8,10 +8,10 @@
 #include <vector>
 
 #include "api/lower.h"
-#include "plan/plan.h"
+#include "cpu/plan.h"
 #include "tests/conformance/runner.h"
 
-namespace quire::planning {
+namespace quire::cpu {
 namespace {
 
 using conformance::Case;
@@ -173,7 +173,7 @@ void check_plan(const Case& c, int num_threads, WorkPlan* plan) {
   const LayerParams layer = api::lower_layer(config);
   const BatchParams batch =
       api::lower_batch(config, on_device.batch(), c.spec.announced_prefix_len);
-  build(layer, batch, num_threads, plan);
+  build_plan(layer, batch, num_threads, plan);
   Visits visits(c);
   for (const bool shared : {true, false}) {
     const Schedule& schedule = shared ? plan->shared : plan->main;
@@ -231,4 +231,4 @@ TEST(PlanCoverage, LongSequencesOverManyThreads) {
 }
 
 }  // namespace
-}  // namespace quire::planning
+}  // namespace quire::cpu
