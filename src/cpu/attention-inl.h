@@ -318,7 +318,7 @@ inline void attend_few_rows(const Item& item, const Unit& unit, const Unit& next
 
 inline void run_chunk(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
                       const PartialRows& out) {
-  const planning::WorkTile& tile = *item.tile;
+  const WorkTile& tile = *item.tile;
   const LayerParams& layer = item.params->layer;
   const bool direct = layer.head_size % kVec == 0 && layer.head_size_v % kVec == 0;
   const auto attend = !tile.few_rows ? attend_many_rows

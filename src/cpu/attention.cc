@@ -13,11 +13,6 @@
 namespace quire::cpu {
 namespace {
 
-using planning::Schedule;
-using planning::SplitItem;
-using planning::WorkPoint;
-using planning::WorkRange;
-using planning::WorkTile;
 using semantics::value_of;
 
 class Call {
@@ -92,7 +87,7 @@ class Call {
     item.tile = &tile;
     item.scratch = &scratch;
     item.rows = tile.num_tokens * layer_.group;
-    item.head_rows = planning::head_rows(layer_, tile);
+    item.head_rows = head_rows(layer_, tile);
     item.query_scale = query_scale_;
     item.padded_k = workspace_.padded_k();
     item.padded_v = workspace_.padded_v();
@@ -103,7 +98,7 @@ class Call {
       token.seq = tile.seq;
       token.row = tile.first + i;
       if (shared) {
-        const planning::SharedRow& row =
+        const SharedRow& row =
             workspace_.work().shared_rows[static_cast<std::size_t>(tile.first + i)];
         token.seq = row.seq;
         token.row = row.row;

@@ -7,8 +7,8 @@
 #include <new>
 #include <vector>
 
+#include "cpu/plan.h"
 #include "params.h"
-#include "plan/plan.h"
 
 namespace quire::cpu {
 
@@ -47,7 +47,7 @@ class AlignedFloats {
 // of 65,536 values of any size do not overflow. By a power of two, nothing is rounded.
 inline constexpr int kWeightsDownLog2 = 16;
 
-// The running result of an item's rows, head after head (planning::head_rows apart): unnormalised
+// The running result of an item's rows, head after head (head_rows apart): unnormalised
 // outputs [rows, padded head_size_v], maxima, sums.
 struct PartialRows {
   float* o = nullptr;
@@ -85,7 +85,7 @@ struct Scratch {
 // Everything a kernel needs to know about the item it works on.
 struct Item {
   const AttentionParams* params = nullptr;
-  const planning::WorkTile* tile = nullptr;
+  const WorkTile* tile = nullptr;
   Scratch* scratch = nullptr;
   std::int32_t kv_head = 0;     // the first of
   std::int32_t heads = 0;       // this many

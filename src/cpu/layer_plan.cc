@@ -6,7 +6,7 @@ namespace quire::cpu {
 
 void CpuPlan::update(const BatchParams& batch, const Context& ctx) {
   const int num_threads = pool_of(ctx).num_threads();
-  planning::build(layer_, batch, num_threads, &work_);
+  build_plan(layer_, batch, num_threads, &work_);
   slots_.grow(std::max(work_.shared.num_slots * slot_floats(work_.shared),
                        work_.main.num_slots * slot_floats(work_.main)));
   shared_results_.grow(static_cast<std::int64_t>(work_.shared_rows.size()) * layer_.num_heads *
@@ -70,11 +70,11 @@ void CpuPlan::size_scratch(Scratch* scratch) const {
   if (scratch->tokens.size() < tokens) scratch->tokens.resize(tokens);
 }
 
-std::int64_t CpuPlan::slot_floats(const planning::Schedule& schedule) const {
+std::int64_t CpuPlan::slot_floats(const Schedule& schedule) const {
   return std::int64_t{schedule.slot_rows} * (padded_v() + 2);
 }
 
-PartialRows CpuPlan::slot(const planning::Schedule& schedule, std::int64_t slot) const {
+PartialRows CpuPlan::slot(const Schedule& schedule, std::int64_t slot) const {
   const std::int64_t rows = std::int64_t{schedule.slot_rows};
   float* o = slots_.data() + slot * slot_floats(schedule);
   return {o, o + rows * padded_v(), o + rows * (padded_v() + 1)};

@@ -7,7 +7,7 @@
 
 #include "backend.h"
 #include "cpu/kernels.h"
-#include "plan/plan.h"
+#include "cpu/plan.h"
 
 namespace quire::cpu {
 
@@ -28,10 +28,10 @@ class CpuPlan final : public LayerPlan {
   // The unquantised outputs of block-scale output, [num_tokens, num_heads * head_size_v].
   float* reserve_block_output(std::int64_t count);
 
-  const planning::WorkPlan& work() const { return work_; }
+  const WorkPlan& work() const { return work_; }
   Scratch& scratch(int worker) { return scratch_[static_cast<std::size_t>(worker)]; }
   // Partial `slot` of the running schedule.
-  PartialRows slot(const planning::Schedule& schedule, std::int64_t slot) const;
+  PartialRows slot(const Schedule& schedule, std::int64_t slot) const;
   // The prefix result of one shared row and head.
   PartialRows shared_result(std::int64_t shared_row, std::int32_t head) const;
 
@@ -43,14 +43,14 @@ class CpuPlan final : public LayerPlan {
   }
 
   std::int64_t workspace_bytes() const override;
-  std::string to_string() const override { return planning::to_string(layer_, work_); }
+  std::string to_string() const override { return cpu::to_string(layer_, work_); }
 
  private:
-  std::int64_t slot_floats(const planning::Schedule& schedule) const;
+  std::int64_t slot_floats(const Schedule& schedule) const;
   void size_scratch(Scratch* scratch) const;
 
   LayerParams layer_;
-  planning::WorkPlan work_;
+  WorkPlan work_;
   std::vector<Scratch> scratch_;
   AlignedFloats slots_;
   AlignedFloats shared_results_;

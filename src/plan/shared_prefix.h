@@ -6,9 +6,11 @@
 #include <limits>
 
 #include "params.h"
-#include "plan/tuning.h"
 
 namespace quire::planning {
+
+// Automatic detection: prefixes of fewer tokens are not worth a tile of their own.
+inline constexpr std::int64_t kMinSharedPrefix = 128;
 
 // What is looked for in the block tables.
 struct PrefixRule {

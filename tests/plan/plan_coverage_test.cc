@@ -9,9 +9,9 @@
 
 #include "api/lower.h"
 #include "conformance/runner.h"
-#include "plan/plan.h"
+#include "cpu/plan.h"
 
-namespace quire::planning {
+namespace quire::cpu {
 namespace {
 
 using conformance::Case;
@@ -174,7 +174,7 @@ void check_plan(const Case& c, int num_threads, WorkPlan* plan) {
   const LayerParams layer = api::lower_layer(config, caps);
   const BatchParams batch =
       api::lower_batch(config, caps, on_device.batch(), c.spec.announced_prefix_len);
-  build(layer, batch, num_threads, plan);
+  build_plan(layer, batch, num_threads, plan);
   Visits visits(c);
   for (const bool shared : {true, false}) {
     const Schedule& schedule = shared ? plan->shared : plan->main;
@@ -232,4 +232,4 @@ TEST(PlanCoverage, LongSequencesOverManyThreads) {
 }
 
 }  // namespace
-}  // namespace quire::planning
+}  // namespace quire::cpu

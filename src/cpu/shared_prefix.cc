@@ -2,12 +2,15 @@
 #include <algorithm>
 #include <limits>
 
-#include "plan/plan.h"
+#include "cpu/plan.h"
+#include "cpu/tuning.h"
 #include "plan/shared_prefix.h"
-#include "plan/tuning.h"
 
-namespace quire::planning {
+namespace quire::cpu {
 namespace {
+
+using planning::PrefixRule;
+using planning::shareable_blocks;
 
 const std::int32_t* table_row(const BatchParams& batch, std::int32_t s) {
   return batch.block_table + s * batch.table_stride;
@@ -32,7 +35,7 @@ void add_group(const LayerParams& layer, const BatchParams& batch, std::int64_t 
       plan->shared_rows.push_back({seq.first_row + i, *s});
     }
   }
-  const std::int64_t tokens = cpu_shared_prefix_policy(layer).tokens;
+  const std::int64_t tokens = shared_prefix_policy(layer).tokens;
   const auto num_rows = static_cast<std::int64_t>(plan->shared_rows.size());
   for (std::int64_t row = first_row; row < num_rows; row += tokens) {
     WorkTile tile;
@@ -97,7 +100,7 @@ void find_shared_prefixes(const LayerParams& layer, const BatchParams& batch, Wo
   plan->prefix_len.assign(static_cast<std::size_t>(batch.num_seqs), 0);
   plan->first_shared_row.assign(static_cast<std::size_t>(batch.num_seqs), -1);
   const PrefixRule rule =
-      prefix_rule(layer, batch, std::numeric_limits<std::int64_t>::max(), kCpuSplitRows);
+      planning::prefix_rule(layer, batch, std::numeric_limits<std::int64_t>::max(), kSplitRows);
   if (rule.min_blocks == 0) return;
   if (rule.announced) {
     add_announced(layer, batch, rule, plan);
@@ -106,4 +109,4 @@ void find_shared_prefixes(const LayerParams& layer, const BatchParams& batch, Wo
   }
 }
 
-}  // namespace quire::planning
+}  // namespace quire::cpu

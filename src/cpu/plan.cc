@@ -1,11 +1,11 @@
-#include "plan/plan.h"
+#include "cpu/plan.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "plan/tuning.h"
+#include "cpu/tuning.h"
 
-namespace quire::planning {
+namespace quire::cpu {
 
 using semantics::Spans;
 
@@ -58,7 +58,7 @@ void add_sequence(const LayerParams& layer, const BatchParams& batch, std::int32
                   std::int64_t* next_row, WorkPlan* plan) {
   const Sequence seq = sequence_at(layer, batch, kAnyKvTokens, s);
   if (seq.query_len == 0) return;
-  const TilePolicy policy = cpu_policy(layer, seq.query_len);
+  const TilePolicy policy = tile_policy(layer, seq.query_len);
   const std::int64_t shared_prefix = plan->prefix_len[s];
   const std::int64_t taken = std::max<std::int64_t>(*next_row - seq.first_row, 0);
   *next_row = std::max(*next_row, seq.first_row + seq.query_len);
@@ -91,8 +91,8 @@ void group_heads(const LayerParams& layer, int num_threads, Schedule* schedule) 
                                 : std::max<std::int64_t>(chunks * layer.num_kv_heads / wanted, 1);
   for (WorkTile& tile : schedule->tiles) {
     if (!tile.few_rows) continue;
-    tile.heads = static_cast<std::int32_t>(
-        std::min<std::int64_t>(cpu_most_heads(layer, tile.kv_tile), most));
+    tile.heads =
+        static_cast<std::int32_t>(std::min<std::int64_t>(most_heads(layer, tile.kv_tile), most));
   }
 }
 
@@ -109,7 +109,7 @@ std::int64_t work_cost(const LayerParams& layer, const WorkTile& tile, std::int3
                        bool begins) {
   const std::int64_t rows = std::int64_t{tile.num_tokens} * layer.group;
   const std::int64_t own = begins ? rows * (layer.head_size + layer.head_size_v) / 16 + 16 : 0;
-  return tile.heads * (cpu_unit_cost(layer, rows, tile.kv_tile) * units + own);
+  return tile.heads * (unit_cost(layer, rows, tile.kv_tile) * units + own);
 }
 
 std::int64_t chunk_cost(const LayerParams& layer, const WorkTile& tile, std::int32_t chunk) {
@@ -191,13 +191,14 @@ class RangeCutter {
 
 }  // namespace
 
-void build(const LayerParams& layer, const BatchParams& batch, int num_threads, WorkPlan* plan) {
+void build_plan(const LayerParams& layer, const BatchParams& batch, int num_threads,
+                WorkPlan* plan) {
   plan->shared.clear();
   plan->main.clear();
   plan->shared_rows.clear();
   plan->max_rows = plan->max_item_rows = plan->max_item_keys = 0;
   find_shared_prefixes(layer, batch, plan);
-  const TilePolicy shared_policy = cpu_shared_prefix_policy(layer);
+  const TilePolicy shared_policy = shared_prefix_policy(layer);
   for (WorkTile& tile : plan->shared.tiles) {
     set_units(shared_policy, shared_tile_spans(layer, batch, *plan, tile), &tile);
   }
@@ -245,4 +246,4 @@ std::string to_string(const LayerParams& layer, const WorkPlan& plan) {
   return text;
 }
 
-}  // namespace quire::planning
+}  // namespace quire::cpu

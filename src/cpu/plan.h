@@ -14,7 +14,7 @@
 #include "params.h"
 #include "semantics/work_split.h"
 
-namespace quire::planning {
+namespace quire::cpu {
 
 // Query rows of one sequence (or of several that share a prefix) times the keys they visit.
 struct WorkTile {
@@ -99,7 +99,8 @@ inline std::int32_t item_rows(const LayerParams& layer, const WorkTile& tile) {
 }
 
 // Builds the plan for `num_threads` workers. Allocates only to grow.
-void build(const LayerParams& layer, const BatchParams& batch, int num_threads, WorkPlan* plan);
+void build_plan(const LayerParams& layer, const BatchParams& batch, int num_threads,
+                WorkPlan* plan);
 
 // Finds sequences whose block tables start with the same blocks; appends their rows and tiles.
 // Fills prefix_len and first_shared_row.
@@ -107,4 +108,4 @@ void find_shared_prefixes(const LayerParams& layer, const BatchParams& batch, Wo
 
 std::string to_string(const LayerParams& layer, const WorkPlan& plan);
 
-}  // namespace quire::planning
+}  // namespace quire::cpu
