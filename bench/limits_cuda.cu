@@ -3,7 +3,6 @@
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <stdexcept>
 #include <vector>
 

@@ -134,11 +134,6 @@ std::int64_t Workload::num_tokens() const {
                          [](std::int64_t sum, const Sequence& s) { return sum + s.query_len; });
 }
 
-std::int64_t Workload::num_kv_tokens() const {
-  return std::accumulate(batch.begin(), batch.end(), std::int64_t{0},
-                         [](std::int64_t sum, const Sequence& s) { return sum + s.seq_len; });
-}
-
 std::int64_t Workload::max_query_len() const {
   std::int64_t longest = 0;
   for (const Sequence& s : batch) longest = std::max(longest, s.query_len);

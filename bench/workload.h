@@ -32,8 +32,7 @@ struct Workload {
   std::int64_t shared_prefix = 0;  // first keys that all sequences have in common, in their past
   double scale = 1.0;
 
-  std::int64_t num_tokens() const;     // query rows
-  std::int64_t num_kv_tokens() const;  // sum of seq_len
+  std::int64_t num_tokens() const;  // query rows
   std::int64_t max_query_len() const;
   std::int64_t max_seq_len() const;
 };

@@ -22,20 +22,17 @@ function(quire_set_shared_properties target)
   target_link_options(${target} PRIVATE "LINKER:--version-script=${map}")
 endfunction()
 
-# quire_add_test(name SOURCES a.cc... [LIBRARIES lib...] [LABELS label...] [TIMEOUT seconds]
-#                [SERIAL]): a GoogleTest program; each of its cases is a test of its own in ctest.
-# The library, the headers of src/ and tests/, and gtest_main come with it. QUIRE_SOURCE_DIR is
-# defined as the repository's root, for test data. SERIAL: never beside another test (timings).
+# quire_add_test(name SOURCES a.cc... [LIBRARIES lib...] [SERIAL]): a GoogleTest program; each of its
+# cases is a test of its own in ctest. The library, the headers of src/ and tests/, and gtest_main
+# come with it. QUIRE_SOURCE_DIR is defined as the repository's root, for test data. SERIAL: never
+# beside another test (timings).
 function(quire_add_test name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "SERIAL" "TIMEOUT" "SOURCES;LIBRARIES;LABELS")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "SERIAL" "" "SOURCES;LIBRARIES")
   if(arg_UNPARSED_ARGUMENTS)
     message(FATAL_ERROR "quire_add_test(${name}): unknown arguments ${arg_UNPARSED_ARGUMENTS}")
   endif()
   if(NOT QUIRE_BUILD_TESTS)
     return()
-  endif()
-  if(NOT arg_TIMEOUT)
-    set(arg_TIMEOUT 600)
   endif()
   add_executable(${name} ${arg_SOURCES})
   target_link_libraries(${name} PRIVATE quire::quire ${arg_LIBRARIES} GTest::gmock
@@ -43,10 +40,7 @@ function(quire_add_test name)
   target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}" "${PROJECT_SOURCE_DIR}/src")
   target_compile_definitions(${name} PRIVATE "QUIRE_SOURCE_DIR=\"${PROJECT_SOURCE_DIR}\"")
   quire_set_warnings(${name})
-  set(properties TIMEOUT ${arg_TIMEOUT})
-  if(arg_LABELS)
-    list(APPEND properties LABELS "${arg_LABELS}")
-  endif()
+  set(properties TIMEOUT 600)
   if(arg_SERIAL)
     list(APPEND properties RUN_SERIAL ON)
   endif()
@@ -61,7 +55,7 @@ endfunction()
 
 # quire_add_fuzzer(name SOURCES a.cc... [LIBRARIES lib...]): a libFuzzer program, built by the
 # preset `fuzz` only, as part of the target `fuzzers`. .ci/run runs every bin/fuzz_* for a while,
-# with tests/fuzz/corpus/<name> as seeds where that folder exists: call it fuzz_<what>.
+# from the seeds in tests/fuzz/corpus/<name>, and fails where there are none: call it fuzz_<what>.
 function(quire_add_fuzzer name)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "SOURCES;LIBRARIES")
   if(NOT name MATCHES "^fuzz_")

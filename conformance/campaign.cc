@@ -1,16 +1,12 @@
 #include "conformance/campaign.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <exception>
 #include <limits>
-#include <memory>
 #include <stdexcept>
 #include <thread>
-#include <utility>
 
-#include "conformance/number_format.h"
 #include "conformance/runner.h"
 #include "conformance/sampled.h"
 #include "conformance/subset.h"

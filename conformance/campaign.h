@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "conformance/case.h"
 #include "quire/quire.h"

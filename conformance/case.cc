@@ -2,10 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <set>
-#include <utility>
 
 #include "conformance/case_parts.h"
 #include "conformance/number_format.h"

@@ -1,10 +1,8 @@
 // The cache of a case: blocks, layout, contents before and after this step's write.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <numeric>
-#include <utility>
 
 #include "conformance/case_parts.h"
 #include "conformance/expected.h"

@@ -3,7 +3,6 @@
 // attention does with a block does not depend on who else reads it. What no row of a sequence sees
 // lies in blocks of poison between the others, as if they were another tenant's.
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <limits>
 #include <map>

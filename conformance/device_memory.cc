@@ -2,8 +2,8 @@
 
 #include <cstring>
 #include <map>
+#include <memory>
 #include <new>
-#include <utility>
 
 namespace quire::conformance {
 

@@ -3,12 +3,9 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <functional>
-#include <memory>
 #include <set>
 #include <string>
-#include <vector>
 
 #include "quire/types.h"
 

@@ -190,16 +190,6 @@ bool is_float(DType dtype) {
          is_float8(dtype);
 }
 
-double largest_finite(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16: return kHalf.max_finite;
-    case DType::kBFloat16: return kBrain.max_finite;
-    case DType::kFloat8E4M3: return kE4m3.max_finite;
-    case DType::kFloat8E5M2: return kE5m2.max_finite;
-    default: return std::numeric_limits<float>::max();
-  }
-}
-
 double smallest_step(DType dtype) {
   switch (dtype) {
     case DType::kFloat16: return 0x1p-24;

@@ -21,7 +21,6 @@ void decode_row(DType dtype, const void* elements, std::int64_t count, double* v
 
 bool is_float(DType dtype);
 bool is_float8(DType dtype);
-double largest_finite(DType dtype);
 // The distance between neighbours next to zero.
 double smallest_step(DType dtype);
 

@@ -1,6 +1,5 @@
 #include "conformance/runner.h"
 
-#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <map>

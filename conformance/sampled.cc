@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
 
 #include "conformance/expected.h"
-#include "conformance/number_format.h"
 
 namespace quire::conformance {
 namespace {

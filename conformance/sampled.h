@@ -17,7 +17,7 @@ namespace quire::conformance {
 std::string check_sampled(const Case& c, const Actual& actual, Rng* rng);
 
 // What is promised of a slot that two tokens share.
-enum class SharedSlot : std::uint8_t { kLastWins, kOneWins, kAnything };
+enum class SharedSlot : std::uint8_t { kLastWins, kAnything };
 
 // What this step's write must have made of the cache, given the cache's buffers as they are after
 // it (in the order of cache_buffers()). The case's own buffers take over the written rows, so that

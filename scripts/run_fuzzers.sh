@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs every libFuzzer target of a build for a while. Seeds: tests/fuzz/corpus/<target>/ where that
-# exists. What a target found stays in BUILD_DIR/fuzzing/<target>/, inputs that failed included.
+# Runs every libFuzzer target of a build for a while, from its seeds in tests/fuzz/corpus/<target>/; a
+# target without seeds is an error, since from nothing it would not get behind a file's header. What a
+# target found stays in BUILD_DIR/fuzzing/<target>/, inputs that failed included.
 #
 # usage: scripts/run_fuzzers.sh BUILD_DIR SECONDS_EACH
 set -euo pipefail
@@ -18,13 +19,17 @@ status=0
 for target in "${targets[@]}"; do
   name=$(basename "$target")
   dir=$build_dir/fuzzing/$name
+  seeds=("tests/fuzz/corpus/$name"/*)
+  if [ "${#seeds[@]}" -eq 0 ]; then
+    echo "run_fuzzers: error: $name has no seeds in tests/fuzz/corpus/$name" >&2
+    status=1
+    continue
+  fi
   mkdir -p "$dir/corpus"
-  seeds=()
-  [ -d "tests/fuzz/corpus/$name" ] && seeds=("tests/fuzz/corpus/$name")
   if "$target" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
-    -artifact_prefix="$dir/" "$dir/corpus" "${seeds[@]}" > "$dir/log" 2>&1; then
+    -artifact_prefix="$dir/" "$dir/corpus" "tests/fuzz/corpus/$name" > "$dir/log" 2>&1; then
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$dir/log")
-    echo "run_fuzzers: $name: $runs runs, nothing found"
+    echo "run_fuzzers: $name: $runs runs from ${#seeds[@]} seeds, nothing found"
   else
     tail -n 60 "$dir/log" >&2
     echo "run_fuzzers: $name FAILED; the input is in $dir" >&2

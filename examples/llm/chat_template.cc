@@ -1,5 +1,7 @@
 #include "chat_template.h"
 
+#include <string_view>
+
 namespace quire::llm {
 namespace {
 

@@ -1,7 +1,7 @@
 #include "pretokenizer.h"
 
 #include <array>
-#include <span>
+#include <memory>
 #include <stdexcept>
 
 #define PCRE2_CODE_UNIT_WIDTH 8

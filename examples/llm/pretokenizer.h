@@ -2,7 +2,6 @@
 // tokenizer that a GGUF file names in "tokenizer.ggml.pre".
 #pragma once
 
-#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <queue>
 #include <stdexcept>
-#include <utility>
 
 #include "utf8.h"
 

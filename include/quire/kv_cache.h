@@ -3,7 +3,6 @@
 // j % block_size of physical block block_table[seq][j / block_size].
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <string_view>
 

@@ -1,8 +1,6 @@
 // How a score is made from a dot product. Value type; the arithmetic is in src/semantics/score.h.
 #pragma once
 
-#include <cstdint>
-
 #include "quire/types.h"
 
 namespace quire {

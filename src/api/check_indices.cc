@@ -1,6 +1,5 @@
 // Context::check_indices: the data of index tensors and of scales, looked at before anything runs.
 #include <algorithm>
-#include <numeric>
 #include <string>
 #include <vector>
 

@@ -1,6 +1,7 @@
 #include "quire/types.h"
 
 #include <algorithm>
+#include <array>
 
 namespace quire {
 

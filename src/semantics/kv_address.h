@@ -1,7 +1,6 @@
 // Where a key lives. All offsets are 64-bit: caches pass 2^31 elements.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "semantics/host_device.h"

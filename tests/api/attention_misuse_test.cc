@@ -1,7 +1,6 @@
 // attention() and Plan with wrong arguments.
 #include <gtest/gtest.h>
 
-#include <cmath>
 #include <limits>
 
 #include "tests/api/misuse.h"

@@ -2,7 +2,6 @@
 // not object to.
 #include <gtest/gtest.h>
 
-#include <cmath>
 #include <limits>
 
 #include "tests/api/misuse.h"

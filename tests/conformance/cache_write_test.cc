@@ -22,7 +22,7 @@ class Written {
  public:
   Written(DeviceType device, KvCacheDType kind, const std::vector<float>& row, float scale,
           DType model, const std::vector<std::int64_t>& slots)
-      : kind_(kind), size_(static_cast<std::int64_t>(row.size())), buffers_(&memory_of(device)) {
+      : size_(static_cast<std::int64_t>(row.size())), buffers_(&memory_of(device)) {
     const DType storage = storage_dtype(kind, model);
     const auto rows = static_cast<std::int64_t>(slots.size());
     source_ = make_tensor(model, {rows, 1, size_});
@@ -78,7 +78,6 @@ class Written {
   }
 
  private:
-  KvCacheDType kind_;
   std::int64_t size_;
   DeviceBuffers buffers_;
   Tensor source_, key_, value_, k_scales_, v_scales_;

@@ -1,7 +1,6 @@
 // write_kv_cache() with several tokens for one slot: the last of them wins whole.
 #include <gtest/gtest.h>
 
-#include <cstring>
 #include <vector>
 
 #include "conformance/number_format.h"

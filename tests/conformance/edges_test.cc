@@ -54,11 +54,11 @@ TEST_P(EdgeTest, MaskedKeysOfOtherRowsMayNotLeakInfinities) {
   spec.write = false;
   const Case c = build_case(spec);
   for (std::int64_t j = 0; j < 32; ++j) {  // rows are at 38 and 39: they see 33 and later
-    const auto block = static_cast<std::int64_t>(c.block_table.get({0, j / 4}));
+    const Sizes at = slot_of(c, 0, j);
     for (std::int64_t h = 0; h < 2; ++h) {
       for (std::int64_t d = 0; d < 16; ++d) {
-        c.key_cache.set({block, j % 4, h, d}, std::nan(""));
-        c.value_cache.set({block, j % 4, h, d}, kInfinity);
+        c.key_cache.set({at[0], at[1], h, d}, std::nan(""));
+        c.value_cache.set({at[0], at[1], h, d}, kInfinity);
       }
     }
   }

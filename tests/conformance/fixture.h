@@ -51,6 +51,12 @@ inline CaseSpec small_spec(std::vector<SequenceSpec> sequences = {}) {
   return spec;
 }
 
+// Where the cache holds key j of sequence s: its block and its place in that block.
+inline Sizes slot_of(const Case& c, std::int64_t s, std::int64_t j) {
+  const std::int64_t block_size = c.spec.config.block_size;
+  return {static_cast<std::int64_t>(c.block_table.get({s, j / block_size})), j % block_size};
+}
+
 class ConformanceTest : public testing::TestWithParam<const AttentionBackend*> {
  protected:
   const AttentionBackend& backend() const { return *GetParam(); }

@@ -13,18 +13,15 @@ class MaskTest : public ConformanceTest {
     spec.config.head_size = spec.config.head_size_v = 64;
     spec.write = false;
     const Case c = build_case(spec);
-    std::int64_t first_row = 0;
     for (std::size_t s = 0; s < spec.sequences.size(); ++s) {
       for (std::int64_t j = 0; j < spec.sequences[s].seq_len; ++j) {
-        const auto block = static_cast<std::int64_t>(
-            c.block_table.get({static_cast<std::int64_t>(s), j / spec.config.block_size}));
+        const Sizes at = slot_of(c, static_cast<std::int64_t>(s), j);
         for (std::int64_t h = 0; h < spec.config.num_kv_heads; ++h) {
           for (std::int64_t d = 0; d < 64; ++d) {
-            c.value_cache.set({block, j % spec.config.block_size, h, d}, d == j ? 1 : 0);
+            c.value_cache.set({at[0], at[1], h, d}, d == j ? 1 : 0);
           }
         }
       }
-      first_row += spec.sequences[s].query_len;
     }
     check(c);
     std::vector<std::int64_t> seen;

@@ -2,9 +2,6 @@
 // over parts of a cache merged by lse.
 #include <gtest/gtest.h>
 
-#include <functional>
-#include <limits>
-
 #include "tests/conformance/fixture.h"
 
 namespace quire::conformance {

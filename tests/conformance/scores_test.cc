@@ -1,7 +1,6 @@
 // How a score is made, and the softmax over scores: one edge of semantics.md a test.
 #include <gtest/gtest.h>
 
-#include <cmath>
 #include <limits>
 
 #include "tests/conformance/fixture.h"

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "tests/llm/devices.h"
 #include "tests/llm/tiny_model.h"

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <limits>
-#include <new>
 #include <string>
 
 #include "examples/llm/chat_template.h"

@@ -12,7 +12,6 @@
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 #include "quire/types.h"
-#include "semantics/host_device.h"
 #include "semantics/quant.h"
 
 HWY_BEFORE_NAMESPACE();
