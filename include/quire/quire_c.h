@@ -171,6 +171,8 @@ typedef struct quire_context {
   void* stream;               /* CUDA: a cudaStream_t; null is the legacy default stream */
   quire_thread_pool* threads; /* CPU: null is the process-wide pool */
   int32_t check_indices; /* 1: look at the data of index tensors and scales first; for debugging */
+  const char* backend;   /* of calls without a plan (quire_write_kv_cache, quire_merge_states); null
+                            or "": the best one of the device. With a plan: that, or the plan's */
 } quire_context;
 
 QUIRE_API quire_status quire_context_init(quire_context* context, size_t struct_size);
