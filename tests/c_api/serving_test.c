@@ -159,6 +159,40 @@ static void test_slots_and_sharing(void) {
   close_step(&s);
 }
 
+/* A layer's scales replace those of the cache where it has them: here K's, not V's. */
+static void test_scales(void) {
+  static step s;
+  static uint8_t bytes[2][2][kNumSlots][kNumKvHeads][kHeadSize]; /* two caches, K and V */
+  quire_kv_cache caches[2];
+  open_step(&s, "cpu");
+  for (int i = 0; i < 2; ++i) {
+    CHECK(quire_kv_cache_init(&caches[i], sizeof caches[i]) == QUIRE_OK);
+    caches[i].dtype = QUIRE_KV_CACHE_FP8_E4M3;
+    caches[i].key =
+        tensor(bytes[i][0], QUIRE_DTYPE_UINT8, 4, kNumBlocks, kBlockSize, kNumKvHeads, kHeadSize);
+    caches[i].value =
+        tensor(bytes[i][1], QUIRE_DTYPE_UINT8, 4, kNumBlocks, kBlockSize, kNumKvHeads, kHeadSize);
+    caches[i].v_scale.value = 0.5f;
+  }
+  caches[0].k_scale.value = 0.125f;
+  const quire_forward_args args = args_of(&s);
+  const quire_tensor slots = tensor(s.slots, QUIRE_DTYPE_INT64, 1, kNumTokens, 0, 0, 0);
+  quire_layer_scales scales;
+  CHECK(quire_layer_scales_init(&scales, sizeof scales) == QUIRE_OK);
+  scales.has_k = 1;
+  scales.k.value = 0.125f;
+  scales.v.value = 0.25f; /* without has_v nobody's */
+  CHECK(quire_write_kv_cache(&args.key, &args.value, &caches[0], &slots, NULL) == QUIRE_OK);
+  quire_attention_impl* impl = NULL;
+  s.config.kv_cache_dtype = QUIRE_KV_CACHE_FP8_E4M3;
+  CHECK(quire_attention_impl_create(&s.config, "", &impl) == QUIRE_OK);
+  CHECK(quire_attention_impl_do_kv_cache_update(impl, &scales, &args.key, &args.value, &caches[1],
+                                                &slots, NULL) == QUIRE_OK);
+  CHECK(memcmp(bytes[0], bytes[1], sizeof bytes[0]) == 0);
+  CHECK(quire_attention_impl_destroy(impl) == QUIRE_OK);
+  close_step(&s);
+}
+
 static void test_profiling_run(void) {
   static step s;
   open_step(&s, "cpu");
@@ -397,6 +431,7 @@ void test_serving(void) {
   test_forward("reference");
   test_cache_update();
   test_slots_and_sharing();
+  test_scales();
   test_profiling_run();
   test_errors_before_writes();
   test_fields();
