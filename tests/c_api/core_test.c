@@ -111,8 +111,7 @@ static void test_merge_states(void) {
   quire_context context;
   CHECK(quire_context_init(&context, sizeof context) == QUIRE_OK);
   context.backend = "abacus";
-  EXPECT_INVALID(quire_merge_states(&o, &lse, &o_b, &lse_b, &output, NULL, &context),
-                 "backend");
+  EXPECT_INVALID(quire_merge_states(&o, &lse, &o_b, &lse_b, &output, NULL, &context), "backend");
   context.backend = "reference";
   CHECK(quire_merge_states(&o, &lse, &o_b, &lse_b, &output, NULL, &context) == QUIRE_OK);
   CHECK(
