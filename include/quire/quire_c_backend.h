@@ -84,6 +84,18 @@ QUIRE_API quire_status quire_backend_kernel_count(int32_t backend, int32_t* coun
 QUIRE_API quire_status quire_backend_kernel(int32_t backend, int32_t kernel, const char** name,
                                             const char** serves);
 
+/* QUIRE_INVALID_ARGUMENT, with the sizes that work, on another. */
+QUIRE_API quire_status quire_backend_validate_head_size(int32_t backend, int64_t head_size);
+
+/* The shape of a tensor for quire_kv_cache_from_combined(): [num_blocks, 2, block_size, num_kv_heads,
+ * head_size], the per-token-head kinds with head_size + 4, for inline scales. `cache_dtype_str` is a
+ * name as of quire_kv_cache_dtype_from_name(); null: "auto". `shape` has room for QUIRE_MAX_DIMS;
+ * `ndim` receives how many there are. Elements are quire_kv_cache_storage_dtype()'s. */
+QUIRE_API quire_status quire_backend_kv_cache_shape(int32_t backend, int64_t num_blocks,
+                                                    int64_t block_size, int64_t num_kv_heads,
+                                                    int64_t head_size, const char* cache_dtype_str,
+                                                    int64_t* shape, int32_t* ndim);
+
 /* ------------------------------------------------------------------------------------------------
  * The metadata of a step (quire::AttentionMetadata) and its builder */
 

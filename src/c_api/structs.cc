@@ -13,6 +13,7 @@ static_assert(QUIRE_DTYPE_FLOAT8_E4M3 == static_cast<int>(DType::kFloat8E4M3));
 static_assert(QUIRE_DEVICE_CUDA == static_cast<int>(DeviceType::kCuda));
 static_assert(QUIRE_ATTENTION_ENCODER_DECODER == static_cast<int>(AttentionType::kEncoderDecoder));
 static_assert(QUIRE_WINDOW_CHUNKED == static_cast<int>(WindowKind::kChunked));
+static_assert(QUIRE_SCALES_INLINE == static_cast<int>(ScaleLayout::kInline));
 static_assert(QUIRE_KV_CACHE_INT8_PER_TOKEN_HEAD ==
               static_cast<int>(KvCacheDType::kInt8PerTokenHead));
 static_assert(QUIRE_KV_CACHE_FP8_E4M3_PER_TOKEN_HEAD ==
