@@ -171,6 +171,8 @@ typedef struct quire_context {
   void* stream;               /* CUDA: a cudaStream_t; null is the legacy default stream */
   quire_thread_pool* threads; /* CPU: null is the process-wide pool */
   int32_t check_indices; /* 1: look at the data of index tensors and scales first; for debugging */
+  const char* backend;   /* of calls without a plan (quire_write_kv_cache, quire_merge_states); null
+                            or "": the best one of the device. With a plan: that, or the plan's */
 } quire_context;
 
 QUIRE_API quire_status quire_context_init(quire_context* context, size_t struct_size);
@@ -312,16 +314,25 @@ typedef struct quire_kv_cache {
 
 QUIRE_API quire_status quire_kv_cache_init(quire_kv_cache* cache, size_t struct_size);
 
+/* Where a cache with a scale for each token and head has them (quire::ScaleLayout). */
+enum {
+  QUIRE_SCALES_SEPARATE = 0, /* in tensors of their own, which the caller sets */
+  QUIRE_SCALES_INLINE = 1    /* vLLM's: four bytes behind each row of K and each row of V */
+};
+
 /* Sets up `cache` over vLLM's default layout: one tensor [num_blocks, 2, block_size, num_kv_heads,
- * head_size], K before V, any strides. `dtype` is a QUIRE_KV_CACHE_*. */
+ * head_size], K before V, any strides. `dtype` is a QUIRE_KV_CACHE_*, `scales` a QUIRE_SCALES_*:
+ * with inline ones, of the per-token-head kinds only, rows have head_size + 4 bytes, and
+ * k_scale_cache and v_scale_cache become views of the last four. */
 QUIRE_API quire_status quire_kv_cache_from_combined(quire_kv_cache* cache, size_t struct_size,
-                                                    const quire_tensor* kv_cache, int32_t dtype);
+                                                    const quire_tensor* kv_cache, int32_t dtype,
+                                                    int32_t scales);
 
 /* The same over vLLM's packed layout: [num_blocks, num_kv_heads, block_size, head_size +
- * head_size_v], K before V in each row. */
+ * head_size_v], K before V in each row; with inline scales head_size + 4 + head_size_v + 4 bytes. */
 QUIRE_API quire_status quire_kv_cache_from_packed(quire_kv_cache* cache, size_t struct_size,
                                                   const quire_tensor* kv_cache, int64_t head_size,
-                                                  int32_t dtype);
+                                                  int32_t dtype, int32_t scales);
 
 /* vLLM's names of cache dtypes: auto, float16, bfloat16, float32, fp8 and fp8_e4m3, fp8_e5m2,
  * int8_per_token_head, fp8_per_token_head. */

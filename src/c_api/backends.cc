@@ -1,4 +1,5 @@
 // The C ABI's backends: what a build has and what it can do.
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -146,6 +147,24 @@ quire_status quire_backend_kernel(int32_t backend, int32_t kernel, const char** 
     const quire::KernelInfo& info = kernels[checked_index(kernel, kernels.size(), "kernel")];
     deref(name, "name") = info.name.c_str();
     if (serves != nullptr) *serves = info.serves.c_str();
+  });
+}
+
+quire_status quire_backend_validate_head_size(int32_t backend, int64_t head_size) {
+  return guarded([&] { backend_at(backend).validate_head_size(head_size); });
+}
+
+quire_status quire_backend_kv_cache_shape(int32_t backend, int64_t num_blocks, int64_t block_size,
+                                          int64_t num_kv_heads, int64_t head_size,
+                                          const char* cache_dtype_str, int64_t* shape,
+                                          int32_t* ndim) {
+  return guarded([&] {
+    const std::vector<std::int64_t> sizes =
+        backend_at(backend).kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size,
+                                           cache_dtype_str != nullptr ? cache_dtype_str : "auto");
+    deref(shape, "shape");
+    deref(ndim, "ndim") = static_cast<std::int32_t>(sizes.size());
+    std::copy(sizes.begin(), sizes.end(), shape);
   });
 }
 

@@ -8,10 +8,6 @@
 #include "c_api/structs.h"
 #include "quire/quire.h"
 
-struct quire_plan {
-  quire::Plan plan;
-};
-
 namespace quire::c_api {
 namespace {
 
@@ -95,14 +91,14 @@ quire_status quire_attention_args_init(quire_attention_args* args, size_t struct
 quire_status quire_plan_create(const quire_attention_config* config, quire_plan** plan) {
   return guarded([&] {
     deref(plan, "plan") = nullptr;
-    *plan = new quire_plan{quire::Plan(to_config(config))};
+    *plan = new quire_plan{std::make_shared<quire::Plan>(to_config(config))};
   });
 }
 
 quire_status quire_plan_update(quire_plan* plan, const quire_batch* batch,
                                int64_t common_prefix_len, const quire_context* context) {
   return guarded([&] {
-    deref(plan, "plan").plan.update(to_batch(batch), common_prefix_len, to_context(context));
+    deref(plan, "plan").plan->update(to_batch(batch), common_prefix_len, to_context(context));
   });
 }
 
@@ -111,24 +107,24 @@ quire_status quire_plan_destroy(quire_plan* plan) {
 }
 
 quire_status quire_plan_backend_name(const quire_plan* plan, const char** name) {
-  return guarded([&] { deref(name, "name") = deref(plan, "plan").plan.backend_name(); });
+  return guarded([&] { deref(name, "name") = deref(plan, "plan").plan->backend_name(); });
 }
 
 quire_status quire_plan_workspace_bytes(const quire_plan* plan, int64_t* bytes) {
-  return guarded([&] { deref(bytes, "bytes") = deref(plan, "plan").plan.workspace_bytes(); });
+  return guarded([&] { deref(bytes, "bytes") = deref(plan, "plan").plan->workspace_bytes(); });
 }
 
 quire_status quire_plan_to_string(const quire_plan* plan, char* text, size_t capacity,
                                   size_t* length) {
   return guarded(
-      [&] { return_text(deref(plan, "plan").plan.to_string(), text, capacity, length); });
+      [&] { return_text(deref(plan, "plan").plan->to_string(), text, capacity, length); });
 }
 
 quire_status quire_attention(const quire_plan* plan, const quire_attention_args* args,
                              const quire_context* context) {
   return guarded([&] {
     quire::Score score;
-    quire::attention(deref(plan, "plan").plan, to_args(args, &score), to_context(context));
+    quire::attention(*deref(plan, "plan").plan, to_args(args, &score), to_context(context));
   });
 }
 

@@ -11,11 +11,17 @@ KvCacheDType to_kv_cache_dtype(std::int32_t value, std::string_view argument) {
   return to_enum(value, KvCacheDType::kFp8E4M3PerTokenHead, argument);
 }
 
+ScaleLayout to_scale_layout(std::int32_t value) {
+  return to_enum(value, ScaleLayout::kInline, "scales");
+}
+
 // What a PagedKvCache made from one tensor sets, in a structure that is otherwise as after _init.
 void return_cache(const PagedKvCache& made, quire_kv_cache* out, std::size_t struct_size) {
   quire_kv_cache cache = defaults<quire_kv_cache>();
   cache.key = from_view(made.key);
   cache.value = from_view(made.value);
+  cache.k_scale_cache = from_view(made.k_scale_cache);
+  cache.v_scale_cache = from_view(made.v_scale_cache);
   cache.dtype = static_cast<std::int32_t>(made.dtype);
   return_struct(cache, out, struct_size, "cache");
 }
@@ -32,20 +38,23 @@ quire_status quire_kv_cache_init(quire_kv_cache* cache, size_t struct_size) {
 }
 
 quire_status quire_kv_cache_from_combined(quire_kv_cache* cache, size_t struct_size,
-                                          const quire_tensor* kv_cache, int32_t dtype) {
+                                          const quire_tensor* kv_cache, int32_t dtype,
+                                          int32_t scales) {
   return guarded([&] {
     return_cache(quire::PagedKvCache::from_combined(to_view(kv_cache, "kv_cache"),
-                                                    to_kv_cache_dtype(dtype, "dtype")),
+                                                    to_kv_cache_dtype(dtype, "dtype"),
+                                                    to_scale_layout(scales)),
                  cache, struct_size);
   });
 }
 
 quire_status quire_kv_cache_from_packed(quire_kv_cache* cache, size_t struct_size,
                                         const quire_tensor* kv_cache, int64_t head_size,
-                                        int32_t dtype) {
+                                        int32_t dtype, int32_t scales) {
   return guarded([&] {
     return_cache(quire::PagedKvCache::from_packed(to_view(kv_cache, "kv_cache"), head_size,
-                                                  to_kv_cache_dtype(dtype, "dtype")),
+                                                  to_kv_cache_dtype(dtype, "dtype"),
+                                                  to_scale_layout(scales)),
                  cache, struct_size);
   });
 }

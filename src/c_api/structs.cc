@@ -13,6 +13,7 @@ static_assert(QUIRE_DTYPE_FLOAT8_E4M3 == static_cast<int>(DType::kFloat8E4M3));
 static_assert(QUIRE_DEVICE_CUDA == static_cast<int>(DeviceType::kCuda));
 static_assert(QUIRE_ATTENTION_ENCODER_DECODER == static_cast<int>(AttentionType::kEncoderDecoder));
 static_assert(QUIRE_WINDOW_CHUNKED == static_cast<int>(WindowKind::kChunked));
+static_assert(QUIRE_SCALES_INLINE == static_cast<int>(ScaleLayout::kInline));
 static_assert(QUIRE_KV_CACHE_INT8_PER_TOKEN_HEAD ==
               static_cast<int>(KvCacheDType::kInt8PerTokenHead));
 static_assert(QUIRE_KV_CACHE_FP8_E4M3_PER_TOKEN_HEAD ==
@@ -69,43 +70,42 @@ quire_attention_args defaults() {
   return args;
 }
 
-namespace {
-
-// A caller's structure as this library knows it: members that the caller does not have keep their
-// defaults, and members that we do not have must be zero, or we would ignore a wish.
-template <class T>
-T read(const T* in, std::string_view argument) {
-  const std::string size_argument = std::string(argument) + ".struct_size";
-  const std::size_t size = deref(in, argument).struct_size;
-  if (size < kFirstSize<T>) {
-    throw Error(size_argument,
-                "at least " + std::to_string(kFirstSize<T>) + ", as the _init function sets it",
-                std::to_string(size));
-  }
-  const unsigned char* bytes = reinterpret_cast<const unsigned char*>(in);
-  if (size > sizeof(T) &&
-      std::any_of(bytes + sizeof(T), bytes + size, [](unsigned char byte) { return byte != 0; })) {
-    throw Error(size_argument,
-                "a structure that this version knows (" + std::to_string(sizeof(T)) +
-                    " bytes) or zeros behind it",
-                std::to_string(size) + " bytes with members set that it does not know");
-  }
-  T out = defaults<T>();
-  std::memcpy(static_cast<void*>(&out), in, std::min(size, sizeof out));
-  return out;
+template <>
+quire_attention_metadata_fields defaults() {
+  quire_attention_metadata_fields fields{};
+  fields.struct_size = sizeof fields;
+  return fields;
 }
+
+template <>
+quire_layer_scales defaults() {
+  quire_layer_scales scales{};
+  scales.struct_size = sizeof scales;
+  scales.q.value = scales.k.value = scales.v.value = 1.0F;
+  return scales;
+}
+
+template <>
+quire_forward_args defaults() {
+  quire_forward_args args{};
+  args.struct_size = sizeof args;
+  args.output_scale.value = 1.0F;
+  return args;
+}
+
+namespace {
 
 Device to_device(const quire_device& device, std::string_view argument) {
   return {to_enum(device.type, DeviceType::kCuda, argument, "a device type of "), device.index};
 }
+
+}  // namespace
 
 Scale to_scale(const quire_scale& from) {
   Scale scale(from.value);
   scale.data = from.data;
   return scale;
 }
-
-}  // namespace
 
 TensorView to_view(const quire_tensor& tensor, const std::string& argument) {
   TensorView view;
@@ -129,9 +129,9 @@ TensorView to_view(const quire_tensor* tensor, const std::string& argument) {
   return to_view(deref(tensor, argument), argument);
 }
 
-quire_tensor from_view(const TensorView& view) {
+quire_tensor from_view(const ConstTensorView& view) {
   quire_tensor tensor{};
-  tensor.data = view.data;
+  tensor.data = const_cast<void*>(view.data);  // a view of either: see quire_tensor
   tensor.dtype = static_cast<quire_dtype>(view.dtype);
   tensor.device = {static_cast<std::int32_t>(view.device.type), view.device.index};
   tensor.ndim = view.ndim;
@@ -162,6 +162,7 @@ Context to_context(const quire_context* from) {
   context.stream = in.stream;
   context.threads = in.threads != nullptr ? in.threads->pool.get() : nullptr;
   context.check_indices = to_bool(in.check_indices, "check_indices");
+  if (in.backend != nullptr) context.backend = in.backend;
   return context;
 }
 
@@ -190,25 +191,81 @@ AttentionConfig to_config(const quire_attention_config* from) {
   return config;
 }
 
+namespace {
+
+// The batch's members of quire_batch and quire_attention_metadata_fields, which have the same names.
+template <class Fields>
+void read_batch(const Fields& in, CommonAttentionMetadata* batch) {
+  batch->query_start_loc = to_view(in.query_start_loc, "query_start_loc");
+  batch->seq_lens = to_view(in.seq_lens, "seq_lens");
+  batch->block_table = to_view(in.block_table, "block_table");
+  batch->slot_mapping = to_view(in.slot_mapping, "slot_mapping");
+  batch->num_actual_tokens = in.num_actual_tokens;
+  batch->max_query_len = in.max_query_len;
+  batch->max_seq_len = in.max_seq_len;
+  batch->causal = to_view(in.causal, "causal");
+  batch->mm_prefix_range = to_view(in.mm_prefix_range, "mm_prefix_range");
+  batch->visible_prefix_lens = to_view(in.visible_prefix_lens, "visible_prefix_lens");
+  batch->qq_bias = to_view(in.qq_bias, "qq_bias");
+  batch->kv_start_loc = to_view(in.kv_start_loc, "kv_start_loc");
+  batch->kv_offset = to_view(in.kv_offset, "kv_offset");
+  batch->kv_stride = to_view(in.kv_stride, "kv_stride");
+  batch->q_offset = to_view(in.q_offset, "q_offset");
+}
+
+}  // namespace
+
 CommonAttentionMetadata to_batch(const quire_batch* from) {
-  const quire_batch in = read(from, "batch");
   CommonAttentionMetadata batch;
-  batch.query_start_loc = to_view(in.query_start_loc, "query_start_loc");
-  batch.seq_lens = to_view(in.seq_lens, "seq_lens");
-  batch.block_table = to_view(in.block_table, "block_table");
-  batch.slot_mapping = to_view(in.slot_mapping, "slot_mapping");
-  batch.num_actual_tokens = in.num_actual_tokens;
-  batch.max_query_len = in.max_query_len;
-  batch.max_seq_len = in.max_seq_len;
-  batch.causal = to_view(in.causal, "causal");
-  batch.mm_prefix_range = to_view(in.mm_prefix_range, "mm_prefix_range");
-  batch.visible_prefix_lens = to_view(in.visible_prefix_lens, "visible_prefix_lens");
-  batch.qq_bias = to_view(in.qq_bias, "qq_bias");
-  batch.kv_start_loc = to_view(in.kv_start_loc, "kv_start_loc");
-  batch.kv_offset = to_view(in.kv_offset, "kv_offset");
-  batch.kv_stride = to_view(in.kv_stride, "kv_stride");
-  batch.q_offset = to_view(in.q_offset, "q_offset");
+  read_batch(read(from, "batch"), &batch);
   return batch;
+}
+
+AttentionMetadata to_metadata(const quire_attention_metadata_fields* from) {
+  const quire_attention_metadata_fields in = read(from, "fields");
+  AttentionMetadata metadata;
+  read_batch(in, &metadata);
+  metadata.use_cascade = to_bool(in.use_cascade, "use_cascade");
+  metadata.common_prefix_len = in.common_prefix_len;
+  metadata.cu_prefix_query_lens = to_view(in.cu_prefix_query_lens, "cu_prefix_query_lens");
+  metadata.prefix_kv_lens = to_view(in.prefix_kv_lens, "prefix_kv_lens");
+  metadata.suffix_kv_lens = to_view(in.suffix_kv_lens, "suffix_kv_lens");
+  return metadata;
+}
+
+quire_attention_metadata_fields from_metadata(const AttentionMetadata& from) {
+  quire_attention_metadata_fields fields = defaults<quire_attention_metadata_fields>();
+  fields.num_actual_tokens = from.num_actual_tokens;
+  fields.max_query_len = from.max_query_len;
+  fields.query_start_loc = from_view(from.query_start_loc);
+  fields.max_seq_len = from.max_seq_len;
+  fields.seq_lens = from_view(from.seq_lens);
+  fields.block_table = from_view(from.block_table);
+  fields.slot_mapping = from_view(from.slot_mapping);
+  fields.use_cascade = from.use_cascade ? 1 : 0;
+  fields.common_prefix_len = from.common_prefix_len;
+  fields.cu_prefix_query_lens = from_view(from.cu_prefix_query_lens);
+  fields.prefix_kv_lens = from_view(from.prefix_kv_lens);
+  fields.suffix_kv_lens = from_view(from.suffix_kv_lens);
+  fields.causal = from_view(from.causal);
+  fields.mm_prefix_range = from_view(from.mm_prefix_range);
+  fields.visible_prefix_lens = from_view(from.visible_prefix_lens);
+  fields.qq_bias = from_view(from.qq_bias);
+  fields.kv_start_loc = from_view(from.kv_start_loc);
+  fields.kv_offset = from_view(from.kv_offset);
+  fields.kv_stride = from_view(from.kv_stride);
+  fields.q_offset = from_view(from.q_offset);
+  return fields;
+}
+
+LayerScales to_layer_scales(const quire_layer_scales* from) {
+  LayerScales scales;
+  if (from == nullptr) return scales;
+  const quire_layer_scales in = read(from, "scales");
+  scales.q = to_scale(in.q);
+  if (to_bool(in.has_k, "has_k")) scales.k = to_scale(in.k);
+  if (to_bool(in.has_v, "has_v")) scales.v = to_scale(in.v);
+  return scales;
 }
 
 PagedKvCache to_cache(const quire_kv_cache* from) {

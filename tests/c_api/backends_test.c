@@ -98,9 +98,31 @@ static void test_kernels(void) {
   EXPECT_INVALID(quire_backend_kernel_count(num_backends, &num_kernels), "backend");
 }
 
+static void test_shapes(void) {
+  int64_t shape[QUIRE_MAX_DIMS] = {0};
+  int32_t ndim = 0;
+  CHECK(quire_backend_kv_cache_shape(0, 10, 16, 8, 128, NULL, shape, &ndim) == QUIRE_OK);
+  CHECK(ndim == 5 && shape[0] == 10 && shape[1] == 2 && shape[2] == 16);
+  CHECK(shape[3] == 8 && shape[4] == 128);
+  CHECK(quire_backend_kv_cache_shape(0, 10, 16, 8, 128, "fp8_per_token_head", shape, &ndim) ==
+        QUIRE_OK);
+  CHECK(ndim == 5 && shape[4] == 132);
+  EXPECT_INVALID(quire_backend_kv_cache_shape(0, 0, 16, 8, 128, NULL, shape, &ndim), "num_blocks");
+  EXPECT_INVALID(quire_backend_kv_cache_shape(0, 10, 16, 8, 128, "fp4", shape, &ndim),
+                 "cache_dtype_str");
+  EXPECT_INVALID(quire_backend_kv_cache_shape(0, 10, 16, 8, 128, NULL, NULL, &ndim), "shape");
+  EXPECT_INVALID(quire_backend_kv_cache_shape(0, 10, 16, 8, 128, NULL, shape, NULL), "ndim");
+  EXPECT_INVALID(quire_backend_kv_cache_shape(-1, 10, 16, 8, 128, NULL, shape, &ndim), "backend");
+  CHECK(quire_backend_validate_head_size(0, 80) == QUIRE_OK);
+  EXPECT_INVALID(quire_backend_validate_head_size(0, 7), "head_size");
+  CHECK(strstr(quire_last_error(), "8 to 576") != NULL);
+  EXPECT_INVALID(quire_backend_validate_head_size(99, 80), "backend");
+}
+
 void test_backends(void) {
   test_properties();
   test_find();
   test_capabilities();
   test_kernels();
+  test_shapes();
 }

@@ -108,7 +108,12 @@ static void test_merge_states(void) {
   const quire_tensor lse_b = lse_tensor(nothing);
   const quire_tensor output = query_tensor(data.output);
   const quire_tensor lse_out = lse_tensor(merged_lse);
-  CHECK(quire_merge_states(&o, &lse, &o_b, &lse_b, &output, NULL, NULL) == QUIRE_OK);
+  quire_context context;
+  CHECK(quire_context_init(&context, sizeof context) == QUIRE_OK);
+  context.backend = "abacus";
+  EXPECT_INVALID(quire_merge_states(&o, &lse, &o_b, &lse_b, &output, NULL, &context), "backend");
+  context.backend = "reference";
+  CHECK(quire_merge_states(&o, &lse, &o_b, &lse_b, &output, NULL, &context) == QUIRE_OK);
   CHECK(
       close_to(&data.output[0][0][0], &data.expected[0][0][0], kNumTokens * kNumHeads * kHeadSize));
   CHECK(quire_merge_states(&o, &lse, &o, &lse, &output, &lse_out, NULL) == QUIRE_OK);
@@ -226,6 +231,14 @@ static void test_call_errors(void) {
   args = make_args(&data, &cache);
   args.output.device.type = 2;
   EXPECT_INVALID(quire_attention(plan, &args, NULL), "output");
+  args = make_args(&data, &cache);
+  quire_context context;
+  CHECK(quire_context_init(&context, sizeof context) == QUIRE_OK);
+  context.backend = "reference"; /* not the plan's */
+  EXPECT_INVALID(quire_attention(plan, &args, &context), "backend");
+  context.struct_size = offsetof(quire_context, backend); /* a caller without that member */
+  CHECK(quire_attention(plan, &args, &context) == QUIRE_OK);
+  data.output[0][0][0] = 42.0f;
   args = make_args(&data, NULL);
   EXPECT_INVALID(quire_attention(plan, &args, NULL), "kv_cache");
   CHECK(strcmp(quire_last_error(), "kv_cache: expected a cache, got none") == 0);

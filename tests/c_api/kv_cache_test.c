@@ -1,4 +1,5 @@
 /* Caches over one tensor in vLLM's layouts, and the names of cache dtypes. */
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -45,8 +46,8 @@ static void test_layouts(void) {
 
   const quire_tensor whole = combined_tensor();
   memset(&cache, 0xFF, sizeof cache);
-  CHECK(quire_kv_cache_from_combined(&cache, sizeof cache, &whole, QUIRE_KV_CACHE_AUTO) ==
-        QUIRE_OK);
+  CHECK(quire_kv_cache_from_combined(&cache, sizeof cache, &whole, QUIRE_KV_CACHE_AUTO,
+                                     QUIRE_SCALES_SEPARATE) == QUIRE_OK);
   CHECK(cache.struct_size == sizeof cache && cache.dtype == QUIRE_KV_CACHE_AUTO);
   CHECK(cache.k_scale.value == 1.0f && cache.k_scale.data == NULL);
   CHECK(cache.k_scale_cache.dtype == QUIRE_DTYPE_NONE);
@@ -55,8 +56,8 @@ static void test_layouts(void) {
   CHECK(memcmp(combined[5][1][2], expected[1], sizeof expected[1]) == 0);
 
   const quire_tensor rows = packed_tensor();
-  CHECK(quire_kv_cache_from_packed(&cache, sizeof cache, &rows, kHeadSize, QUIRE_KV_CACHE_AUTO) ==
-        QUIRE_OK);
+  CHECK(quire_kv_cache_from_packed(&cache, sizeof cache, &rows, kHeadSize, QUIRE_KV_CACHE_AUTO,
+                                   QUIRE_SCALES_SEPARATE) == QUIRE_OK);
   write_token(&cache);
   for (int head = 0; head < kNumKvHeads; ++head) {
     const float* row = packed[5][head][2];
@@ -71,30 +72,65 @@ static void test_bytes(void) {
   quire_kv_cache cache;
   quire_tensor bytes;
   CHECK(quire_tensor_init(&bytes, combined, QUIRE_DTYPE_UINT8, 5, shape) == QUIRE_OK);
-  CHECK(quire_kv_cache_from_combined(&cache, sizeof cache, &bytes, QUIRE_KV_CACHE_FP8_E4M3) ==
-        QUIRE_OK);
+  CHECK(quire_kv_cache_from_combined(&cache, sizeof cache, &bytes, QUIRE_KV_CACHE_FP8_E4M3,
+                                     QUIRE_SCALES_SEPARATE) == QUIRE_OK);
   CHECK(cache.dtype == QUIRE_KV_CACHE_FP8_E4M3);
   CHECK(cache.value.dtype == QUIRE_DTYPE_FLOAT8_E4M3);
   CHECK((char*)cache.value.data - (char*)cache.key.data == kBlockSize * kRow);
+}
+
+/* Scales behind the rows: an int8 cache of the shape that the backend names. */
+static void test_inline_scales(void) {
+  static int8_t bytes[kNumBlocks][2][kBlockSize][kNumKvHeads][kHeadSize + 4];
+  int64_t shape[QUIRE_MAX_DIMS];
+  int32_t ndim = 0;
+  CHECK(quire_backend_kv_cache_shape(0, kNumBlocks, kBlockSize, kNumKvHeads, kHeadSize,
+                                     "int8_per_token_head", shape, &ndim) == QUIRE_OK);
+  CHECK(ndim == 5 && shape[1] == 2 && shape[4] == kHeadSize + 4);
+  quire_tensor whole;
+  quire_kv_cache cache;
+  CHECK(quire_tensor_init(&whole, bytes, QUIRE_DTYPE_INT8, ndim, shape) == QUIRE_OK);
+  CHECK(quire_kv_cache_from_combined(&cache, sizeof cache, &whole,
+                                     QUIRE_KV_CACHE_INT8_PER_TOKEN_HEAD,
+                                     QUIRE_SCALES_INLINE) == QUIRE_OK);
+  CHECK(cache.key.shape[3] == kHeadSize && cache.k_scale_cache.dtype == QUIRE_DTYPE_FLOAT32);
+  write_token(&cache);
+
+  /* The largest code of a row is 127, and the scale gives the row's largest value. */
+  float value[kNumKvHeads][kHeadSize];
+  fill(&value[0][0], kRow, 2);
+  for (int head = 0; head < kNumKvHeads; ++head) {
+    float absmax = 0.0f;
+    float scale;
+    memcpy(&scale, &bytes[5][1][2][head][kHeadSize], sizeof scale);
+    for (int d = 0; d < kHeadSize; ++d) absmax = fmaxf(absmax, fabsf(value[head][d]));
+    CHECK(fabsf(scale * 127.0f - absmax) < 1e-5f);
+  }
+  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &whole,
+                                              QUIRE_KV_CACHE_INT8_PER_TOKEN_HEAD, 2),
+                 "scales");
+  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &whole, QUIRE_KV_CACHE_FP8_E4M3,
+                                              QUIRE_SCALES_INLINE),
+                 "kv_cache");
 }
 
 static void test_layout_errors(void) {
   quire_kv_cache cache;
   const quire_tensor whole = combined_tensor();
   const quire_tensor rows = packed_tensor();
-  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, NULL, 0), "kv_cache");
-  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &rows, 0), "kv_cache");
-  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &whole, 8), "dtype");
-  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &whole, -1), "dtype");
+  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, NULL, 0, 0), "kv_cache");
+  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &rows, 0, 0), "kv_cache");
+  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &whole, 8, 0), "dtype");
+  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &whole, -1, 0), "dtype");
   EXPECT_INVALID(
-      quire_kv_cache_from_combined(&cache, sizeof cache, &whole, QUIRE_KV_CACHE_FP8_E4M3),
+      quire_kv_cache_from_combined(&cache, sizeof cache, &whole, QUIRE_KV_CACHE_FP8_E4M3, 0),
       "kv_cache");
-  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, 8, &whole, 0), "struct_size");
-  EXPECT_INVALID(quire_kv_cache_from_combined(NULL, sizeof cache, &whole, 0), "cache");
-  EXPECT_INVALID(quire_kv_cache_from_packed(&cache, sizeof cache, &whole, kHeadSize, 0),
+  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, 8, &whole, 0, 0), "struct_size");
+  EXPECT_INVALID(quire_kv_cache_from_combined(NULL, sizeof cache, &whole, 0, 0), "cache");
+  EXPECT_INVALID(quire_kv_cache_from_packed(&cache, sizeof cache, &whole, kHeadSize, 0, 0),
                  "kv_cache");
-  EXPECT_INVALID(quire_kv_cache_from_packed(&cache, sizeof cache, &rows, 0, 0), "head_size");
-  EXPECT_INVALID(quire_kv_cache_from_packed(&cache, sizeof cache, &rows, 2 * kHeadSize, 0),
+  EXPECT_INVALID(quire_kv_cache_from_packed(&cache, sizeof cache, &rows, 0, 0, 0), "head_size");
+  EXPECT_INVALID(quire_kv_cache_from_packed(&cache, sizeof cache, &rows, 2 * kHeadSize, 0, 0),
                  "head_size");
 }
 
@@ -130,6 +166,7 @@ static void test_dtype_names(void) {
 void test_kv_caches(void) {
   test_layouts();
   test_bytes();
+  test_inline_scales();
   test_layout_errors();
   test_dtype_names();
 }

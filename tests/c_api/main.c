@@ -14,6 +14,7 @@ int main(void) {
   test_kv_caches();
   test_core();
   test_backends();
+  test_serving();
   if (num_failed_checks() > 0) {
     printf("%d checks failed\n", num_failed_checks());
     return EXIT_FAILURE;
