@@ -16,6 +16,8 @@
 
 namespace quire {
 
+class AttentionImpl;
+class AttentionMetadataBuilder;
 class Backend;  // src/backend.h
 
 // What a backend can do, said by the backend itself. `quire info` prints it, and the library refuses
@@ -78,10 +80,30 @@ class AttentionBackend {
   // "<member>: expected <...>, got <...>", as an Error's text.
   virtual std::vector<std::string> supports(const AttentionConfig& config) const = 0;
 
-  // [num_blocks, 2, block_size, num_kv_heads, head_size], vLLM's get_kv_cache_shape. Throws Error
-  // on sizes below 1, and on a block_size or head_size that the backend cannot use.
+  // vLLM's get_supported_dtypes (of the query) and supported_kv_cache_dtypes.
+  const std::vector<DType>& supported_dtypes() const { return capabilities().dtypes; }
+  const std::vector<KvCacheDType>& supported_kv_cache_dtypes() const {
+    return capabilities().kv_cache_dtypes;
+  }
+
+  // Throws Error, naming the sizes that work, on another.
+  void validate_head_size(std::int64_t head_size) const;
+
+  // vLLM's get_kv_cache_shape: [num_blocks, 2, block_size, num_kv_heads, head_size], for
+  // PagedKvCache::from_combined(). The per-token-head kinds have head_size + 4, with each scale
+  // behind its row (ScaleLayout::kInline); with scales in tensors of their own the shape is the one
+  // of "auto". Elements are storage_dtype()'s. Throws Error on sizes below 1, on a block_size or
+  // head_size that the backend cannot use (with inline scales head_size is a multiple of 4, too),
+  // and on a cache_dtype_str that parse_kv_cache_dtype() or the backend does not know.
   std::vector<std::int64_t> kv_cache_shape(std::int64_t num_blocks, std::int64_t block_size,
-                                           std::int64_t num_kv_heads, std::int64_t head_size) const;
+                                           std::int64_t num_kv_heads, std::int64_t head_size,
+                                           std::string_view cache_dtype_str = "auto") const;
+
+  // A metadata builder and a layer on this backend (vLLM's get_builder_cls, get_impl_cls), for a
+  // configuration whose `backend` is empty or this one's name. Errors as their constructors.
+  AttentionMetadataBuilder make_builder(const AttentionConfig& config) const;
+  AttentionImpl make_impl(const AttentionConfig& config,
+                          std::string kv_sharing_target_layer_name = {}) const;
 };
 
 // All backends of this build, best first for each device.

@@ -38,6 +38,12 @@ constexpr bool is_per_tensor_fp8(KvCacheDType dtype) {
   return dtype == KvCacheDType::kFp8E4M3 || dtype == KvCacheDType::kFp8E5M2;
 }
 
+// Where a per-token-head cache has its scales.
+enum class ScaleLayout : std::uint8_t {
+  kSeparate = 0,  // in tensors of their own: rows keep their alignment, which kernels read faster
+  kInline,        // vLLM's: four bytes behind each row of K and each row of V
+};
+
 // A float32 scale: a host value, or one float in memory of the layer's device, which wins if given
 // and is read when the work runs (so a captured CUDA graph sees later changes).
 //
@@ -84,8 +90,7 @@ struct PagedKvCache {
   Scale k_scale{};
   Scale v_scale{};
 
-  // Per-token-head caches: float32 [num_blocks, block_size, num_kv_heads] views, any strides (also
-  // inline behind each row).
+  // Per-token-head caches: float32 [num_blocks, block_size, num_kv_heads] views, any strides.
   TensorView k_scale_cache{};
   TensorView v_scale_cache{};
 
@@ -93,12 +98,20 @@ struct PagedKvCache {
   std::int64_t block_size() const { return key.shape[1]; }
 
   // vLLM's default layout: one tensor [num_blocks, 2, block_size, num_kv_heads, head_size], index 0
-  // of dimension 1 is K, 1 is V. Any strides. Throws Error on another shape or dtype.
+  // of dimension 1 is K, 1 is V (AttentionBackend::kv_cache_shape()). Any strides.
+  //
+  // Per-token-head kinds with ScaleLayout::kInline: the last dimension is head_size + 4 bytes, the
+  // scale last, and k_scale_cache and v_scale_cache become views of it. With kSeparate the caller
+  // sets the two. Throws Error on another shape or dtype, on kInline for other kinds, and where
+  // inline scales are not aligned to 4 bytes.
   static PagedKvCache from_combined(const TensorView& kv_cache,
-                                    KvCacheDType dtype = KvCacheDType::kAuto);
-  // vLLM's packed layout: [num_blocks, num_kv_heads, block_size, head_size + head_size_v], K first.
+                                    KvCacheDType dtype = KvCacheDType::kAuto,
+                                    ScaleLayout scales = ScaleLayout::kSeparate);
+  // vLLM's packed layout: [num_blocks, num_kv_heads, block_size, head_size + head_size_v], K first;
+  // with kInline rows of K, its scale, V, its scale: head_size + 4 + head_size_v + 4 bytes.
   static PagedKvCache from_packed(const TensorView& kv_cache, std::int64_t head_size,
-                                  KvCacheDType dtype = KvCacheDType::kAuto);
+                                  KvCacheDType dtype = KvCacheDType::kAuto,
+                                  ScaleLayout scales = ScaleLayout::kSeparate);
 };
 
 // Writes the K and V of new tokens into the cache (vLLM's reshape_and_cache).

@@ -28,14 +28,18 @@ constexpr CacheDTypeName kCacheDTypeNames[] = {
 
 }  // namespace
 
-KvCacheDType parse_kv_cache_dtype(std::string_view kv_cache_dtype) {
+KvCacheDType api::parse_cache_dtype(std::string_view text, const char* argument) {
   std::string known;
   for (const CacheDTypeName& entry : kCacheDTypeNames) {
-    if (kv_cache_dtype == entry.name) return entry.dtype;
+    if (text == entry.name) return entry.dtype;
     known += known.empty() ? "" : ", ";
     known += entry.name;
   }
-  throw Error("kv_cache_dtype", "one of " + known, "\"" + std::string(kv_cache_dtype) + "\"");
+  throw Error(argument, "one of " + known, "\"" + std::string(text) + "\"");
+}
+
+KvCacheDType parse_kv_cache_dtype(std::string_view kv_cache_dtype) {
+  return api::parse_cache_dtype(kv_cache_dtype, "kv_cache_dtype");
 }
 
 const char* to_string(KvCacheDType dtype) {
@@ -79,9 +83,30 @@ TensorView stored_as(const TensorView& kv_cache, KvCacheDType dtype) {
   return view;
 }
 
+constexpr std::int64_t kScaleBytes = sizeof(float);
+
+void check_scale_layout(KvCacheDType dtype, ScaleLayout scales) {
+  check::that(scales == ScaleLayout::kSeparate || is_per_token_head(dtype), "scales",
+              "kSeparate for kinds without a scale for each token and head", "kInline");
+}
+
+// The scales at byte `at` of rows [num_blocks, block_size, num_kv_heads, bytes].
+TensorView inline_scales(const TensorView& rows, std::int64_t at) {
+  TensorView scales = rows.slice(3, at, at + kScaleBytes).select(3, 0);
+  bool aligned = reinterpret_cast<std::uintptr_t>(scales.data) % kScaleBytes == 0;
+  for (int d = 0; d < scales.ndim; ++d) {
+    aligned = aligned && (scales.shape[d] <= 1 || scales.strides[d] % kScaleBytes == 0);
+    scales.strides[d] /= kScaleBytes;
+  }
+  check::that(aligned, "kv_cache", "inline scales that are aligned to 4 bytes", rows);
+  scales.dtype = DType::kFloat32;
+  return scales;
+}
+
 }  // namespace
 
-PagedKvCache PagedKvCache::from_combined(const TensorView& kv_cache, KvCacheDType dtype) {
+PagedKvCache PagedKvCache::from_combined(const TensorView& kv_cache, KvCacheDType dtype,
+                                         ScaleLayout scales) {
   check::that(kv_cache.ndim == 5 && kv_cache.shape[1] == 2, "kv_cache",
               "shape [num_blocks, 2, block_size, num_kv_heads, head_size]", kv_cache);
   const TensorView view = stored_as(kv_cache, dtype);
@@ -89,21 +114,36 @@ PagedKvCache PagedKvCache::from_combined(const TensorView& kv_cache, KvCacheDTyp
   cache.key = view.select(1, 0);
   cache.value = view.select(1, 1);
   cache.dtype = dtype;
+  check_scale_layout(dtype, scales);
+  if (scales == ScaleLayout::kSeparate) return cache;
+  const std::int64_t head_size = view.shape[4] - kScaleBytes;
+  check::that(head_size >= 1, "kv_cache", "rows of head_size + 4 bytes", kv_cache);
+  cache.k_scale_cache = inline_scales(cache.key, head_size);
+  cache.v_scale_cache = inline_scales(cache.value, head_size);
+  cache.key = cache.key.slice(3, 0, head_size);
+  cache.value = cache.value.slice(3, 0, head_size);
   return cache;
 }
 
 PagedKvCache PagedKvCache::from_packed(const TensorView& kv_cache, std::int64_t head_size,
-                                       KvCacheDType dtype) {
+                                       KvCacheDType dtype, ScaleLayout scales) {
   check::that(kv_cache.ndim == 4, "kv_cache",
               "shape [num_blocks, num_kv_heads, block_size, head_size + head_size_v]", kv_cache);
+  check_scale_layout(dtype, scales);
+  const std::int64_t scale_bytes = scales == ScaleLayout::kInline ? kScaleBytes : 0;
+  const std::int64_t both = kv_cache.shape[3] - 2 * scale_bytes;
   check::that(
-      head_size >= 1 && head_size < kv_cache.shape[3], "head_size",
-      [&] { return "1 to " + std::to_string(kv_cache.shape[3] - 1); }, head_size);
+      head_size >= 1 && head_size < both, "head_size",
+      [&] { return "1 to " + std::to_string(both - 1); }, head_size);
   const TensorView rows = stored_as(kv_cache, dtype).transpose(1, 2);
+  const std::int64_t value_end = scale_bytes + both;
   PagedKvCache cache;
   cache.key = rows.slice(3, 0, head_size);
-  cache.value = rows.slice(3, head_size, rows.shape[3]);
+  cache.value = rows.slice(3, head_size + scale_bytes, value_end);
   cache.dtype = dtype;
+  if (scales == ScaleLayout::kSeparate) return cache;
+  cache.k_scale_cache = inline_scales(rows, head_size);
+  cache.v_scale_cache = inline_scales(rows, value_end);
   return cache;
 }
 

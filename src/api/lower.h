@@ -30,6 +30,9 @@ MergeParams lower_merge(const BackendCapabilities& caps, const ConstTensorView& 
                         const ConstTensorView& lse_b, const TensorView& output,
                         const TensorView& lse);
 
+// parse_kv_cache_dtype() of an argument of another name.
+KvCacheDType parse_cache_dtype(std::string_view text, const char* argument);
+
 // The kind that kAuto stands for, so that a dtype spelled out equals it.
 KvCacheDType spelled_out(KvCacheDType dtype, DType model_dtype);
 

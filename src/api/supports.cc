@@ -1,8 +1,10 @@
 // Whether a backend's capabilities cover a configuration, and if not, why.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "api/check.h"
+#include "api/lower.h"
 #include "backend.h"
 
 namespace quire {
@@ -159,7 +161,8 @@ BackendCapabilities full_capabilities() {
 std::vector<std::int64_t> AttentionBackend::kv_cache_shape(std::int64_t num_blocks,
                                                            std::int64_t block_size,
                                                            std::int64_t num_kv_heads,
-                                                           std::int64_t head_size) const {
+                                                           std::int64_t head_size,
+                                                           std::string_view cache_dtype_str) const {
   const BackendCapabilities& caps = capabilities();
   const std::int64_t step = caps.block_size_multiple;
   check::that(num_blocks >= 1, "num_blocks", "at least 1", num_blocks);
@@ -167,10 +170,43 @@ std::vector<std::int64_t> AttentionBackend::kv_cache_shape(std::int64_t num_bloc
               numbers(step, caps.max_block_size, step), block_size);
   check::that(num_kv_heads >= 1 && num_kv_heads <= kMaxHeads, "num_kv_heads",
               numbers(1, kMaxHeads, 1), num_kv_heads);
-  check::that(is_one_of(head_size, caps.min_head_size, caps.max_head_size, caps.head_size_multiple),
-              "head_size", numbers(caps.min_head_size, caps.max_head_size, caps.head_size_multiple),
+  validate_head_size(head_size);
+  const KvCacheDType dtype = api::parse_cache_dtype(cache_dtype_str, "cache_dtype_str");
+  check::capability(check::contains(caps.kv_cache_dtypes, dtype), "cache_dtype_str",
+                    cache_dtype_str);
+  const std::int64_t scale_bytes = is_per_token_head(dtype) ? sizeof(float) : 0;
+  check::that(scale_bytes == 0 || head_size % scale_bytes == 0, "head_size",
+              "a multiple of 4 with inline scales", head_size);
+  return {num_blocks, 2, block_size, num_kv_heads, head_size + scale_bytes};
+}
+
+void AttentionBackend::validate_head_size(std::int64_t head_size) const {
+  const BackendCapabilities& caps = capabilities();
+  const std::int64_t least = caps.min_head_size, most = caps.max_head_size;
+  const std::int64_t step = caps.head_size_multiple;
+  check::that(is_one_of(head_size, least, most, step), "head_size", numbers(least, most, step),
               head_size);
-  return {num_blocks, 2, block_size, num_kv_heads, head_size};
+}
+
+namespace {
+
+AttentionConfig on_backend(AttentionConfig config, const char* name) {
+  check::that(
+      config.backend.empty() || config.backend == name, "backend",
+      [&] { return std::string("none, or ") + name; }, config.backend);
+  config.backend = name;
+  return config;
+}
+
+}  // namespace
+
+AttentionMetadataBuilder AttentionBackend::make_builder(const AttentionConfig& config) const {
+  return AttentionMetadataBuilder(on_backend(config, name()));
+}
+
+AttentionImpl AttentionBackend::make_impl(const AttentionConfig& config,
+                                          std::string kv_sharing_target_layer_name) const {
+  return AttentionImpl(on_backend(config, name()), std::move(kv_sharing_target_layer_name));
 }
 
 }  // namespace quire

@@ -337,16 +337,5 @@ TEST(PlanMisuse, PaddingOfTheTableIsNotLookedAt) {
   EXPECT_EQ(argument_named_by([&] { call.run(); }), "(no error)");
 }
 
-TEST(PlanMisuse, ShapesOfCaches) {
-  const AttentionBackend& cpu = attention_backend("cpu");
-  EXPECT_EQ(cpu.kv_cache_shape(10, 16, 8, 128), (std::vector<std::int64_t>{10, 2, 16, 8, 128}));
-  EXPECT_EQ(argument_named_by([&] { cpu.kv_cache_shape(-1, 16, 8, 128); }), "num_blocks");
-  EXPECT_EQ(argument_named_by([&] { cpu.kv_cache_shape(0, 16, 8, 128); }), "num_blocks");
-  EXPECT_EQ(argument_named_by([&] { cpu.kv_cache_shape(10, 0, 8, 128); }), "block_size");
-  EXPECT_EQ(argument_named_by([&] { cpu.kv_cache_shape(10, 1 << 21, 8, 128); }), "block_size");
-  EXPECT_EQ(argument_named_by([&] { cpu.kv_cache_shape(10, 16, 0, 128); }), "num_kv_heads");
-  EXPECT_EQ(argument_named_by([&] { cpu.kv_cache_shape(10, 16, 8, 0); }), "head_size");
-}
-
 }  // namespace
 }  // namespace quire
