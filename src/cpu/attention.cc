@@ -1,7 +1,7 @@
-// One attention call on the CPU: hands ranges of the plan to workers, folds what they share,
-// finishes rows. Plain C++; the arithmetic is in the kernels of the ISA (attention-inl.h).
+// One attention call on the CPU: hands the plan's ranges to threads, combines the partials of cut
+// items, normalises rows. Plain C++; the arithmetic is in the kernels of the ISA (attention-inl.h).
 //
-//   shared prefixes (ranges, folds) -> main tiles (ranges, folds) -> block-scale quantisation
+//   shared prefixes (ranges, then cut items) -> main tiles (the same) -> block-scale quantisation
 #include <algorithm>
 #include <cmath>
 
@@ -44,34 +44,34 @@ class Call {
                 workspace_.scratch(worker));
     };
     parallel_for(pool, static_cast<std::int64_t>(schedule.ranges.size()), range_task);
-    auto fold_task = [&](std::int64_t i, int worker) {
-      fold_split(schedule, schedule.splits[static_cast<std::size_t>(i)], shared,
-                 workspace_.scratch(worker));
+    auto combine_task = [&](std::int64_t i, int worker) {
+      combine_split(schedule, schedule.splits[static_cast<std::size_t>(i)], shared,
+                    workspace_.scratch(worker));
     };
-    parallel_for(pool, static_cast<std::int64_t>(schedule.splits.size()), fold_task);
+    parallel_for(pool, static_cast<std::int64_t>(schedule.splits.size()), combine_task);
   }
 
   void run_range(const Schedule& schedule, const WorkRange& range, bool shared, Scratch& scratch) {
     WorkPoint at = range.begin;
-    Item item;
+    WorkItem item;
     bool tokens_ready = false;
     while (at != range.end) {
       const WorkTile& tile = schedule.tiles[static_cast<std::size_t>(at.tile)];
       const bool last = at.tile == range.end.tile && at.item == range.end.item;
-      const std::int32_t chunk_end = last ? range.end.chunk : tile.num_chunks;
+      const std::int32_t chunk_end = last ? range.end.kv_chunk : tile.num_kv_chunks;
       if (!tokens_ready) item = prepare_tile(tile, shared, scratch);
       take_heads(at.item, &item);
-      run_item(schedule, item, at.chunk, chunk_end,
-               at.chunk > 0 ? range.first_item_slot : range.last_item_slot, shared);
+      run_item(schedule, item, at.kv_chunk, chunk_end,
+               at.kv_chunk > 0 ? range.first_item_partial : range.last_item_partial, shared);
       if (last) return;
       tokens_ready = at.item + 1 < tile.num_items(layer_);
       at = tokens_ready ? WorkPoint{at.tile, at.item + 1, 0} : WorkPoint{at.tile + 1, 0, 0};
     }
   }
 
-  void take_heads(std::int32_t index, Item* item) const {
-    item->kv_head = index * item->tile->heads;
-    item->heads = std::min(item->tile->heads, layer_.num_kv_heads - item->kv_head);
+  void take_heads(std::int32_t index, WorkItem* item) const {
+    item->first_kv_head = index * item->tile->kv_heads;
+    item->kv_heads = std::min(item->tile->kv_heads, layer_.num_kv_heads - item->first_kv_head);
   }
 
   static semantics::Spans common_part(const semantics::Spans& a, const semantics::Spans& b) {
@@ -79,10 +79,10 @@ class Call {
             semantics::clip(a.main, b.main.begin, b.main.end)};
   }
 
-  // Resolves the tile's query tokens and what each sees.
-  Item prepare_tile(const WorkTile& tile, bool shared, Scratch& scratch) const {
+  // What all items of a tile have in common: its query tokens, and what each sees.
+  WorkItem prepare_tile(const WorkTile& tile, bool shared, Scratch& scratch) const {
     const BatchParams& batch = p_.batch;
-    Item item;
+    WorkItem item;
     item.params = &p_;
     item.tile = &tile;
     item.scratch = &scratch;
@@ -96,10 +96,10 @@ class Call {
     for (std::int32_t i = 0; i < tile.num_tokens; ++i) {
       TileToken& token = scratch.tokens[static_cast<std::size_t>(i)];
       token.seq = tile.seq;
-      token.row = tile.first + i;
+      token.row = tile.first_row + i;
       if (shared) {
         const SharedRow& row =
-            workspace_.work().shared_rows[static_cast<std::size_t>(tile.first + i)];
+            workspace_.work().shared_rows[static_cast<std::size_t>(tile.first_row + i)];
         token.seq = row.seq;
         token.row = row.row;
         seq = sequence_at(layer_, batch, p_.num_kv_tokens, row.seq);
@@ -112,8 +112,9 @@ class Call {
       token.visible = clip(semantics::row_spans(seq.mask, position), tile.kv_begin, tile.kv_end);
       for (const semantics::Span span : {token.visible.prefix, token.visible.main}) {
         if (span.empty()) continue;
-        item.hull_begin = item.hull_end == 0 ? span.begin : std::min(item.hull_begin, span.begin);
-        item.hull_end = std::max(item.hull_end, span.end);
+        item.visible_begin =
+            item.visible_end == 0 ? span.begin : std::min(item.visible_begin, span.begin);
+        item.visible_end = std::max(item.visible_end, span.end);
       }
       // A query-query bias may hide keys too.
       const semantics::Spans certain =
@@ -123,89 +124,97 @@ class Call {
     return item;
   }
 
-  // Chunks [chunk_begin, chunk_end) of an item. A whole item is finished here; a part of one goes
-  // to the item's partial slots.
-  void run_item(const Schedule& schedule, Item& item, std::int32_t chunk_begin,
-                std::int32_t chunk_end, std::int64_t first_slot, bool shared) {
+  // Chunks [chunk_begin, chunk_end) of an item. A whole item is stored here; of a cut one, partials
+  // are left for combine_split(): `first_partial` is the item's partial 0.
+  void run_item(const Schedule& schedule, WorkItem& item, std::int32_t chunk_begin,
+                std::int32_t chunk_end, std::int64_t first_partial, bool shared) {
     const WorkTile& tile = *item.tile;
     kernels_.load_queries(item);
-    const auto run_chunk = [&](std::int32_t chunk, const PartialRows& out) {
+    const auto attend_chunk = [&](std::int32_t chunk, const Partial& out) {
       item.cold = chunk == chunk_begin;
-      kernels_.run_chunk(item, chunk * tile.units_per_chunk,
-                         std::min((chunk + 1) * tile.units_per_chunk, tile.units.count()), out);
+      const std::int32_t begin = chunk * tile.kv_tiles_per_chunk;
+      const std::int32_t end = std::min(begin + tile.kv_tiles_per_chunk, tile.kv_tiles.count());
+      kernels_.attend_chunk(item, begin, end, out);
     };
     if (chunk_begin > 0) {
       for (std::int32_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
-        run_chunk(chunk, workspace_.slot(schedule, first_slot + chunk));
+        attend_chunk(chunk, workspace_.partial(schedule, first_partial + chunk));
       }
       return;
     }
-    const bool whole = chunk_end == tile.num_chunks;
-    const PartialRows result = whole ? item.scratch->result : workspace_.slot(schedule, first_slot);
-    run_chunk(0, result);
+    const bool whole = chunk_end == tile.num_kv_chunks;
+    const Partial partial =
+        whole ? item.scratch->item_partial : workspace_.partial(schedule, first_partial);
+    attend_chunk(0, partial);
     for (std::int32_t chunk = 1; chunk < chunk_end; ++chunk) {
-      run_chunk(chunk, item.scratch->chunk);
-      kernels_.fold(result, item.scratch->chunk, item.head_rows * item.heads, item.padded_v);
+      attend_chunk(chunk, item.scratch->chunk_partial);
+      combine(item, partial, item.scratch->chunk_partial);
     }
-    if (whole) finish_item(item, result, shared);
+    if (whole) store_item(item, partial, shared);
   }
 
-  void fold_split(const Schedule& schedule, const SplitItem& split, bool shared, Scratch& scratch) {
+  void combine_split(const Schedule& schedule, const SplitItem& split, bool shared,
+                     Scratch& scratch) {
     const WorkTile& tile = schedule.tiles[static_cast<std::size_t>(split.tile)];
-    Item item = prepare_tile(tile, shared, scratch);
+    WorkItem item = prepare_tile(tile, shared, scratch);
     take_heads(split.item, &item);
-    const PartialRows result = workspace_.slot(schedule, split.slot);
-    for (std::int32_t chunk = split.first_cut; chunk < tile.num_chunks; ++chunk) {
-      kernels_.fold(result, workspace_.slot(schedule, split.slot + chunk),
-                    item.head_rows * item.heads, item.padded_v);
+    const Partial partial = workspace_.partial(schedule, split.partial);
+    for (std::int32_t chunk = split.first_cut; chunk < tile.num_kv_chunks; ++chunk) {
+      combine(item, partial, workspace_.partial(schedule, split.partial + chunk));
     }
-    finish_item(item, result, shared);
+    store_item(item, partial, shared);
   }
 
-  void finish_item(const Item& item, const PartialRows& result, bool shared) {
-    for (std::int32_t h = 0; h < item.heads; ++h) {
-      for (std::int32_t r = 0; r < item.rows; ++r) finish_head_row(item, result, h, r, shared);
+  void combine(const WorkItem& item, const Partial& into, const Partial& later) const {
+    kernels_.combine(into, later, item.head_rows * item.kv_heads, item.padded_v);
+  }
+
+  void store_item(const WorkItem& item, const Partial& partial, bool shared) {
+    for (std::int32_t h = 0; h < item.kv_heads; ++h) {
+      for (std::int32_t r = 0; r < item.rows; ++r) {
+        const std::int64_t at = std::int64_t{h} * item.head_rows + r;
+        const std::int32_t head = (item.first_kv_head + h) * layer_.group + r % layer_.group;
+        store_row(item, r / layer_.group, head,
+                  {partial.o + at * item.padded_v, partial.max + at, partial.sum + at}, shared);
+      }
     }
   }
 
-  void finish_head_row(const Item& item, const PartialRows& result, std::int32_t h, std::int32_t r,
-                       bool shared) {
-    const std::int32_t i = r / layer_.group;
-    const std::int32_t head = (item.kv_head + h) * layer_.group + r % layer_.group;
-    const std::int64_t at = std::int64_t{h} * item.head_rows + r;
-    PartialRows row{result.o + at * item.padded_v, result.max + at, result.sum + at};
+  // The row of token i of the tile and of one head, all of its keys combined: to prefix partials or,
+  // normalised, to the output.
+  void store_row(const WorkItem& item, std::int32_t i, std::int32_t head, const Partial& row,
+                 bool shared) {
     if (shared) {
-      const PartialRows kept = workspace_.shared_result(item.tile->first + i, head);
-      std::copy(row.o, row.o + item.padded_v, kept.o);
-      *kept.max = *row.max;
-      *kept.sum = *row.sum;
+      const Partial prefix = workspace_.prefix_partial(item.tile->first_row + i, head);
+      std::copy(row.o, row.o + item.padded_v, prefix.o);
+      *prefix.max = *row.max;
+      *prefix.sum = *row.sum;
       return;
     }
-    if (item.tile->shared_first >= 0) {
-      const PartialRows prefix = workspace_.shared_result(item.tile->shared_first + i, head);
-      kernels_.fold(prefix, row, 1, item.padded_v);
-      row = prefix;
-    }
-    finish_row(item.scratch->tokens[static_cast<std::size_t>(i)].row, head, row);
+    const std::int64_t token_row = item.scratch->tokens[static_cast<std::size_t>(i)].row;
+    if (item.tile->first_shared_row < 0) return normalise(token_row, head, row);
+    const Partial prefix = workspace_.prefix_partial(item.tile->first_shared_row + i, head);
+    kernels_.combine(prefix, row, 1, item.padded_v);
+    normalise(token_row, head, prefix);
   }
 
-  void finish_row(std::int64_t row, std::int32_t head, const PartialRows& state) {
+  void normalise(std::int64_t row, std::int32_t head, const Partial& partial) {
     const bool has_sink = layer_.sinks != nullptr;
     constexpr float kUp = 1 << kWeightsDownLog2;
-    const auto finished =
-        semantics::finish(semantics::SoftmaxState<float>{*state.max, *state.sum * kUp}, has_sink,
-                          has_sink ? layer_.sinks[head] : 0.0F);
-    const float scale = finished.output_scale * kUp * value_scale_;
+    const auto normalised =
+        semantics::finish(semantics::SoftmaxState<float>{*partial.max, *partial.sum * kUp},
+                          has_sink, has_sink ? layer_.sinks[head] : 0.0F);
+    const float scale = normalised.output_scale * kUp * value_scale_;
     if (block_output_ != nullptr) {
-      kernels_.store_row(state.o, layer_.head_size_v, scale, 1.0F,
+      kernels_.store_row(partial.o, layer_.head_size_v, scale, 1.0F,
                          block_output_ + row * row_size() + std::int64_t{head} * layer_.head_size_v,
                          DType::kFloat32);
     } else {
-      kernels_.store_row(state.o, layer_.head_size_v, scale, output_scale_, output_at(row, head),
+      kernels_.store_row(partial.o, layer_.head_size_v, scale, output_scale_, output_at(row, head),
                          p_.output_dtype);
     }
     if (p_.lse != nullptr) {
-      p_.lse[head * p_.lse_head_stride + row * p_.lse_token_stride] = finished.lse;
+      p_.lse[head * p_.lse_head_stride + row * p_.lse_token_stride] = normalised.lse;
     }
   }
 
@@ -216,12 +225,12 @@ class Call {
            (row * p_.output_token_stride + head * p_.output_head_stride) * size_of(p_.output_dtype);
   }
 
-  // Groups of 128 cross heads, so rows are quantised when all heads are there.
+  // A group of 128 elements may hold elements of several heads, so this runs when all heads are done.
   void quantize_blocks(ThreadPool& pool) {
     const std::vector<WorkTile>& tiles = workspace_.work().main.tiles;
     auto task = [&](std::int64_t i, int) {
       const WorkTile& tile = tiles[static_cast<std::size_t>(i)];
-      for (std::int32_t t = 0; t < tile.num_tokens; ++t) quantize_token(tile.first + t);
+      for (std::int32_t t = 0; t < tile.num_tokens; ++t) quantize_token(tile.first_row + t);
     };
     parallel_for(pool, static_cast<std::int64_t>(tiles.size()), task);
   }

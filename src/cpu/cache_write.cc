@@ -1,12 +1,11 @@
-// New K and V rows into the cache, and merge_states. Memory-bound copies: plain loops over
-// semantics/, tokens in parallel.
+// New K and V rows into the cache. Memory-bound copies: plain loops over semantics/, tokens in
+// parallel.
 #include <algorithm>
 #include <bit>
 #include <cstring>
 
 #include "cpu/layer_plan.h"
 #include "semantics/kv_row.h"
-#include "semantics/merge_row.h"
 
 namespace quire::cpu {
 namespace {
@@ -49,7 +48,7 @@ class TokenWriter {
         value_{p.value, p.value_token_stride, p.value_head_stride, p.head_size_v},
         num_slots_(p.num_blocks * p.block_size) {}
 
-  // Negative: padding.
+  // Negative slots are padding.
   bool exists(std::int64_t slot) const { return slot >= 0 && slot < num_slots_; }
   void write(std::int64_t token, std::int64_t slot) const {
     write_side(p_, p_.k, key_, token, slot);
@@ -65,24 +64,24 @@ class TokenWriter {
 
 std::uint64_t hash(std::int64_t x) { return static_cast<std::uint64_t>(x) * 0x9E3779B97F4A7C15U; }
 
-// Slots seen so far: a hash table of the groups of 64 they lie in, with a bit for each. Tokens of a
-// prefill come in runs, of which each costs one look-up.
+// Slots seen so far: a hash table of words of 64 slots, with a bit for each. The tokens of a prefill
+// have slots in sequence, so that most of them are in the word found last.
 class SlotSet {
  public:
   explicit SlotSet(std::int64_t num_tokens)
       : size_(std::bit_ceil(static_cast<std::uint64_t>(std::min(2 * num_tokens, kMost)))),
         shift_(64 - std::countr_zero(size_)) {
-    std::fill(groups_, groups_ + size_, -1);
+    std::fill(words_, words_ + size_, -1);
   }
 
-  // False if the slot was there already, or if there is no room to know.
+  // False if the slot was there already, or if there is no room for its word.
   bool add(std::int64_t slot) {
-    const std::int64_t group = slot / 64;
-    if (groups_[at_] != group) {
-      at_ = find(group);
-      if (groups_[at_] < 0) {
+    const std::int64_t word = slot / 64;
+    if (words_[at_] != word) {
+      at_ = find(word);
+      if (words_[at_] < 0) {
         if (++used_ > size_ / 4 * 3) return false;
-        groups_[at_] = group;
+        words_[at_] = word;
         taken_[at_] = 0;
       }
     }
@@ -93,12 +92,13 @@ class SlotSet {
   }
 
  private:
-  // 32 KiB of stack. Enough for 1,536 groups: as many decodes, or a prefill of 24,000 tokens or more.
+  // 32 KiB of stack. Enough for 1,536 words: as many decodes, or a prefill of 24,576 tokens in
+  // scattered blocks of 16.
   static constexpr std::int64_t kMost = 2048;
 
-  std::uint64_t find(std::int64_t group) const {
-    std::uint64_t i = hash(group) >> shift_;
-    while (groups_[i] >= 0 && groups_[i] != group) i = (i + 1) & (size_ - 1);
+  std::uint64_t find(std::int64_t word) const {
+    std::uint64_t i = hash(word) >> shift_;
+    while (words_[i] >= 0 && words_[i] != word) i = (i + 1) & (size_ - 1);
     return i;
   }
 
@@ -106,11 +106,11 @@ class SlotSet {
   const int shift_;
   std::uint64_t at_ = 0;
   std::uint64_t used_ = 0;
-  std::int64_t groups_[kMost];  // -1: free
+  std::int64_t words_[kMost];  // -1: free
   std::uint64_t taken_[kMost];
 };
 
-// May be true for batches too large to know.
+// Also true for batches with more words than a SlotSet has room for.
 bool may_have_duplicates(const CacheWriteParams& p, const TokenWriter& writer) {
   SlotSet slots(p.num_slots);
   for (std::int64_t token = 0; token < p.num_slots; ++token) {
@@ -120,7 +120,7 @@ bool may_have_duplicates(const CacheWriteParams& p, const TokenWriter& writer) {
   return false;
 }
 
-// Enough tokens a task that handing it out costs nothing beside the copying.
+// Enough tokens for a task that handing it out costs little beside the copying.
 constexpr std::int64_t kTokensPerTask = 16;
 
 }  // namespace
@@ -129,7 +129,8 @@ void run_cache_write(const CacheWriteParams& p, ThreadPool& pool) {
   const TokenWriter writer(p);
   const std::int64_t tokens_per_task = pool.num_threads() == 1 ? p.num_slots : kTokensPerTask;
   if (p.num_slots > tokens_per_task && may_have_duplicates(p, writer)) {
-    // The last token of a slot wins: each task has slots of its own and walks all tokens in order.
+    // The last token of a slot must win: each task has slots of its own and goes through all tokens in
+    // order.
     const auto num_tasks = static_cast<std::uint64_t>(pool.num_threads());
     auto task = [&](std::int64_t i, int) {
       for (std::int64_t token = 0; token < p.num_slots; ++token) {
@@ -151,31 +152,6 @@ void run_cache_write(const CacheWriteParams& p, ThreadPool& pool) {
   };
   if (p.num_slots == 0) return;
   parallel_for(pool, (p.num_slots + tokens_per_task - 1) / tokens_per_task, task);
-}
-
-namespace {
-
-void merge_row(const MergeParams& p, std::int64_t token, std::int32_t head) {
-  const auto merged =
-      semantics::merge_rows<float>(*p.a.lse_at(token, head), *p.b.lse_at(token, head));
-  const void* a = p.a.row(p.dtype, token, head);
-  const void* b = p.b.row(p.dtype, token, head);
-  void* result = const_cast<void*>(p.result.row(p.dtype, token, head));
-  for (std::int64_t i = 0; i < p.head_size_v; ++i) {
-    semantics::store_element(result, p.dtype, i, merged.element(a, b, p.dtype, i));
-  }
-  if (p.result.lse != nullptr) {
-    *const_cast<float*>(p.result.lse_at(token, head)) = merged.lse;
-  }
-}
-
-}  // namespace
-
-void run_merge(const MergeParams& p, ThreadPool& pool) {
-  auto task = [&](std::int64_t token, int) {
-    for (std::int32_t head = 0; head < p.num_heads; ++head) merge_row(p, token, head);
-  };
-  parallel_for(pool, p.num_tokens, task);
 }
 
 }  // namespace quire::cpu

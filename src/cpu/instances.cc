@@ -5,8 +5,8 @@
 
 #include "cpu/kernels.h"
 
-// AVX-512 is AVX3 in Highway's words. Anything older than AVX2 takes the scalar build; scalable
-// vectors (SVE) cannot live in arrays of registers, so Arm takes NEON.
+// Highway calls AVX-512 AVX3. Machines older than AVX2 get the scalar build. Scalable vectors (SVE)
+// cannot be elements of arrays, as the kernels' accumulators are, so Arm gets NEON.
 #define HWY_DISABLED_TARGETS \
   (HWY_SSSE3 | HWY_SSE4 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 
@@ -19,7 +19,9 @@
 HWY_BEFORE_NAMESPACE();
 namespace quire::cpu::HWY_NAMESPACE {
 
-Kernels table() { return {hwy::TargetName(HWY_TARGET), load_queries, run_chunk, fold, store_row}; }
+Kernels table() {
+  return {hwy::TargetName(HWY_TARGET), load_queries, attend_chunk, combine, store_row};
+}
 
 }  // namespace quire::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

@@ -12,7 +12,7 @@
 
 namespace quire::cpu {
 
-// Row and column counts of scratch tiles are padded to these, whatever the ISA.
+// Rows and columns of scratch tiles are padded to these, whatever the ISA.
 inline constexpr std::int32_t kPadK = 16;  // head_size: the widest vector
 inline constexpr std::int32_t kPadV = 64;  // head_size_v: the widest panel
 inline constexpr std::int64_t kMaxKvTile = 64;
@@ -43,13 +43,13 @@ class AlignedFloats {
   std::int64_t size_ = 0;
 };
 
-// Weights and so outputs and sums are kept 2^-16 times what they are until a row is finished: sums
-// of 65,536 values of any size do not overflow. By a power of two, nothing is rounded.
+// Weights, and with them outputs and sums, are kept times 2^-16 until a row is normalised: sums of
+// 65,536 values of any size do not overflow. By a power of two, nothing is rounded.
 inline constexpr int kWeightsDownLog2 = 16;
 
-// The running result of an item's rows, head after head (head_rows apart): unnormalised
-// outputs [rows, padded head_size_v], maxima, sums.
-struct PartialRows {
+// Unnormalised results of an item's rows over some of its keys (O, m, l): outputs [rows, padded
+// head_size_v], maxima, sums. Kv heads follow each other, head_rows() rows apart.
+struct Partial {
   float* o = nullptr;
   float* max = nullptr;
   float* sum = nullptr;
@@ -58,44 +58,44 @@ struct PartialRows {
 // A query token of the current tile, and what it sees (already clipped to the tile's keys).
 struct TileToken {
   std::int64_t row = 0;
-  std::int64_t distance = 0;     // from its position to that of key 0
-  std::int64_t kv_stride = 1;    // and from each key to the next
+  std::int64_t distance = 0;     // position of key 0 minus its own
+  std::int64_t kv_stride = 1;    // positions from a key to the next
   std::int64_t context_len = 0;  // index of this step's first key
   std::int64_t query_index = 0;  // its row within its sequence
   std::int32_t seq = 0;
   semantics::Spans visible;
 };
 
-// One worker's scratch: everything a tile needs, sized by the plan's largest tile.
+// One thread's scratch: everything an item needs, sized by the plan's largest.
 struct Scratch {
   AlignedFloats memory;
   std::vector<TileToken> tokens;
 
-  float* q = nullptr;        // [heads, head_rows, padded head_size], scaled
-  float* k = nullptr;        // one K tile of each head, in the layout of the path taken
-  float* v = nullptr;        // one V tile of each head, in panels
+  float* q = nullptr;        // [kv_heads, head_rows, padded head_size], scaled
+  float* k = nullptr;        // one widened K tile of each kv head, in its kernel's layout
+  float* v = nullptr;        // one widened V tile of each kv head, in panels
   float* staging = nullptr;  // a few widened K rows before transposition
   float* s = nullptr;        // [rows, kMaxKvTile] logits, then weights
-  float* alpha = nullptr;    // [rows] rescaling of what came before
+  float* alpha = nullptr;    // [rows] rescaling of earlier sums and outputs
   float* new_max = nullptr;  // [rows]
-  PartialRows result;
-  PartialRows chunk;  // a chunk to be folded into `result`
+  Partial item_partial;      // of the chunks of an item so far
+  Partial chunk_partial;     // of one chunk, to be combined with item_partial
 };
 
 // Everything a kernel needs to know about the item it works on.
-struct Item {
+struct WorkItem {
   const AttentionParams* params = nullptr;
   const WorkTile* tile = nullptr;
   Scratch* scratch = nullptr;
-  std::int32_t kv_head = 0;     // the first of
-  std::int32_t heads = 0;       // this many
-  std::int32_t rows = 0;        // of one head: num_tokens * group, group fastest
-  std::int32_t head_rows = 0;   // distance of heads in `q` and in results, in rows
-  std::int64_t hull_begin = 0;  // no row of the tile sees a key before it
-  std::int64_t hull_end = 0;    // no row of the tile sees a key at or past it
-  semantics::Spans common;      // every row of the tile sees these keys
-  std::int64_t first_kv_row = 0;
-  bool cold = false;         // the first chunk of a run: nobody asked for its keys yet
+  std::int32_t first_kv_head = 0;
+  std::int32_t kv_heads = 0;
+  std::int32_t rows = 0;           // of one kv head: num_tokens * group, group fastest
+  std::int32_t head_rows = 0;      // rows from a kv head to the next in `q` and in partials
+  std::int64_t visible_begin = 0;  // no row of the tile sees a key before it
+  std::int64_t visible_end = 0;    // no row of the tile sees a key from here on
+  semantics::Spans common;         // every row of the tile sees these keys
+  std::int64_t first_kv_row = 0;   // direct attention: row of key 0
+  bool cold = false;         // the thread's first chunk of the item: its first keys must be fetched
   float query_scale = 1.0F;  // softmax, query and key scales
   std::int64_t padded_k = 0;
   std::int64_t padded_v = 0;
@@ -105,14 +105,15 @@ struct Item {
 struct Kernels {
   const char* isa;
   // Fills scratch->q.
-  void (*load_queries)(const Item& item);
-  // Attends the units [unit_begin, unit_end) from scratch: overwrites `out`.
-  void (*run_chunk)(const Item& item, std::int32_t unit_begin, std::int32_t unit_end,
-                    const PartialRows& out);
-  // into = into + part, rows [0, rows).
-  void (*fold)(const PartialRows& into, const PartialRows& part, std::int32_t rows,
-               std::int64_t padded_v);
-  // to[0, size) = from[0, size) * scale / divisor in `dtype`; 16 and 32 bits know no divisor but 1.
+  void (*load_queries)(const WorkItem& item);
+  // Attends to the kv tiles [kv_tile_begin, kv_tile_end) of the item's tile; overwrites `out`.
+  void (*attend_chunk)(const WorkItem& item, std::int32_t kv_tile_begin, std::int32_t kv_tile_end,
+                       const Partial& out);
+  // Combines `later`, which is over other keys, into `into`: rows [0, rows).
+  void (*combine)(const Partial& into, const Partial& later, std::int32_t rows,
+                  std::int64_t padded_v);
+  // to[0, size) = from[0, size) * scale / divisor in `dtype`. Only 8-bit dtypes divide; for the
+  // others the divisor must be 1.
   void (*store_row)(const float* from, std::int64_t size, float scale, float divisor, void* to,
                     DType dtype);
 };

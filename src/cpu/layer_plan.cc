@@ -7,10 +7,10 @@ namespace quire::cpu {
 void CpuPlan::update(const BatchParams& batch, const Context& ctx) {
   const int num_threads = pool_of(ctx).num_threads();
   build_plan(layer_, batch, num_threads, &work_);
-  slots_.grow(std::max(work_.shared.num_slots * slot_floats(work_.shared),
-                       work_.main.num_slots * slot_floats(work_.main)));
-  shared_results_.grow(static_cast<std::int64_t>(work_.shared_rows.size()) * layer_.num_heads *
-                       (padded_v() + 2));
+  partials_.grow(std::max(work_.shared.num_partials * partial_floats(work_.shared),
+                          work_.main.num_partials * partial_floats(work_.main)));
+  prefix_partials_.grow(static_cast<std::int64_t>(work_.shared_rows.size()) * layer_.num_heads *
+                        (padded_v() + 2));
   reserve_workers(num_threads);
 }
 
@@ -40,8 +40,8 @@ void CpuPlan::size_scratch(Scratch* scratch) const {
       rows * kMaxKvTile,    // s
       rows,                 // alpha
       rows,                 // new_max
-      item_rows * (v + 2),  // result
-      item_rows * (v + 2),  // chunk
+      item_rows * (v + 2),  // item_partial
+      item_rows * (v + 2),  // chunk_partial
   };
   std::int64_t total = 0;
   for (const std::int64_t count : counts) total += round_up(count, kPadK);
@@ -61,7 +61,7 @@ void CpuPlan::size_scratch(Scratch* scratch) const {
   scratch->alpha = take();
   scratch->new_max = take();
   std::fill(scratch->new_max, scratch->new_max + rows, 0.0F);
-  for (PartialRows* partial : {&scratch->result, &scratch->chunk}) {
+  for (Partial* partial : {&scratch->item_partial, &scratch->chunk_partial}) {
     partial->o = take();
     partial->max = partial->o + item_rows * v;
     partial->sum = partial->max + item_rows;
@@ -70,23 +70,23 @@ void CpuPlan::size_scratch(Scratch* scratch) const {
   if (scratch->tokens.size() < tokens) scratch->tokens.resize(tokens);
 }
 
-std::int64_t CpuPlan::slot_floats(const Schedule& schedule) const {
-  return std::int64_t{schedule.slot_rows} * (padded_v() + 2);
+std::int64_t CpuPlan::partial_floats(const Schedule& schedule) const {
+  return std::int64_t{schedule.partial_rows} * (padded_v() + 2);
 }
 
-PartialRows CpuPlan::slot(const Schedule& schedule, std::int64_t slot) const {
-  const std::int64_t rows = std::int64_t{schedule.slot_rows};
-  float* o = slots_.data() + slot * slot_floats(schedule);
+Partial CpuPlan::partial(const Schedule& schedule, std::int64_t index) const {
+  const std::int64_t rows = std::int64_t{schedule.partial_rows};
+  float* o = partials_.data() + index * partial_floats(schedule);
   return {o, o + rows * padded_v(), o + rows * (padded_v() + 1)};
 }
 
-PartialRows CpuPlan::shared_result(std::int64_t shared_row, std::int32_t head) const {
-  float* o = shared_results_.data() + (shared_row * layer_.num_heads + head) * (padded_v() + 2);
+Partial CpuPlan::prefix_partial(std::int64_t shared_row, std::int32_t head) const {
+  float* o = prefix_partials_.data() + (shared_row * layer_.num_heads + head) * (padded_v() + 2);
   return {o, o + padded_v(), o + padded_v() + 1};
 }
 
 std::int64_t CpuPlan::workspace_bytes() const {
-  std::int64_t bytes = slots_.bytes() + shared_results_.bytes() + block_output_.bytes();
+  std::int64_t bytes = partials_.bytes() + prefix_partials_.bytes() + block_output_.bytes();
   for (const Scratch& scratch : scratch_) bytes += scratch.memory.bytes();
   return bytes;
 }

@@ -1,4 +1,4 @@
-// The CPU backend's plan and workspace: everything a call needs, allocated when it grows only.
+// The CPU backend's plan and workspace: everything a call needs. Memory only grows.
 #pragma once
 
 #include <cstdint>
@@ -19,21 +19,21 @@ class CpuPlan final : public LayerPlan {
  public:
   explicit CpuPlan(const LayerParams& layer) : layer_(layer) {}
 
-  // Cut for as many workers as the pool of `ctx` has.
+  // Cuts the batch for as many threads as the pool of `ctx` has.
   void update(const BatchParams& batch, const Context& ctx) override;
   void attention(const AttentionParams& params, const Context& ctx) override;
 
-  // Scratch for workers [0, num_threads): a call may bring a larger pool than the plan's.
+  // Scratch for threads [0, num_threads): a call may bring a larger pool than the plan's.
   void reserve_workers(int num_threads);
   // The unquantised outputs of block-scale output, [num_tokens, num_heads * head_size_v].
   float* reserve_block_output(std::int64_t count);
 
   const WorkPlan& work() const { return work_; }
   Scratch& scratch(int worker) { return scratch_[static_cast<std::size_t>(worker)]; }
-  // Partial `slot` of the running schedule.
-  PartialRows slot(const Schedule& schedule, std::int64_t slot) const;
-  // The prefix result of one shared row and head.
-  PartialRows shared_result(std::int64_t shared_row, std::int32_t head) const;
+  // A partial of the running schedule: of an item, rows head_rows() apart for each kv head.
+  Partial partial(const Schedule& schedule, std::int64_t index) const;
+  // What one row of WorkPlan::shared_rows and one head saw in the shared prefix.
+  Partial prefix_partial(std::int64_t shared_row, std::int32_t head) const;
 
   std::int32_t padded_k() const {
     return static_cast<std::int32_t>(round_up(layer_.head_size, kPadK));
@@ -46,14 +46,14 @@ class CpuPlan final : public LayerPlan {
   std::string to_string() const override { return cpu::to_string(layer_, work_); }
 
  private:
-  std::int64_t slot_floats(const Schedule& schedule) const;
+  std::int64_t partial_floats(const Schedule& schedule) const;
   void size_scratch(Scratch* scratch) const;
 
   LayerParams layer_;
   WorkPlan work_;
   std::vector<Scratch> scratch_;
-  AlignedFloats slots_;
-  AlignedFloats shared_results_;
+  AlignedFloats partials_;
+  AlignedFloats prefix_partials_;
   AlignedFloats block_output_;
 };
 

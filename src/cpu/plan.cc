@@ -13,32 +13,33 @@ void Schedule::clear() {
   tiles.clear();
   ranges.clear();
   splits.clear();
-  num_slots = 0;
-  slot_rows = 0;
+  num_partials = 0;
+  partial_rows = 0;
 }
 
 namespace {
 
-// Direct attention bounds its keys by the key tensor's rows, which the plan does not know; the
-// kernel clamps again.
+// Direct attention has the keys that the key tensor has, which the plan does not know; the call
+// clamps again (WorkItem::visible_end).
 constexpr std::int64_t kAnyKvTokens = std::numeric_limits<std::int32_t>::max();
 
-void set_units(const TilePolicy& policy, const Spans& visible, WorkTile* tile) {
+void set_kv_tiles(const TilePolicy& policy, const Spans& visible, WorkTile* tile) {
   tile->kv_tile = policy.kv_tile;
-  tile->few_rows = policy.few_rows;
-  tile->units = semantics::make_units(visible, policy.kv_tile);
-  const std::int32_t num_units = tile->units.count();
-  tile->units_per_chunk = policy.splittable
-                              ? semantics::chunk_units(num_units, policy.min_units_per_chunk)
-                              : std::max(num_units, 1);
-  tile->num_chunks = semantics::num_chunks(num_units, tile->units_per_chunk);
+  tile->decode = policy.decode;
+  tile->kv_tiles = semantics::make_units(visible, policy.kv_tile);
+  const std::int32_t num_kv_tiles = tile->kv_tiles.count();
+  tile->kv_tiles_per_chunk =
+      policy.splittable ? semantics::chunk_units(num_kv_tiles, policy.min_kv_tiles_per_chunk)
+                        : std::max(num_kv_tiles, 1);
+  tile->num_kv_chunks = semantics::num_chunks(num_kv_tiles, tile->kv_tiles_per_chunk);
 }
 
+// What the rows of a shared prefix's tile see of it together, as one span.
 Spans shared_tile_spans(const LayerParams& layer, const BatchParams& batch, const WorkPlan& plan,
                         const WorkTile& tile) {
   Spans all;
   for (std::int32_t i = 0; i < tile.num_tokens; ++i) {
-    const SharedRow& shared = plan.shared_rows[tile.first + i];
+    const SharedRow& shared = plan.shared_rows[tile.first_row + i];
     const Sequence seq = sequence_at(layer, batch, kAnyKvTokens, shared.seq);
     const Spans row =
         clip(semantics::row_spans(seq.mask, seq.position(shared.row)), tile.kv_begin, tile.kv_end);
@@ -53,7 +54,7 @@ Spans shared_tile_spans(const LayerParams& layer, const BatchParams& batch, cons
 }
 
 // Rows before `*next_row` are taken: where wild row offsets overlap, a row belongs to the first
-// sequence that claims it, so that no two workers write it.
+// sequence that claims it, so that no two threads write it.
 void add_sequence(const LayerParams& layer, const BatchParams& batch, std::int32_t s,
                   std::int64_t* next_row, WorkPlan* plan) {
   const Sequence seq = sequence_at(layer, batch, kAnyKvTokens, s);
@@ -65,34 +66,34 @@ void add_sequence(const LayerParams& layer, const BatchParams& batch, std::int32
   for (std::int64_t i = taken; i < seq.query_len; i += policy.tokens) {
     WorkTile tile;
     tile.seq = s;
-    tile.first = seq.first_row + i;
+    tile.first_row = seq.first_row + i;
     tile.num_tokens =
         static_cast<std::int32_t>(std::min<std::int64_t>(policy.tokens, seq.query_len - i));
-    tile.shared_first = shared_prefix > 0 ? plan->first_shared_row[s] + i : -1;
+    tile.first_shared_row = shared_prefix > 0 ? plan->first_shared_row[s] + i : -1;
     tile.kv_begin = shared_prefix;
     tile.kv_end = seq.mask.kv_len;
     const std::int64_t first_pos = seq.first_pos + i;
     const Spans visible =
         clip(semantics::union_spans(seq.mask, first_pos, first_pos + tile.num_tokens - 1),
              tile.kv_begin, tile.kv_end);
-    set_units(policy, visible, &tile);
+    set_kv_tiles(policy, visible, &tile);
     plan->main.tiles.push_back(tile);
   }
 }
 
-// Memory-bound items take several kv heads as long as every worker still finds enough items.
-// Which heads go together changes no result.
-void group_heads(const LayerParams& layer, int num_threads, Schedule* schedule) {
-  std::int64_t chunks = 0;
-  for (const WorkTile& tile : schedule->tiles) chunks += tile.num_chunks;
+// Decode items take several kv heads as long as every thread still finds enough items. Which heads
+// go together changes no result.
+void set_kv_heads(const LayerParams& layer, int num_threads, Schedule* schedule) {
+  std::int64_t num_chunks = 0;
+  for (const WorkTile& tile : schedule->tiles) num_chunks += tile.num_kv_chunks;
   const std::int64_t wanted = std::int64_t{num_threads} * kItemsPerThread;
-  const std::int64_t most = num_threads == 1
-                                ? layer.num_kv_heads
-                                : std::max<std::int64_t>(chunks * layer.num_kv_heads / wanted, 1);
+  const std::int64_t most =
+      num_threads == 1 ? layer.num_kv_heads
+                       : std::max<std::int64_t>(num_chunks * layer.num_kv_heads / wanted, 1);
   for (WorkTile& tile : schedule->tiles) {
-    if (!tile.few_rows) continue;
-    tile.heads =
-        static_cast<std::int32_t>(std::min<std::int64_t>(most_heads(layer, tile.kv_tile), most));
+    if (!tile.decode) continue;
+    tile.kv_heads =
+        static_cast<std::int32_t>(std::min<std::int64_t>(most_kv_heads(layer, tile.kv_tile), most));
   }
 }
 
@@ -100,29 +101,30 @@ void note_sizes(const LayerParams& layer, const Schedule& schedule, WorkPlan* pl
   for (const WorkTile& tile : schedule.tiles) {
     plan->max_rows = std::max(plan->max_rows, tile.num_tokens * layer.group);
     plan->max_item_rows = std::max(plan->max_item_rows, item_rows(layer, tile));
-    plan->max_item_keys = std::max(plan->max_item_keys, tile.heads * tile.kv_tile);
+    plan->max_item_keys = std::max(plan->max_item_keys, tile.kv_heads * tile.kv_tile);
   }
 }
 
-// Of `units` units, and of loading queries and storing outputs where a tile begins.
-std::int64_t work_cost(const LayerParams& layer, const WorkTile& tile, std::int32_t units,
-                       bool begins) {
+// Of `num_kv_tiles` kv tiles of an item, with its overhead or without.
+std::int64_t work_cost(const LayerParams& layer, const WorkTile& tile, std::int32_t num_kv_tiles,
+                       bool with_overhead) {
   const std::int64_t rows = std::int64_t{tile.num_tokens} * layer.group;
-  const std::int64_t own = begins ? rows * (layer.head_size + layer.head_size_v) / 16 + 16 : 0;
-  return tile.heads * (unit_cost(layer, rows, tile.kv_tile) * units + own);
+  const std::int64_t overhead = with_overhead ? item_overhead(layer, rows) : 0;
+  return tile.kv_heads * (kv_tile_cost(layer, rows, tile.kv_tile) * num_kv_tiles + overhead);
 }
 
-std::int64_t chunk_cost(const LayerParams& layer, const WorkTile& tile, std::int32_t chunk) {
-  const std::int32_t left = tile.units.count() - chunk * tile.units_per_chunk;
-  return work_cost(layer, tile, std::clamp(left, 0, tile.units_per_chunk), chunk == 0);
+// The overhead counts with the first chunk.
+std::int64_t chunk_cost(const LayerParams& layer, const WorkTile& tile, std::int32_t kv_chunk) {
+  const std::int32_t left = tile.kv_tiles.count() - kv_chunk * tile.kv_tiles_per_chunk;
+  return work_cost(layer, tile, std::clamp(left, 0, tile.kv_tiles_per_chunk), kv_chunk == 0);
 }
 
 std::int64_t item_cost(const LayerParams& layer, const WorkTile& tile) {
-  return work_cost(layer, tile, tile.units.count(), true);
+  return work_cost(layer, tile, tile.kv_tiles.count(), true);
 }
 
-// Cuts the items of a schedule into ranges. Cuts fall between items unless an item is so large
-// that snapping to its ends would leave ranges uneven.
+// Cuts the items of a schedule into ranges. Cuts fall between items, which costs nothing, unless
+// that would leave ranges uneven by more than an eighth.
 class RangeCutter {
  public:
   RangeCutter(const LayerParams& layer, std::int32_t num_ranges, Schedule* schedule)
@@ -138,7 +140,7 @@ class RangeCutter {
     for (std::int32_t t = 0; t < num_tiles; ++t) {
       const WorkTile& tile = schedule_->tiles[t];
       const std::int64_t cost = item_cost(layer_, tile);
-      const bool worth_splitting = tile.num_chunks > 1 && cost > target_ / 8;
+      const bool worth_splitting = tile.num_kv_chunks > 1 && cost > target_ / 8;
       for (std::int32_t i = 0; i < tile.num_items(layer_); ++i) {
         if (worth_splitting && filled_ + cost > target_ + target_ / 8) {
           split_item(tile, t, i);
@@ -154,28 +156,28 @@ class RangeCutter {
 
  private:
   void split_item(const WorkTile& tile, std::int32_t t, std::int32_t i) {
-    SplitItem item{t, i, 0, schedule_->num_slots};
-    for (std::int32_t chunk = 0; chunk < tile.num_chunks; ++chunk) {
+    SplitItem item{t, i, 0, schedule_->num_partials};
+    for (std::int32_t chunk = 0; chunk < tile.num_kv_chunks; ++chunk) {
       const std::int64_t cost = chunk_cost(layer_, tile, chunk);
       if (filled_ > 0 && filled_ + cost / 2 > target_) {
         if (chunk > 0 && item.first_cut == 0) item.first_cut = chunk;
-        if (chunk > 0) last_slot_ = item.slot;
+        if (chunk > 0) last_partial_ = item.partial;
         cut({t, i, chunk});
-        if (chunk > 0) first_slot_ = item.slot;
+        if (chunk > 0) first_partial_ = item.partial;
       }
       filled_ += cost;
     }
     if (item.first_cut == 0) return;
     schedule_->splits.push_back(item);
-    schedule_->num_slots += tile.num_chunks;
-    schedule_->slot_rows = std::max(schedule_->slot_rows, item_rows(layer_, tile));
+    schedule_->num_partials += tile.num_kv_chunks;
+    schedule_->partial_rows = std::max(schedule_->partial_rows, item_rows(layer_, tile));
   }
 
   void cut(WorkPoint end) {
     if (end == begin_) return;
-    schedule_->ranges.push_back({begin_, end, first_slot_, last_slot_});
+    schedule_->ranges.push_back({begin_, end, first_partial_, last_partial_});
     begin_ = end;
-    first_slot_ = last_slot_ = -1;
+    first_partial_ = last_partial_ = -1;
     filled_ = 0;
   }
 
@@ -185,8 +187,8 @@ class RangeCutter {
   std::int64_t target_ = 1;
   std::int64_t filled_ = 0;
   WorkPoint begin_;
-  std::int64_t first_slot_ = -1;
-  std::int64_t last_slot_ = -1;
+  std::int64_t first_partial_ = -1;
+  std::int64_t last_partial_ = -1;
 };
 
 }  // namespace
@@ -200,14 +202,14 @@ void build_plan(const LayerParams& layer, const BatchParams& batch, int num_thre
   find_shared_prefixes(layer, batch, plan);
   const TilePolicy shared_policy = shared_prefix_policy(layer);
   for (WorkTile& tile : plan->shared.tiles) {
-    set_units(shared_policy, shared_tile_spans(layer, batch, *plan, tile), &tile);
+    set_kv_tiles(shared_policy, shared_tile_spans(layer, batch, *plan, tile), &tile);
   }
   std::int64_t next_row = 0;
   for (std::int32_t s = 0; s < batch.num_seqs; ++s) {
     add_sequence(layer, batch, s, &next_row, plan);
   }
   for (Schedule* schedule : {&plan->shared, &plan->main}) {
-    group_heads(layer, num_threads, schedule);
+    set_kv_heads(layer, num_threads, schedule);
     note_sizes(layer, *schedule, plan);
   }
   const std::int32_t num_ranges = num_threads == 1 ? 1 : num_threads * kRangesPerThread;
@@ -222,18 +224,18 @@ void append(const LayerParams& layer, const char* name, const Schedule& schedule
   const auto number = [](auto value) { return std::to_string(value); };
   for (const WorkTile& tile : schedule.tiles) {
     *text += std::string(name) + " tile: sequence " + number(tile.seq) + ", rows " +
-             number(tile.first) + "+" + number(tile.num_tokens) + " x " + number(layer.group) +
-             " heads, units of " + number(tile.kv_tile) +
-             " keys: " + number(tile.units.prefix_first) + "+" + number(tile.units.prefix_count) +
-             ", " + number(tile.units.main_first) + "+" + number(tile.units.main_count) +
-             ", chunks " + number(tile.num_chunks) + ", kv heads together " + number(tile.heads) +
-             "\n";
+             number(tile.first_row) + "+" + number(tile.num_tokens) + " x " + number(layer.group) +
+             " heads, kv tiles of " + number(tile.kv_tile) +
+             " keys: " + number(tile.kv_tiles.prefix_first) + "+" +
+             number(tile.kv_tiles.prefix_count) + ", " + number(tile.kv_tiles.main_first) + "+" +
+             number(tile.kv_tiles.main_count) + ", kv chunks " + number(tile.num_kv_chunks) +
+             ", kv heads together " + number(tile.kv_heads) + "\n";
   }
   for (const WorkRange& range : schedule.ranges) {
     *text += std::string(name) + " range: (" + number(range.begin.tile) + ", " +
-             number(range.begin.item) + ", " + number(range.begin.chunk) + ") to (" +
+             number(range.begin.item) + ", " + number(range.begin.kv_chunk) + ") to (" +
              number(range.end.tile) + ", " + number(range.end.item) + ", " +
-             number(range.end.chunk) + ")\n";
+             number(range.end.kv_chunk) + ")\n";
   }
 }
 

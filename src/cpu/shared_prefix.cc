@@ -1,4 +1,4 @@
-// Cascade: sequences whose block tables start with the same blocks read them once, together.
+// Cascade: sequences whose block tables start with the same blocks read these once, together.
 #include <algorithm>
 #include <limits>
 
@@ -23,8 +23,9 @@ std::int64_t equal_blocks(const BatchParams& batch, std::int32_t a, std::int32_t
   return std::mismatch(row_a, row_a + most, row_b).first - row_a;
 }
 
-void add_group(const LayerParams& layer, const BatchParams& batch, std::int64_t prefix_blocks,
-               const std::int32_t* begin, const std::int32_t* end, WorkPlan* plan) {
+void add_shared_prefix(const LayerParams& layer, const BatchParams& batch,
+                       std::int64_t prefix_blocks, const std::int32_t* begin,
+                       const std::int32_t* end, WorkPlan* plan) {
   const std::int64_t prefix = prefix_blocks * layer.block_size;
   const auto first_row = static_cast<std::int64_t>(plan->shared_rows.size());
   for (const std::int32_t* s = begin; s != end; ++s) {
@@ -40,14 +41,14 @@ void add_group(const LayerParams& layer, const BatchParams& batch, std::int64_t 
   for (std::int64_t row = first_row; row < num_rows; row += tokens) {
     WorkTile tile;
     tile.seq = *begin;
-    tile.first = row;
+    tile.first_row = row;
     tile.num_tokens = static_cast<std::int32_t>(std::min(tokens, num_rows - row));
     tile.kv_end = prefix;
     plan->shared.tiles.push_back(tile);
   }
 }
 
-// The announced prefix. Sequences that do not keep the promise are left to plain attention.
+// The prefix that the caller announced. A sequence whose table does not begin with it shares nothing.
 void add_announced(const LayerParams& layer, const BatchParams& batch, const PrefixRule& rule,
                    WorkPlan* plan) {
   const std::int64_t blocks = rule.min_blocks;
@@ -58,7 +59,7 @@ void add_announced(const LayerParams& layer, const BatchParams& batch, const Pre
     order.push_back(s);
   }
   if (order.size() < 2) return;
-  add_group(layer, batch, blocks, order.data(), order.data() + order.size(), plan);
+  add_shared_prefix(layer, batch, blocks, order.data(), order.data() + order.size(), plan);
 }
 
 // Sequences with the same first block are compared with the first of them.
@@ -77,7 +78,7 @@ void add_detected(const LayerParams& layer, const BatchParams& batch, const Pref
   for (std::int32_t* begin = order.data(); begin != all_end;) {
     std::int32_t* end = begin + 1;
     std::int64_t shared = shareable_blocks(layer, batch, rule, *begin);
-    // Members that share too little move behind the group and stay plain.
+    // [begin, kept) share the prefix. Sequences that have too little of it share nothing.
     std::int32_t* kept = end;
     while (end != all_end && *table_row(batch, *end) == *table_row(batch, *begin)) {
       const std::int64_t most = std::min(shared, shareable_blocks(layer, batch, rule, *end));
@@ -88,7 +89,7 @@ void add_detected(const LayerParams& layer, const BatchParams& batch, const Pref
       }
       ++end;
     }
-    if (kept - begin >= 2) add_group(layer, batch, shared, begin, kept, plan);
+    if (kept - begin >= 2) add_shared_prefix(layer, batch, shared, begin, kept, plan);
     begin = end;
   }
 }

@@ -17,7 +17,7 @@ namespace {
 using conformance::Case;
 using conformance::CaseSpec;
 
-// How often each key of each row is visited, for one sequence and kv head.
+// How often each key of each row is visited, by sequence and kv head.
 class Visits {
  public:
   explicit Visits(const Case& c) : num_kv_heads_(c.spec.config.num_kv_heads) {
@@ -77,9 +77,9 @@ class Visits {
   std::vector<std::vector<int>> rows_;    // [seq][row, head]
 };
 
-using Chunk = std::tuple<std::int32_t, std::int32_t, std::int32_t>;  // tile, item, chunk
+using Chunk = std::tuple<std::int32_t, std::int32_t, std::int32_t>;  // tile, item, kv chunk
 
-// The chunks of a schedule as its ranges visit them.
+// The kv chunks of a schedule as its ranges visit them.
 std::vector<Chunk> chunks_visited(const LayerParams& layer, const Schedule& schedule) {
   std::vector<Chunk> visited;
   const auto num_tiles = static_cast<std::int32_t>(schedule.tiles.size());
@@ -91,10 +91,10 @@ std::vector<Chunk> chunks_visited(const LayerParams& layer, const Schedule& sche
         return visited;
       }
       const WorkTile& tile = schedule.tiles[at.tile];
-      visited.emplace_back(at.tile, at.item, at.chunk);
-      ++at.chunk;
+      visited.emplace_back(at.tile, at.item, at.kv_chunk);
+      ++at.kv_chunk;
       const bool stops_here = at == range.end;
-      if (stops_here || at.chunk < tile.num_chunks) continue;
+      if (stops_here || at.kv_chunk < tile.num_kv_chunks) continue;
       at = at.item + 1 < tile.num_items(layer) ? WorkPoint{at.tile, at.item + 1, 0}
                                                : WorkPoint{at.tile + 1, 0, 0};
     }
@@ -107,7 +107,7 @@ std::vector<Chunk> all_chunks(const LayerParams& layer, const Schedule& schedule
   for (std::size_t t = 0; t < schedule.tiles.size(); ++t) {
     const WorkTile& tile = schedule.tiles[t];
     for (std::int32_t i = 0; i < tile.num_items(layer); ++i) {
-      for (std::int32_t chunk = 0; chunk < tile.num_chunks; ++chunk) {
+      for (std::int32_t chunk = 0; chunk < tile.num_kv_chunks; ++chunk) {
         all.emplace_back(static_cast<std::int32_t>(t), i, chunk);
       }
     }
@@ -115,33 +115,33 @@ std::vector<Chunk> all_chunks(const LayerParams& layer, const Schedule& schedule
   return all;
 }
 
-// Items that ranges share have partial slots of their own, and say where they were first cut.
+// Cut items have partials of their own, and say where they were first cut.
 void check_splits(const Schedule& schedule) {
   std::map<std::pair<std::int32_t, std::int32_t>, std::int32_t> cuts;
   for (const WorkRange& range : schedule.ranges) {
-    if (range.begin.chunk == 0) continue;
+    if (range.begin.kv_chunk == 0) continue;
     const auto [entry, is_first] =
-        cuts.try_emplace({range.begin.tile, range.begin.item}, range.begin.chunk);
-    if (!is_first) entry->second = std::min(entry->second, range.begin.chunk);
+        cuts.try_emplace({range.begin.tile, range.begin.item}, range.begin.kv_chunk);
+    if (!is_first) entry->second = std::min(entry->second, range.begin.kv_chunk);
   }
   EXPECT_EQ(schedule.splits.size(), cuts.size());
-  std::vector<int> used(schedule.num_slots, 0);
+  std::vector<int> used(schedule.num_partials, 0);
   for (const SplitItem& split : schedule.splits) {
     const auto cut = cuts.find({split.tile, split.item});
     ASSERT_NE(cut, cuts.end());
     EXPECT_EQ(split.first_cut, cut->second);
-    const std::int32_t num_chunks = schedule.tiles[split.tile].num_chunks;
-    ASSERT_LE(split.slot + num_chunks, schedule.num_slots);
-    for (std::int32_t i = 0; i < num_chunks; ++i) EXPECT_EQ(used[split.slot + i]++, 0);
+    const std::int32_t num_chunks = schedule.tiles[split.tile].num_kv_chunks;
+    ASSERT_LE(split.partial + num_chunks, schedule.num_partials);
+    for (std::int32_t i = 0; i < num_chunks; ++i) EXPECT_EQ(used[split.partial + i]++, 0);
     for (const WorkRange& range : schedule.ranges) {
-      const bool starts_inside =
-          range.begin.chunk > 0 && range.begin.tile == split.tile && range.begin.item == split.item;
+      const bool starts_inside = range.begin.kv_chunk > 0 && range.begin.tile == split.tile &&
+                                 range.begin.item == split.item;
       const bool ends_inside =
-          range.end.chunk > 0 && range.end.tile == split.tile && range.end.item == split.item;
+          range.end.kv_chunk > 0 && range.end.tile == split.tile && range.end.item == split.item;
       if (starts_inside) {
-        EXPECT_EQ(range.first_item_slot, split.slot);
+        EXPECT_EQ(range.first_item_partial, split.partial);
       } else if (ends_inside) {
-        EXPECT_EQ(range.last_item_slot, split.slot);
+        EXPECT_EQ(range.last_item_partial, split.partial);
       }
     }
   }
@@ -151,15 +151,16 @@ void visit_chunk(const LayerParams& layer, const WorkPlan& plan, bool shared, co
                  Visits* visits) {
   const auto [t, item, number] = chunk;
   const WorkTile& tile = (shared ? plan.shared : plan.main).tiles[t];
-  const std::int32_t unit_end = std::min((number + 1) * tile.units_per_chunk, tile.units.count());
-  const std::int32_t head_end = std::min((item + 1) * tile.heads, layer.num_kv_heads);
+  const std::int32_t kv_tile_end =
+      std::min((number + 1) * tile.kv_tiles_per_chunk, tile.kv_tiles.count());
+  const std::int32_t head_end = std::min((item + 1) * tile.kv_heads, layer.num_kv_heads);
   for (std::int32_t i = 0; i < tile.num_tokens; ++i) {
     const SharedRow row =
-        shared ? plan.shared_rows[tile.first + i] : SharedRow{tile.first + i, tile.seq};
-    for (std::int32_t head = item * tile.heads; head < head_end; ++head) {
+        shared ? plan.shared_rows[tile.first_row + i] : SharedRow{tile.first_row + i, tile.seq};
+    for (std::int32_t head = item * tile.kv_heads; head < head_end; ++head) {
       if (!shared && number == 0) visits->add_row(row.seq, row.row, head);
-      for (std::int32_t u = number * tile.units_per_chunk; u < unit_end; ++u) {
-        const std::int64_t begin = std::int64_t{tile.units.at(u)} * tile.kv_tile;
+      for (std::int32_t u = number * tile.kv_tiles_per_chunk; u < kv_tile_end; ++u) {
+        const std::int64_t begin = std::int64_t{tile.kv_tiles.at(u)} * tile.kv_tile;
         visits->add_keys(row.seq, row.row, head, std::max(begin, tile.kv_begin),
                          std::min(begin + tile.kv_tile, tile.kv_end));
       }

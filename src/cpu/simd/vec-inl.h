@@ -1,4 +1,4 @@
-// The vector vocabulary of the CPU kernels, on Highway. Included once per target.
+// The vector operations of the CPU kernels, on Highway. Included once per target.
 #if defined(QUIRE_CPU_SIMD_VEC_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef QUIRE_CPU_SIMD_VEC_INL_H_
 #undef QUIRE_CPU_SIMD_VEC_INL_H_
@@ -23,6 +23,7 @@ namespace hn = hwy::HWY_NAMESPACE;
 using Df = hn::ScalableTag<float>;
 using Vf = hn::Vec<Df>;
 constexpr std::size_t kLanes = hn::MaxLanes(Df());
+constexpr auto kVec = static_cast<std::int64_t>(kLanes);
 
 // ---- widening: one row of any stored type to float ----------------------------------------
 
@@ -108,6 +109,45 @@ HWY_INLINE WidenRow widener(DType dtype) {
   }
 }
 
+// ---- narrowing: floats to one row of an output ---------------------------------------------
+
+// to[0, size) = from[0, size) * scale / divisor in `dtype`. Only 8-bit dtypes divide; for the others
+// the divisor must be 1.
+inline void store_row(const float* from, std::int64_t size, float scale, float divisor, void* to,
+                      DType dtype) {
+  const Df d;
+  const hn::RebindToUnsigned<Df> du;
+  const hn::Rebind<std::uint16_t, Df> d16;
+  const hn::Rebind<hwy::float16_t, Df> df16;
+  const Vf factor = hn::Set(d, scale);
+  std::int64_t i = 0;
+  const std::int64_t whole = size - size % kVec;
+  if (dtype == DType::kFloat32) {
+    for (; i < whole; i += kVec) {
+      hn::StoreU(hn::Mul(hn::LoadU(d, from + i), factor), d, static_cast<float*>(to) + i);
+    }
+  } else if (dtype == DType::kFloat16 &&
+             HWY_TARGET != HWY_SCALAR) {  // HWY_SCALAR: as in load_widened
+    for (; i < whole; i += kVec) {
+      hn::StoreU(hn::DemoteTo(df16, hn::Mul(hn::LoadU(d, from + i), factor)), df16,
+                 static_cast<hwy::float16_t*>(to) + i);
+    }
+  } else if (dtype == DType::kBFloat16) {
+    for (; i < whole; i += kVec) {
+      const Vf x = hn::Mul(hn::LoadU(d, from + i), factor);
+      const auto bits = hn::BitCast(du, x);
+      const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
+      const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7FFF)));
+      const auto quiet = hn::Or(bits, hn::Set(du, 0x400000));
+      const auto is_nan = hn::RebindMask(du, hn::IsNaN(x));
+      const auto code = hn::ShiftRight<16>(hn::IfThenElse(is_nan, quiet, rounded));
+      hn::StoreU(hn::DemoteTo(d16, hn::BitCast(hn::RebindToSigned<Df>(), code)), d16,
+                 static_cast<std::uint16_t*>(to) + i);
+    }
+  }
+  for (; i < size; ++i) semantics::store_element(to, dtype, i, from[i] * scale / divisor);
+}
+
 // ---- across lanes -------------------------------------------------------------------------
 
 #if HWY_TARGET == HWY_SCALAR
@@ -118,8 +158,8 @@ HWY_INLINE Vf even_lanes(Vf high, Vf low) { return hn::ConcatEven(Df(), high, lo
 HWY_INLINE Vf odd_lanes(Vf high, Vf low) { return hn::ConcatOdd(Df(), high, low); }
 #endif
 
-// Loops over arrays of vectors are unrolled by recursion and pragmas, or the arrays would live in
-// memory.
+// Loops over arrays of vectors are unrolled by recursion and pragmas: left to the compiler, the arrays
+// went to memory instead of registers.
 
 // The sums of kLanes vectors, in order, as one vector. Each step adds neighbours and halves the
 // number of vectors: kLanes - 1 steps of two shuffles and an addition.
@@ -153,10 +193,22 @@ HWY_INLINE void transpose(Vf (&v)[kLanes]) {
   }
 }
 
+// ---- finite or not ---------------------------------------------------------------------------
+
+// The greatest of the bits of |x|, sign shifted out: infinity and NaN are above all finite numbers.
+using MagnitudeBits = hn::Vec<hn::RebindToUnsigned<Df>>;
+HWY_INLINE MagnitudeBits greater_magnitude(MagnitudeBits greatest, Vf x) {
+  return hn::Max(greatest, hn::ShiftLeft<1>(hn::BitCast(hn::RebindToUnsigned<Df>(), x)));
+}
+HWY_INLINE bool is_finite(MagnitudeBits greatest) {
+  const hn::RebindToUnsigned<Df> du;
+  return hn::AllTrue(du, hn::Lt(greatest, hn::Set(du, 0xFF000000U)));
+}
+
 // ---- exponential ---------------------------------------------------------------------------
 
 // exp(x) * 2^-kDownLog2 for x <= 0, to 2 ulp; 0 where that is below the normal numbers. NaN stays
-// NaN, which hn::Exp turns into 0. What x above 0 gives is of no use.
+// NaN, which hn::Exp turns into 0. Not for x above 0.
 template <int kDownLog2 = 0>
 HWY_INLINE Vf exp_below_0(Vf x) {
   const Df d;
@@ -180,7 +232,7 @@ HWY_INLINE Vf exp_below_0(Vf x) {
   return hn::IfThenZeroElse(hn::Lt(x, lowest), hn::Mul(mantissa, hn::BitCast(d, power)));
 }
 
-// ---- score modifiers' number type ------------------------------------------------------------
+// ---- the number type of score.inc ------------------------------------------------------------
 
 struct VecOps {
   HWY_INLINE Vf mul(Vf a, Vf b) const { return hn::Mul(a, b); }
