@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """quire verify as a user meets it: verify_test.py QUIRE GOLDEN."""
 
+import json
 import os
 import pty
 import re
@@ -64,19 +65,26 @@ class VerifyTest(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stdout)
         self.assertRegex(last_line(done), r"^\d+ passed, 0 failed$")
 
-    def verify_changed(self, pattern, replacement, times=0):
-        """Runs the golden file with other text of the same length in its header."""
+    def read_golden(self):
+        """The golden file's bytes and the length of its header's text, which begins at byte 8."""
         with open(GOLDEN, "rb") as file:
             data = bytearray(file.read())
-        length = int.from_bytes(data[:8], "little")
+        return data, int.from_bytes(data[:8], "little")
+
+    def verify_bytes(self, data):
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+            file.write(data)
+            file.flush()
+            return verify("--golden", file.name)
+
+    def verify_changed(self, pattern, replacement, times=0):
+        """Runs the golden file with other text of the same length in its header."""
+        data, length = self.read_golden()
         header = data[8:8 + length].decode()
         changed, count = re.subn(pattern, replacement, header, count=times)
         self.assertGreater(count, 0)
         data[8:8 + length] = changed.encode()
-        with tempfile.NamedTemporaryFile(suffix=".safetensors") as broken:
-            broken.write(data)
-            broken.flush()
-            return verify("--golden", broken.name)
+        return self.verify_bytes(data)
 
     def test_golden_with_what_is_not_known_fails_that_case_by_name(self):
         for pattern, replacement, problem in (
@@ -94,6 +102,29 @@ class VerifyTest(unittest.TestCase):
         self.assertIn("FAILED ", done.stdout)
         failed = int(re.match(r"^\d+ passed, (\d+) failed$", last_line(done)).group(1))
         self.assertGreater(failed, 0)
+
+    def test_golden_caches_are_compared_bit_for_bit(self):
+        # The last bit of the first element of a tensor. Only int8 codes may be off by one.
+        data, length = self.read_golden()
+        header = json.loads(data[8:8 + length])
+        dtypes = {case["case"]: case["kv_cache_dtype"]
+                  for case in json.loads(header["__metadata__"]["cases"])
+                  if f"{case['case']}.key" in header}  # its cache is written, then compared
+        for dtype, tensor, problem in (("fp8", "kv_cache", "byte 0 of the cache reads"),
+                                       ("fp8_pth", "kv_cache", "byte 0 of the cache reads"),
+                                       ("fp8_pth", "v_scale_cache", "a scale is"),
+                                       ("int8_pth", "k_scale_cache", "a scale is"),
+                                       ("int8_pth", "kv_cache", None)):
+            case = next(name for name in dtypes if dtypes[name] == dtype)
+            at = 8 + length + header[f"{case}.{tensor}"]["data_offsets"][0]
+            changed = bytearray(data)
+            changed[at] ^= 1
+            done = self.verify_bytes(changed)
+            with self.subTest(case=case, dtype=dtype, tensor=tensor):
+                self.assertEqual(done.returncode, 1 if problem else 0, done.stdout)
+                if problem:
+                    self.assertIn(f"/{case} {dtype}", done.stdout)
+                    self.assertIn(f"write_kv_cache: {problem}", done.stdout)
 
     def test_mistakes(self):
         done = verify("--device", "abacus")
