@@ -81,7 +81,7 @@ static void test_bytes(void) {
 
 /* Scales behind the rows: an int8 cache of the shape that the backend names. */
 static void test_inline_scales(void) {
-  static int8_t bytes[kNumBlocks][2][kBlockSize][kNumKvHeads][kHeadSize + 4];
+  static _Alignas(float) int8_t bytes[kNumBlocks][2][kBlockSize][kNumKvHeads][kHeadSize + 4];
   int64_t shape[QUIRE_MAX_DIMS];
   int32_t ndim = 0;
   CHECK(quire_backend_kv_cache_shape(0, kNumBlocks, kBlockSize, kNumKvHeads, kHeadSize,
@@ -96,7 +96,7 @@ static void test_inline_scales(void) {
   CHECK(cache.key.shape[3] == kHeadSize && cache.k_scale_cache.dtype == QUIRE_DTYPE_FLOAT32);
   write_token(&cache);
 
-  /* The largest code of a row is 127, and the scale gives the row's largest value. */
+  /* The scale behind a row makes 127 of the row's largest value. */
   float value[kNumKvHeads][kHeadSize];
   fill(&value[0][0], kRow, 2);
   for (int head = 0; head < kNumKvHeads; ++head) {
