@@ -109,8 +109,8 @@ inline void combine(const Partial& into, const Partial& later, std::int32_t rows
                     std::int64_t padded_v) {
   for (std::int32_t r = 0; r < rows; ++r) {
     const auto combined =
-        semantics::merge(semantics::SoftmaxState<float>{into.max[r], into.sum[r]},
-                         semantics::SoftmaxState<float>{later.max[r], later.sum[r]});
+        semantics::combine(semantics::SoftmaxState<float>{into.max[r], into.sum[r]},
+                           semantics::SoftmaxState<float>{later.max[r], later.sum[r]});
     const std::int64_t row = static_cast<std::int64_t>(r) * padded_v;
     weighted_sum(into.o + row, combined.weight_a, later.o + row, combined.weight_b, padded_v);
     into.max[r] = combined.state.max;

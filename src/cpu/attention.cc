@@ -202,8 +202,8 @@ class Call {
     const bool has_sink = layer_.sinks != nullptr;
     constexpr float kUp = 1 << kWeightsDownLog2;
     const auto normalised =
-        semantics::finish(semantics::SoftmaxState<float>{*partial.max, *partial.sum * kUp},
-                          has_sink, has_sink ? layer_.sinks[head] : 0.0F);
+        semantics::normalise(semantics::SoftmaxState<float>{*partial.max, *partial.sum * kUp},
+                             has_sink, has_sink ? layer_.sinks[head] : 0.0F);
     const float scale = normalised.output_scale * kUp * value_scale_;
     if (block_output_ != nullptr) {
       kernels_.store_row(partial.o, layer_.head_size_v, scale, 1.0F,

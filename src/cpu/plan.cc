@@ -26,12 +26,12 @@ constexpr std::int64_t kAnyKvTokens = std::numeric_limits<std::int32_t>::max();
 void set_kv_tiles(const TilePolicy& policy, const Spans& visible, WorkTile* tile) {
   tile->kv_tile = policy.kv_tile;
   tile->decode = policy.decode;
-  tile->kv_tiles = semantics::make_units(visible, policy.kv_tile);
+  tile->kv_tiles = planning::kv_tiles_of(visible, policy.kv_tile);
   const std::int32_t num_kv_tiles = tile->kv_tiles.count();
   tile->kv_tiles_per_chunk =
-      policy.splittable ? semantics::chunk_units(num_kv_tiles, policy.min_kv_tiles_per_chunk)
+      policy.splittable ? planning::kv_tiles_per_chunk(num_kv_tiles, policy.min_kv_tiles_per_chunk)
                         : std::max(num_kv_tiles, 1);
-  tile->num_kv_chunks = semantics::num_chunks(num_kv_tiles, tile->kv_tiles_per_chunk);
+  tile->num_kv_chunks = planning::num_kv_chunks(num_kv_tiles, tile->kv_tiles_per_chunk);
 }
 
 // What the rows of a shared prefix's tile see of it together, as one span.

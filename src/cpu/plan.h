@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "params.h"
-#include "semantics/work_split.h"
+#include "plan/kv_chunks.h"
 
 namespace quire::cpu {
 
@@ -31,7 +31,7 @@ struct WorkTile {
   std::int32_t kv_heads = 1;  // of an item; the last item may have fewer
   std::int32_t kv_tiles_per_chunk = 1;
   std::int32_t num_kv_chunks = 1;
-  semantics::KvUnits kv_tiles;
+  planning::KvTiles kv_tiles;
   std::int32_t num_items(const LayerParams& layer) const {
     return (layer.num_kv_heads + kv_heads - 1) / kv_heads;
   }

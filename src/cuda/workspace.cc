@@ -71,7 +71,7 @@ void set_pointers(char* base, const RuleOffsets& at, bool whole_items, TileRule*
 // Partial results that a CTA may leave: one of the item that it begins, and of the item that it found
 // begun one, or in batch-invariant mode one for each chunk.
 int slots_per_cta(const LayerParams& layer, const AttentionKernel& kernel) {
-  return layer.batch_invariant && kernel.kv_chunks ? 1 + semantics::kMaxChunks : 2;
+  return layer.batch_invariant && kernel.kv_chunks ? 1 + planning::kMaxKvChunks : 2;
 }
 
 std::int64_t slot_floats(const TilePolicy& policy, const LayerParams& layer) {

@@ -75,10 +75,10 @@ class Row {
       for (std::int64_t i = 0; i < layer_.head_size_v; ++i) (*output)[i] += weight * value[i];
     }
     const bool has_sink = layer_.sinks != nullptr;
-    const auto finished =
-        semantics::finish(state, has_sink, has_sink ? double{layer_.sinks[head_]} : 0.0);
-    for (double& x : *output) x *= finished.output_scale;
-    *lse = finished.lse;
+    const auto normalised =
+        semantics::normalise(state, has_sink, has_sink ? double{layer_.sinks[head_]} : 0.0);
+    for (double& x : *output) x *= normalised.output_scale;
+    *lse = normalised.lse;
   }
 
  private:

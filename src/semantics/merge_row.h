@@ -25,10 +25,11 @@ struct MergedRow {
 
 template <class T>
 QUIRE_HOST_DEVICE MergedRow<T> merge_rows(T lse_a, T lse_b) {
-  const MergedState<T> merged = merge(SoftmaxState<T>{lse_a, T{1}}, SoftmaxState<T>{lse_b, T{1}});
-  const FinishedRow<T> finished = finish(merged.state, false, T{0});
-  return {merged.weight_a * finished.output_scale, merged.weight_b * finished.output_scale,
-          finished.lse};
+  const CombinedState<T> merged =
+      combine(SoftmaxState<T>{lse_a, T{1}}, SoftmaxState<T>{lse_b, T{1}});
+  const NormalisedRow<T> normalised = normalise(merged.state, false, T{0});
+  return {merged.weight_a * normalised.output_scale, merged.weight_b * normalised.output_scale,
+          normalised.lse};
 }
 
 }  // namespace quire::semantics

@@ -24,7 +24,7 @@ QUIRE_HOST_DEVICE T softmax_shift(T max) {
 }
 
 template <class T>
-struct MergedState {
+struct CombinedState {
   SoftmaxState<T> state;
   T weight_a;  // multiplies part a's unnormalised output
   T weight_b;
@@ -32,7 +32,7 @@ struct MergedState {
 
 // An empty part adds 0 to the sum, and its weight is 0 unless the other part is NaN.
 template <class T>
-QUIRE_HOST_DEVICE MergedState<T> merge(const SoftmaxState<T>& a, const SoftmaxState<T>& b) {
+QUIRE_HOST_DEVICE CombinedState<T> combine(const SoftmaxState<T>& a, const SoftmaxState<T>& b) {
   const T max = a.max > b.max ? a.max : b.max;
   const T shift = softmax_shift(max);
   const T weight_a = std::exp(a.max - shift);
@@ -41,19 +41,19 @@ QUIRE_HOST_DEVICE MergedState<T> merge(const SoftmaxState<T>& a, const SoftmaxSt
 }
 
 template <class T>
-struct FinishedRow {
+struct NormalisedRow {
   T output_scale;  // multiplies the unnormalised output
   T lse;           // natural logarithm of the denominator
 };
 
 // Closes a row. The sink, if any, takes part in the maximum and the denominator exactly once, here.
 template <class T>
-QUIRE_HOST_DEVICE FinishedRow<T> finish(SoftmaxState<T> row, bool has_sink, T sink) {
+QUIRE_HOST_DEVICE NormalisedRow<T> normalise(SoftmaxState<T> row, bool has_sink, T sink) {
   T weight = 1;
   if (has_sink) {
-    const MergedState<T> merged = merge(row, SoftmaxState<T>{sink, T{1}});
-    row = merged.state;
-    weight = merged.weight_a;
+    const CombinedState<T> combined = combine(row, SoftmaxState<T>{sink, T{1}});
+    row = combined.state;
+    weight = combined.weight_a;
   }
   // Nothing seen. A sum of NaN is not nothing, whatever the maximum.
   if (row.max == -std::numeric_limits<T>::infinity() && row.sum == row.sum) return {T{0}, row.max};

@@ -78,8 +78,8 @@ class Epilogue {
                                                  bool writes_lse) const {
     const bool has_sink = p_.layer.sinks != nullptr;
     const int head = table_.head[r];
-    const auto finished = semantics::finish(semantics::SoftmaxState<float>{max, sum}, has_sink,
-                                            has_sink ? table_.sink[r] : 0.0F);
+    const auto finished = semantics::normalise(semantics::SoftmaxState<float>{max, sum}, has_sink,
+                                               has_sink ? table_.sink[r] : 0.0F);
     if (writes_lse && p_.lse != nullptr && first_column_ == 0) {
       p_.lse[head * p_.lse_head_stride + table_.token[r] * p_.lse_token_stride] = finished.lse;
     }

@@ -12,8 +12,8 @@
 
 #include "cuda/plan/tuning.h"
 #include "params.h"
+#include "plan/kv_chunks.h"
 #include "plan/shared_prefix.h"
-#include "semantics/work_split.h"
 
 namespace quire::cuda {
 

@@ -41,7 +41,7 @@ QUIRE_DEVICE std::int64_t tiles_of(const PlanArgs& args, const TileRule& rule, s
 
 QUIRE_DEVICE void set_units(const LayerParams& layer, const TileRule& rule,
                             const semantics::Spans& visible, Tile* tile) {
-  const semantics::KvUnits units = semantics::make_units(visible, rule.policy.kv_tile);
+  const planning::KvTiles units = planning::kv_tiles_of(visible, rule.policy.kv_tile);
   tile->prefix_first = units.prefix_first;
   tile->prefix_count = units.prefix_count;
   tile->main_first = units.main_first;
@@ -52,7 +52,7 @@ QUIRE_DEVICE void set_units(const LayerParams& layer, const TileRule& rule,
   if (!layer.batch_invariant) {
     tile->chunk_units = count > rule.policy.max_uncut || count == 0 ? 1 : count;
   } else if (rule.chunks) {
-    tile->chunk_units = semantics::chunk_units(count, rule.policy.min_chunk);
+    tile->chunk_units = planning::kv_tiles_per_chunk(count, rule.policy.min_chunk);
   } else {
     tile->chunk_units = count > 0 ? count : 1;
   }
