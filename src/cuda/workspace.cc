@@ -47,14 +47,14 @@ class Carver {
 };
 
 struct RuleOffsets {
-  std::size_t header, tiles, starts, seq_tiles, buckets;
+  std::size_t header, tiles, work_ranges, seq_tiles, buckets;
 };
 
 RuleOffsets carve(Carver* carver, const TileRule& rule, std::int32_t max_seqs) {
   RuleOffsets at{};
   at.header = carver->take<ScheduleHeader>(1);
-  at.tiles = carver->take<Tile>(rule.max_tiles);
-  at.starts = carver->take<CtaStart>(kMaxGrid + 1);
+  at.tiles = carver->take<WorkTile>(rule.max_tiles);
+  at.work_ranges = carver->take<WorkRange>(kMaxGrid + 1);
   at.seq_tiles = carver->take<std::int32_t>(max_seqs);
   at.buckets = carver->take<CostBuckets>(1);
   return at;
@@ -62,19 +62,19 @@ RuleOffsets carve(Carver* carver, const TileRule& rule, std::int32_t max_seqs) {
 
 void set_pointers(char* base, const RuleOffsets& at, bool whole_items, TileRule* rule) {
   rule->header = reinterpret_cast<ScheduleHeader*>(base + at.header);
-  rule->tiles = reinterpret_cast<Tile*>(base + at.tiles);
-  rule->starts = reinterpret_cast<CtaStart*>(base + at.starts);
+  rule->tiles = reinterpret_cast<WorkTile*>(base + at.tiles);
+  rule->work_ranges = reinterpret_cast<WorkRange*>(base + at.work_ranges);
   rule->seq_tiles = reinterpret_cast<std::int32_t*>(base + at.seq_tiles);
   rule->buckets = whole_items ? reinterpret_cast<CostBuckets*>(base + at.buckets) : nullptr;
 }
 
 // Partial results that a CTA may leave: one of the item that it begins, and of the item that it found
 // begun one, or in batch-invariant mode one for each chunk.
-int slots_per_cta(const LayerParams& layer, const AttentionKernel& kernel) {
+int partials_per_cta(const LayerParams& layer, const AttentionKernel& kernel) {
   return layer.batch_invariant && kernel.kv_chunks ? 1 + planning::kMaxKvChunks : 2;
 }
 
-std::int64_t slot_floats(const TilePolicy& policy, const LayerParams& layer) {
+std::int64_t partial_floats(const TilePolicy& policy, const LayerParams& layer) {
   const std::int32_t columns = std::min(policy.v_columns, (layer.head_size_v + 7) / 8 * 8);
   return std::int64_t{policy.rows} * (columns + 2);
 }
@@ -86,12 +86,12 @@ void Workspace::allocate_partials(cudaStream_t stream) {
   // The kernels run one after the other and share the memory.
   std::int64_t floats = 0;
   for (const KernelFamily& family : families_) {
-    floats = std::max(floats, std::int64_t{family.grid} * slots_per_cta(layer_, family.first()) *
-                                  slot_floats(family.first().policy, layer_));
+    floats = std::max(floats, std::int64_t{family.grid} * partials_per_cta(layer_, family.first()) *
+                                  partial_floats(family.first().policy, layer_));
   }
   // There already, if memory ran out between the two in an earlier update.
-  if (slots_.data() == nullptr) {
-    slots_.allocate(static_cast<std::size_t>(floats) * sizeof(float), stream);
+  if (partials_.data() == nullptr) {
+    partials_.allocate(static_cast<std::size_t>(floats) * sizeof(float), stream);
   }
   arrivals_.allocate((kMaxGrid + 1) * sizeof(std::int32_t), stream);
 }
@@ -103,7 +103,7 @@ TileRule Workspace::rule_of(const KernelFamily& family, const BatchBuffers& buff
   rule.max_rows = family.first().key.max_rows;
   rule.heads = layer_.num_kv_heads * num_passes(layer_, policy);
   rule.grid = family.grid;
-  rule.chunks = family.first().kv_chunks;
+  rule.kv_chunks = family.first().kv_chunks;
   const std::int64_t tiles =
       buffers.max_seqs + (buffers.max_tokens * layer_.group + policy.rows - 1) / policy.rows;
   rule.max_tiles = static_cast<std::int32_t>(std::min<std::int64_t>(tiles, 1 << 30));
@@ -151,21 +151,21 @@ void Workspace::allocate_cascade(BatchBuffers* buffers, cudaStream_t stream) con
   rule = buffers->rules[families_.size() - 1];
   rule.max_tiles = static_cast<std::int32_t>(
       (std::int64_t{prefixes.max_rows} * layer_.group + policy.rows - 1) / policy.rows +
-      kMaxPrefixGroups);
+      kMaxSharedPrefixes);
   const std::int64_t seed_rows = std::int64_t{prefixes.max_rows} * layer_.num_heads;
-  Seeds& seeds = buffers->seeds;
-  seeds.pitch = (layer_.head_size_v + 7) / 8 * 8;
-  seeds.columns = policy.v_columns;
-  seeds.passes = num_passes(layer_, policy);
+  PrefixPartials& prefix_partials = buffers->prefix_partials;
+  prefix_partials.pitch = (layer_.head_size_v + 7) / 8 * 8;
+  prefix_partials.columns = policy.v_columns;
+  prefix_partials.passes = num_passes(layer_, policy);
 
   Carver carver;
   std::size_t lists[6];
   for (std::size_t& list : lists) list = carver.take<std::int32_t>(buffers->max_seqs);
-  const std::size_t groups = carver.take<PrefixGroup>(kMaxPrefixGroups);
+  const std::size_t groups = carver.take<SharedPrefix>(kMaxSharedPrefixes);
   const std::size_t rows = carver.take<SharedRow>(prefixes.max_rows);
-  const std::size_t o = carver.take<float>(seed_rows * seeds.pitch);
-  const std::size_t max = carver.take<float>(seed_rows * seeds.passes);
-  const std::size_t sum = carver.take<float>(seed_rows * seeds.passes);
+  const std::size_t o = carver.take<float>(seed_rows * prefix_partials.pitch);
+  const std::size_t max = carver.take<float>(seed_rows * prefix_partials.passes);
+  const std::size_t sum = carver.take<float>(seed_rows * prefix_partials.passes);
   const RuleOffsets tiles = carve(&carver, rule, 0);
   buffers->cascade.allocate(carver.size(), stream);
 
@@ -173,11 +173,11 @@ void Workspace::allocate_cascade(BatchBuffers* buffers, cudaStream_t stream) con
   std::int32_t** const pointers[] = {&prefixes.leader, &prefixes.blocks, &prefixes.members,
                                      &prefixes.least,  &prefixes.keys,   &prefixes.first_row};
   for (int i = 0; i < 6; ++i) *pointers[i] = reinterpret_cast<std::int32_t*>(base + lists[i]);
-  prefixes.groups = reinterpret_cast<PrefixGroup*>(base + groups);
+  prefixes.groups = reinterpret_cast<SharedPrefix*>(base + groups);
   prefixes.rows = reinterpret_cast<SharedRow*>(base + rows);
-  seeds.o = reinterpret_cast<float*>(base + o);
-  seeds.max = reinterpret_cast<float*>(base + max);
-  seeds.sum = reinterpret_cast<float*>(base + sum);
+  prefix_partials.o = reinterpret_cast<float*>(base + o);
+  prefix_partials.max = reinterpret_cast<float*>(base + max);
+  prefix_partials.sum = reinterpret_cast<float*>(base + sum);
   set_pointers(base, tiles, family.first().whole_items, &rule);
 }
 
@@ -204,19 +204,19 @@ ScheduleView Workspace::view_of(const BatchBuffers& buffers, const KernelFamily&
   ScheduleView view;
   view.header = rule.header;
   view.tiles = rule.tiles;
-  view.starts = rule.starts;
+  view.work_ranges = rule.work_ranges;
   view.arrivals = reinterpret_cast<std::int32_t*>(arrivals_.data());
   view.taken = view.arrivals + kMaxGrid;
-  view.slots = reinterpret_cast<float*>(slots_.data());
-  view.slot_floats = slot_floats(family.first().policy, layer_);
-  view.slots_per_cta = slots_per_cta(layer_, family.first());
+  view.partials = reinterpret_cast<float*>(partials_.data());
+  view.partial_floats = partial_floats(family.first().policy, layer_);
+  view.partials_per_cta = partials_per_cta(layer_, family.first());
   view.heads = rule.heads;
-  view.seeds = buffers.seeds;
+  view.prefix_partials = buffers.prefix_partials;
   return view;
 }
 
 std::int64_t Workspace::bytes() const {
-  std::size_t bytes = slots_.size() + arrivals_.size();
+  std::size_t bytes = partials_.size() + arrivals_.size();
   for (const auto& buffers : buffers_) {
     bytes += buffers->memory.size() + buffers->block_output.size() + buffers->cascade.size();
   }

@@ -40,7 +40,7 @@ struct BatchBuffers {
   TileRule rules[kMaxFamilies];
   TileRule shared;
   SharedPrefixes prefixes;
-  Seeds seeds;
+  PrefixPartials prefix_partials;
   bool captured = false;        // some graph has its addresses
   bool captured_plain = false;  // some graph attends without the launch for shared prefixes
 };
@@ -83,7 +83,7 @@ class Workspace {
 
   const LayerParams& layer_;
   const std::vector<KernelFamily>& families_;
-  DeviceBuffer slots_;
+  DeviceBuffer partials_;
   DeviceBuffer arrivals_;
   std::vector<std::unique_ptr<BatchBuffers>> buffers_;  // from small to large
   int families_captured_ = kMaxFamilies;

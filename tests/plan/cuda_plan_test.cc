@@ -83,7 +83,7 @@ class HostTeam {
 struct Batch {
   LayerParams layer;
   BatchParams params;
-  std::vector<std::int32_t> starts{0};
+  std::vector<std::int32_t> work_ranges{0};
   std::vector<std::int32_t> lens;
   std::vector<std::int32_t> table;
   std::int64_t width = 0;
@@ -95,7 +95,7 @@ struct Batch {
   void finish(std::int64_t num_tokens) {
     params.num_seqs = static_cast<std::int32_t>(lens.size());
     params.num_tokens = num_tokens;
-    params.query_start_loc = starts.data();
+    params.query_start_loc = work_ranges.data();
     params.seq_lens = lens.data();
     params.block_table = table.data();
     params.table_stride = params.table_width = width;
@@ -128,11 +128,11 @@ Batch random_batch(Rng* rng, bool wild) {
     std::int64_t query_len = rng->pick<std::int64_t>({0, 1, 1, 1, 1, 2, 5, 40});
     query_len = std::min(query_len, seq_len);
     b.lens.push_back(static_cast<std::int32_t>(seq_len));
-    b.starts.push_back(b.starts.back() + static_cast<std::int32_t>(query_len));
+    b.work_ranges.push_back(b.work_ranges.back() + static_cast<std::int32_t>(query_len));
   }
-  std::int64_t num_tokens = b.starts.back();
+  std::int64_t num_tokens = b.work_ranges.back();
   if (wild) {
-    for (std::int32_t& value : b.starts) {
+    for (std::int32_t& value : b.work_ranges) {
       if (rng->chance(0.2)) value = static_cast<std::int32_t>(rng->uniform(-9, num_tokens + 9));
     }
     for (std::int32_t& value : b.lens) {
@@ -198,7 +198,7 @@ class HostPlan {
       set_rule(kRows[i], b.params.num_tokens, b.params.num_seqs, i, &args_.rules[i]);
     }
     share_out(args_.rules, kNumRules);
-    set_rule(128, max_rows, kMaxPrefixGroups, 3, &args_.shared);
+    set_rule(128, max_rows, kMaxSharedPrefixes, 3, &args_.shared);
     SharedPrefixes& prefixes = args_.prefixes;
     prefixes.rule = planning::prefix_rule(b.layer, b.params, 64, 64);
     std::int32_t** const lists[] = {&prefixes.leader, &prefixes.blocks, &prefixes.members,
@@ -207,7 +207,7 @@ class HostPlan {
       lists_[i].assign(seqs, -7);
       *lists[i] = lists_[i].data();
     }
-    groups_.resize(kMaxPrefixGroups);
+    groups_.resize(kMaxSharedPrefixes);
     rows_.resize(static_cast<std::size_t>(max_rows));
     prefixes.groups = groups_.data();
     prefixes.rows = rows_.data();
@@ -225,7 +225,7 @@ class HostPlan {
       if (header.num_tiles > rule->max_tiles || header.num_ctas > rule->grid) return "counts";
       std::int64_t cost = 0;
       for (std::int32_t t = 0; t < header.num_tiles; ++t) {
-        const Tile& tile = rule->tiles[t];
+        const WorkTile& tile = rule->tiles[t];
         if (tile.cost_begin != cost) return "cost";
         cost += std::int64_t{tile.cost} * rule->heads;
         const std::string problem = out_of_bounds(tile, rule == &args_.shared);
@@ -237,49 +237,51 @@ class HostPlan {
     return {};
   }
 
-  // "" or what is wrong with how CTAs find their work: each unit once, in order, and every CTA that
+  // "" or what is wrong with how CTAs find their work: each kv_tile once, in order, and every CTA that
   // works on part of an item knows the others.
   std::string badly_walked(const TileRule& rule) const {
     ScheduleView view;
     view.header = rule.header;
     view.tiles = rule.tiles;
-    view.starts = rule.starts;
+    view.work_ranges = rule.work_ranges;
     view.heads = rule.heads;
     std::int32_t tile = 0;
     std::int32_t head = 0;
-    std::int32_t unit = 0;
+    std::int32_t kv_tile = 0;
     std::vector<std::int32_t> at_work;  // CTAs that share the item
-    std::vector<Sharers> claims;
+    std::vector<ItemCtas> claims;
     for (std::int32_t cta = 0; cta < rule.grid; ++cta) {
-      Walker walker(view, cta);
-      Segment segment;
-      while (walker.next(view, &segment)) {
+      WorkIterator iterator(view, cta);
+      Split split;
+      while (iterator.next(view, &split)) {
         if (tile == rule.header->num_tiles) return "more items than there are";
-        const Tile& expected = rule.tiles[tile];
-        if (segment.tile.cost_begin != expected.cost_begin || segment.head != head ||
-            segment.unit_begin != unit || segment.unit_end > expected.num_units()) {
+        const WorkTile& expected = rule.tiles[tile];
+        if (split.tile.cost_begin != expected.cost_begin || split.head != head ||
+            split.kv_tile_begin != kv_tile || split.kv_tile_end > expected.num_kv_tiles()) {
           return "CTA " + std::to_string(cta) + " is out of line";
         }
-        if (!segment.whole()) {
-          if (segment.unit_begin == segment.unit_end) return "an empty part";
-          if (segment.unit_begin % expected.chunk_units != 0) return "a cut inside a chunk";
+        if (!split.whole()) {
+          if (split.kv_tile_begin == split.kv_tile_end) return "an empty part";
+          if (split.kv_tile_begin % expected.kv_chunk != 0) return "a cut inside a chunk";
           at_work.push_back(cta);
-          claims.push_back(walker.sharers(segment));
+          claims.push_back(iterator.item_ctas(split));
         }
-        unit = segment.unit_end;
-        if (unit < expected.num_units()) continue;
-        for (const Sharers& claim : claims) {
+        kv_tile = split.kv_tile_end;
+        if (kv_tile < expected.num_kv_tiles()) continue;
+        for (const ItemCtas& claim : claims) {
           if (claim.first != at_work.front() || claim.last < at_work.back() ||
               claim.count != static_cast<std::int32_t>(at_work.size())) {
-            return "CTA " + std::to_string(cta) + " miscounts its item's parts";
+            return "CTA " + std::to_string(cta) + " miscounts its item's num_partials";
           }
         }
-        std::int32_t parts = 0;
-        for (std::size_t i = 1; i < at_work.size(); ++i) parts += rule.starts[at_work[i]].parts;
-        if (parts < static_cast<std::int32_t>(at_work.size()) - 1) return "a part is missing";
+        std::int32_t num_partials = 0;
+        for (std::size_t i = 1; i < at_work.size(); ++i)
+          num_partials += rule.work_ranges[at_work[i]].num_partials;
+        if (num_partials < static_cast<std::int32_t>(at_work.size()) - 1)
+          return "a part is missing";
         at_work.clear();
         claims.clear();
-        unit = 0;
+        kv_tile = 0;
         head = head + 1 == rule.heads ? 0 : head + 1;
         if (head == 0) ++tile;
       }
@@ -304,7 +306,7 @@ class HostPlan {
     seq_tiles_[index].resize(static_cast<std::size_t>(args_.batch.num_seqs));
     rule->header = &headers_[index];
     rule->tiles = tiles_[index].data();
-    rule->starts = starts_[index].data();
+    rule->work_ranges = starts_[index].data();
     rule->seq_tiles = seq_tiles_[index].data();
   }
 
@@ -325,7 +327,7 @@ class HostPlan {
     for (std::thread& thread : threads) thread.join();
   }
 
-  std::string out_of_bounds(const Tile& tile, bool shared) const {
+  std::string out_of_bounds(const WorkTile& tile, bool shared) const {
     const BatchParams& batch = batch_.params;
     if (tile.seq < 0 || tile.seq >= batch.num_seqs) return "sequence";
     const std::int64_t most_keys = batch_.layer.paged ? batch.table_width * batch_.layer.block_size
@@ -337,22 +339,24 @@ class HostPlan {
     for (const std::int32_t key : tile.common) {
       if (!is_inside(key)) return "common keys";
     }
-    if (!is_inside(tile.hidden_begin) || !is_inside(tile.hidden_end)) return "hidden keys";
-    const std::int64_t num_units = (std::int64_t{tile.kv_len} + kKvTile - 1) / kKvTile;
+    if (!is_inside(tile.out_of_window_begin) || !is_inside(tile.out_of_window_end))
+      return "hidden keys";
+    const std::int64_t num_kv_tiles = (std::int64_t{tile.kv_len} + kKvTile - 1) / kKvTile;
     if (tile.prefix_first < 0 || tile.prefix_count < 0 || tile.main_first < 0 ||
-        tile.main_count < 0 || std::int64_t{tile.prefix_first} + tile.prefix_count > num_units ||
-        std::int64_t{tile.main_first} + tile.main_count > num_units) {
-      return "units";
+        tile.main_count < 0 || std::int64_t{tile.prefix_first} + tile.prefix_count > num_kv_tiles ||
+        std::int64_t{tile.main_first} + tile.main_count > num_kv_tiles) {
+      return "kv_tiles";
     }
     if (tile.rows < 1 || tile.first_sub < 0 || tile.first_sub >= batch_.layer.group) return "rows";
     const std::int64_t tokens = (tile.first_sub + tile.rows - 1) / batch_.layer.group + 1;
-    if (tile.seed >= 0 && tile.seed + tokens > args_.prefixes.max_rows) return "seeds";
+    if (tile.prefix_row >= 0 && tile.prefix_row + tokens > args_.prefixes.max_rows)
+      return "prefix_partials";
     if (!shared) {
       return tile.first_token < 0 || tile.first_token + tokens > batch.num_tokens ? "tokens" : "";
     }
-    if (tile.seed < 0) return "no seeds";
+    if (tile.prefix_row < 0) return "no prefix_partials";
     for (std::int64_t i = 0; i < tokens; ++i) {
-      const SharedRow& row = args_.prefixes.rows[tile.seed + i];
+      const SharedRow& row = args_.prefixes.rows[tile.prefix_row + i];
       if (row.token < 0 || row.token >= batch.num_tokens) return "shared token";
       if (row.position < tile.kv_len) return "position";
     }
@@ -362,11 +366,11 @@ class HostPlan {
   const Batch& batch_;
   PlanArgs args_;
   ScheduleHeader headers_[4];
-  std::vector<Tile> tiles_[4];
-  std::vector<CtaStart> starts_[4];
+  std::vector<WorkTile> tiles_[4];
+  std::vector<WorkRange> starts_[4];
   std::vector<std::int32_t> seq_tiles_[4];
   std::vector<std::int32_t> lists_[6];
-  std::vector<PrefixGroup> groups_;
+  std::vector<SharedPrefix> groups_;
   std::vector<SharedRow> rows_;
 };
 
@@ -379,7 +383,7 @@ class Visits {
     tiles_.resize(static_cast<std::size_t>(rows));
   }
 
-  void add(const Tile& tile, std::int64_t first_token, bool shared) {
+  void add(const WorkTile& tile, std::int64_t first_token, bool shared) {
     const std::int64_t first = first_token * batch_.layer.group + tile.first_sub;
     for (std::int64_t r = first; r < first + tile.rows; ++r) {
       if (!shared) ++tiles_[r];
@@ -412,7 +416,7 @@ class Visits {
   }
 
  private:
-  void add_units(const Tile& tile, std::int32_t first, std::int32_t count, std::int64_t row) {
+  void add_units(const WorkTile& tile, std::int32_t first, std::int32_t count, std::int64_t row) {
     const std::int64_t begin = std::max<std::int64_t>(first * kKvTile, tile.kv_begin);
     const std::int64_t end =
         std::min<std::int64_t>((first + count) * kKvTile, std::min(tile.kv_len, tile.visible_end));
@@ -424,18 +428,18 @@ class Visits {
   std::vector<int> tiles_;
 };
 
-// Tiles of shared prefixes read the blocks of each row's sequence, and every seed is used by the
+// Tiles of shared prefixes read the blocks of each row's sequence, and every prefix_row is used by the
 // sequence that it belongs to.
-std::string wrong_blocks(const Batch& b, const PlanArgs& args, const Tile& tile) {
+std::string wrong_blocks(const Batch& b, const PlanArgs& args, const WorkTile& tile) {
   const std::int64_t tokens = (tile.first_sub + tile.rows - 1) / b.layer.group + 1;
-  for (std::int64_t i = tile.seed; i < tile.seed + tokens; ++i) {
+  for (std::int64_t i = tile.prefix_row; i < tile.prefix_row + tokens; ++i) {
     const std::int32_t token = args.prefixes.rows[i].token;
-    const auto above = std::upper_bound(b.starts.begin(), b.starts.end(), token);
-    const auto s = static_cast<std::int32_t>(above - b.starts.begin()) - 1;
+    const auto above = std::upper_bound(b.work_ranges.begin(), b.work_ranges.end(), token);
+    const auto s = static_cast<std::int32_t>(above - b.work_ranges.begin()) - 1;
     if (args.prefixes.keys[s] != tile.kv_len) return "another prefix";
-    const std::int64_t index = token - b.starts[s];
-    if (args.prefixes.first_row[s] + index != i) return "another seed";
-    const std::int64_t context = b.lens[s] - (b.starts[s + 1] - b.starts[s]);
+    const std::int64_t index = token - b.work_ranges[s];
+    if (args.prefixes.first_row[s] + index != i) return "another prefix_row";
+    const std::int64_t context = b.lens[s] - (b.work_ranges[s + 1] - b.work_ranges[s]);
     if (args.prefixes.rows[i].position != context + index) return "another position";
     const std::int64_t blocks = tile.kv_len / b.layer.block_size;
     if (!std::equal(b.row(s), b.row(s) + blocks, b.row(tile.seq))) return "other blocks";
@@ -454,15 +458,15 @@ std::string problem_of(const Batch& b, const HostPlan& plan) {
     }
   }
   for (std::int32_t t = 0; t < args.shared.header->num_tiles; ++t) {
-    const Tile& tile = args.shared.tiles[t];
+    const WorkTile& tile = args.shared.tiles[t];
     problem = wrong_blocks(b, args, tile);
     if (!problem.empty()) return problem;
     // Rows of a tile may be anywhere: one at a time.
     for (std::int32_t r = 0; r < tile.rows; ++r) {
-      Tile row = tile;
+      WorkTile row = tile;
       row.rows = 1;
       row.first_sub = (tile.first_sub + r) % b.layer.group;
-      const std::int64_t token = tile.seed + (tile.first_sub + r) / b.layer.group;
+      const std::int64_t token = tile.prefix_row + (tile.first_sub + r) / b.layer.group;
       visits.add(row, args.prefixes.rows[token].token, true);
     }
   }
@@ -474,10 +478,10 @@ bool same_tiles(const TileRule& a, const TileRule& b) {
     return false;
   }
   for (std::int32_t t = 0; t < a.header->num_tiles; ++t) {
-    const Tile& x = a.tiles[t];
-    const Tile& y = b.tiles[t];
-    if (x.seq != y.seq || x.rows != y.rows || x.seed != y.seed || x.kv_begin != y.kv_begin ||
-        x.cost_begin != y.cost_begin) {
+    const WorkTile& x = a.tiles[t];
+    const WorkTile& y = b.tiles[t];
+    if (x.seq != y.seq || x.rows != y.rows || x.prefix_row != y.prefix_row ||
+        x.kv_begin != y.kv_begin || x.cost_begin != y.cost_begin) {
       return false;
     }
   }
@@ -498,7 +502,7 @@ TEST(CudaPlan, EveryPairOnce) {
     for (std::int32_t s = 0; prefixes.rule.min_blocks > 0 && s < b.params.num_seqs; ++s) {
       if (prefixes.leader[s] >= 0 && prefixes.leader[s] != s && prefixes.keys[s] == 0) ++cut;
     }
-    for (; groups < kMaxPrefixGroups && prefixes.groups[groups].keys > 0; ++groups) {
+    for (; groups < kMaxSharedPrefixes && prefixes.groups[groups].keys > 0; ++groups) {
     }
     ++by_groups[groups];
     if (index % 10 != 0) continue;
@@ -531,11 +535,11 @@ TEST(CudaPlan, FindsWhoShares) {
                                                 {1, 700, 17}}) {
     for (std::int64_t i = 0; i < b.width; ++i) b.table.push_back(i < same ? family : own_block++);
     b.lens.push_back(10'900);
-    b.starts.push_back(b.starts.back() + query_len);
+    b.work_ranges.push_back(b.work_ranges.back() + query_len);
   }
   const auto keys_of = [&](std::int64_t announced) {
     b.params.common_prefix_len = announced;
-    b.finish(b.starts.back());
+    b.finish(b.work_ranges.back());
     const HostPlan plan(b, 2048, 1);
     EXPECT_EQ(problem_of(b, plan), "");
     const std::int32_t* keys = plan.args().prefixes.keys;
@@ -548,7 +552,7 @@ TEST(CudaPlan, FindsWhoShares) {
 }
 
 // "" or what is wrong with what a tile is told about its rows' masks.
-std::string wrong_masks(const Batch& b, const Tile& tile) {
+std::string wrong_masks(const Batch& b, const WorkTile& tile) {
   const Sequence seq = sequence_at(b.layer, b.params, 0, tile.seq);
   for (std::int32_t r = 0; r < tile.rows; ++r) {
     const std::int32_t token = (tile.first_sub + r) / b.layer.group;
@@ -556,11 +560,11 @@ std::string wrong_masks(const Batch& b, const Tile& tile) {
     if (tile.first_pos + token != position) return "positions";
     const semantics::Spans row = semantics::row_spans(seq.mask, position);
     std::int64_t visited = 0;
-    for (std::int32_t u = 0; u < tile.num_units(); ++u) {
-      const std::int64_t begin = std::int64_t{tile.unit(u)} * kKvTile;
+    for (std::int32_t u = 0; u < tile.num_kv_tiles(); ++u) {
+      const std::int64_t begin = std::int64_t{tile.kv_tile(u)} * kKvTile;
       for (std::int64_t j = begin; j < std::min<std::int64_t>(begin + kKvTile, tile.kv_len); ++j) {
         const bool seen = row.contains(j);
-        const bool hidden = j >= tile.hidden_begin && j < tile.hidden_end;
+        const bool hidden = j >= tile.out_of_window_begin && j < tile.out_of_window_end;
         const bool common = (j >= tile.common[0] && j < tile.common[1]) ||
                             (j >= tile.common[2] && j < tile.common[3]);
         if (seen && (hidden || j >= tile.visible_end)) return "a key that a row sees is hidden";
@@ -606,7 +610,7 @@ TEST(CudaPlan, NoSharedPrefixesAtOtherPositions) {
 
 // What kernels work through of an encoder's keys: those that the call brings, whatever the batch claims.
 TEST(CudaPlan, KeysThatDoNotExistAreNotWorkedThrough) {
-  for (const auto& [num_tokens, starts] :
+  for (const auto& [num_tokens, work_ranges] :
        std::vector<std::pair<std::int64_t, std::vector<std::int32_t>>>{
            {3, {0, 1 << 30}},
            {84, {INT32_MIN, 2, 19, 84}},
@@ -618,28 +622,29 @@ TEST(CudaPlan, KeysThatDoNotExistAreNotWorkedThrough) {
     b.layer.num_kv_heads = 2;
     b.layer.group = 3;
     b.layer.mask.causal = false;
-    b.starts = starts;
-    b.lens.assign(starts.size() - 1, 0);
+    b.work_ranges = work_ranges;
+    b.lens.assign(work_ranges.size() - 1, 0);
     b.finish(num_tokens);
     const HostPlan plan(b, 2048, 1);
     ASSERT_EQ(plan.out_of_bounds(), "");
     for (const TileRule& rule : plan.args().rules) {
-      ScheduleView view{.header = rule.header, .tiles = rule.tiles, .starts = rule.starts};
+      ScheduleView view{
+          .header = rule.header, .tiles = rule.tiles, .work_ranges = rule.work_ranges};
       view.heads = rule.heads;
-      std::int64_t units = 0;
+      std::int64_t kv_tiles = 0;
       for (std::int32_t cta = 0; cta < rule.grid; ++cta) {
-        Walker walker(view, cta);
-        for (Segment segment; walker.next(view, &segment);) {
-          const std::int64_t keys = num_tokens - segment.tile.first_kv_row;
-          const std::int32_t end = segment.existing_end(
+        WorkIterator iterator(view, cta);
+        for (Split split; iterator.next(view, &split);) {
+          const std::int64_t keys = num_tokens - split.tile.first_kv_row;
+          const std::int32_t end = split.existing_end(
               static_cast<std::int32_t>(std::max<std::int64_t>(keys, 0)), kKvTile);
-          ASSERT_GE(end, segment.unit_begin);
-          ASSERT_LE(end, segment.unit_end);
-          units += end - segment.unit_begin;
+          ASSERT_GE(end, split.kv_tile_begin);
+          ASSERT_LE(end, split.kv_tile_end);
+          kv_tiles += end - split.kv_tile_begin;
         }
       }
       const std::int64_t most = (num_tokens + kKvTile - 1) / kKvTile;
-      EXPECT_LE(units, most * rule.header->num_tiles * rule.heads) << starts[1];
+      EXPECT_LE(kv_tiles, most * rule.header->num_tiles * rule.heads) << work_ranges[1];
     }
   }
 }
@@ -650,7 +655,7 @@ TEST(CudaPlan, WildIndicesStayInside) {
     Batch b = random_batch(&rng, true);
     if (index % 2 != 0) draw_masks(true, &rng, &b);
     if (rng.chance(0.3)) {
-      for (std::int32_t& value : b.starts) value = wild_int32(&rng);
+      for (std::int32_t& value : b.work_ranges) value = wild_int32(&rng);
     }
     const HostPlan plan(b, static_cast<std::int32_t>(rng.pick<std::int64_t>({1, 7, 2048})), 1);
     ASSERT_EQ(plan.out_of_bounds(), "") << "case " << index;

@@ -1,6 +1,6 @@
 // Attention in fp32 FFMA arithmetic.
 //
-//   per segment: Q -> shared memory; per tile of 16 or 32 keys:
+//   per split: Q -> shared memory; per tile of 16 or 32 keys:
 //     K -> shared (widened, scaled) | S = Q K^T, mask, softmax: 8 threads a row | V -> the same
 //     shared memory | O += P V: a thread owns columns, all 16 rows in registers
 //
@@ -28,7 +28,7 @@ constexpr int kThreadsPerRow = kThreads / kRows;
 
 struct Shared {
   RowTable<kRows> rows;
-  Segment segment;  // at work
+  Split split;  // at work
   bool works;
   SplitCombiner<Team, kRows>::Shared combine;
   float p[kRows][kMaxKeys + 1];
@@ -55,8 +55,8 @@ __device__ void load_queries(const KernelParams& p, const RowTable<kRows>& rows,
   }
 }
 
-// Keys [first, first + count) of one side, widened and scaled; absent rows are zeros.
-__device__ void load_rows(const KernelParams& p, const KvParams& kv, const Tile& tile,
+// Keys [first, first + count) of one side, widened and scaled; unmapped rows are zeros.
+__device__ void load_rows(const KernelParams& p, const KvParams& kv, const WorkTile& tile,
                           const RowTable<kRows>& rows, int kv_head, int first, int count, int size,
                           float* to, int pitch) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -72,9 +72,8 @@ __device__ void load_rows(const KernelParams& p, const KvParams& kv, const Tile&
 }
 
 // Scores of this thread's row at keys lane, lane + 8, ...; softmax state and P.
-__device__ void scores(const KernelParams& p, Shared& shared, const Segment& segment,
-                       const float* q, int q_pitch, const float* k, int k_pitch, int first,
-                       int keys, float scale) {
+__device__ void scores(const KernelParams& p, Shared& shared, const Split& split, const float* q,
+                       int q_pitch, const float* k, int k_pitch, int first, int keys, float scale) {
   const int r = static_cast<int>(threadIdx.x) / kThreadsPerRow;
   const int lane = static_cast<int>(threadIdx.x) % kThreadsPerRow;
   // Four partial sums a dot product: the rounding of one long sum shows where logits are large.
@@ -103,9 +102,9 @@ __device__ void scores(const KernelParams& p, Shared& shared, const Segment& seg
     const int t = lane + n * kThreadsPerRow;
     const int j = first + t;
     const bool visible = t < keys && sees(shared.rows.visible[r], j);
-    s[n] = visible ? modify_score<ExactFloatOps>(p, shared.rows, shared.segment.tile, r, j,
-                                                 s[n] * scale)
-                   : -INFINITY;
+    s[n] = visible
+               ? modify_score<ExactFloatOps>(p, shared.rows, shared.split.tile, r, j, s[n] * scale)
+               : -INFINITY;
     max = fmaxf(max, s[n]);
   }
   for (int d = 1; d < kThreadsPerRow; d *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, d));
@@ -172,15 +171,15 @@ __global__ void __launch_bounds__(kThreads)
   Epilogue<Team, kRows> epilogue(p, shared.rows);
   epilogue.set_pass(0, p.layer.head_size_v);
   SplitCombiner<Team, kRows> combiner(p, epilogue, shared.combine);
-  Walker walker(p.schedule, static_cast<std::int32_t>(blockIdx.x));
-  Segment& segment = shared.segment;
+  WorkIterator iterator(p.schedule, static_cast<std::int32_t>(blockIdx.x));
+  Split& split = shared.split;
   for (;;) {
     __syncthreads();
-    if (threadIdx.x == 0) shared.works = walker.next(p.schedule, &segment);
+    if (threadIdx.x == 0) shared.works = iterator.next(p.schedule, &split);
     __syncthreads();
     if (!shared.works) break;
-    const int kv_head = segment.head;
-    fill_rows<Team>(p, segment, kv_head, shared.rows);
+    const int kv_head = split.head;
+    fill_rows<Team>(p, split, kv_head, shared.rows);
     ptx::commit_copies();
     ptx::wait_copies<0>();
     if (threadIdx.x < kRows) {
@@ -188,18 +187,18 @@ __global__ void __launch_bounds__(kThreads)
       shared.sum[threadIdx.x] = 0.0F;
     }
     __syncthreads();
-    load_queries(p, shared.rows, segment.tile.rows, q, q_pitch);
+    load_queries(p, shared.rows, split.tile.rows, q, q_pitch);
     float acc[kRows][kColumns] = {};
     const int steps = kKvTile / keys;
-    const int end = segment.existing_end(keys_of(p, segment.tile), kKvTile);
-    for (int i = segment.unit_begin * steps; i < end * steps; ++i) {
-      const int first = segment.tile.unit(i / steps) * kKvTile + i % steps * keys;
-      load_rows(p, p.k, segment.tile, shared.rows, kv_head, first, keys, p.layer.head_size, kv,
+    const int end = split.existing_end(keys_of(p, split.tile), kKvTile);
+    for (int i = split.kv_tile_begin * steps; i < end * steps; ++i) {
+      const int first = split.tile.kv_tile(i / steps) * kKvTile + i % steps * keys;
+      load_rows(p, p.k, split.tile, shared.rows, kv_head, first, keys, p.layer.head_size, kv,
                 k_pitch);
       __syncthreads();
-      scores(p, shared, segment, q, q_pitch, kv, k_pitch, first, keys, scale);
+      scores(p, shared, split, q, q_pitch, kv, k_pitch, first, keys, scale);
       __syncthreads();
-      load_rows(p, p.v, segment.tile, shared.rows, kv_head, first, keys, p.layer.head_size_v, kv,
+      load_rows(p, p.v, split.tile, shared.rows, kv_head, first, keys, p.layer.head_size_v, kv,
                 v_pitch);
       __syncthreads();
       add_values<kColumns>(shared, kv, v_pitch, keys, p.layer.head_size_v, acc);
@@ -215,13 +214,13 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     __syncthreads();
-    if (segment.whole()) {
-      epilogue.write(segment, result);
+    if (split.whole()) {
+      epilogue.write(split, result);
     } else {
-      combiner.keep(
-          segment, result,
-          combiner.slot(static_cast<std::int32_t>(blockIdx.x), segment.unit_begin == 0 ? 0 : 1));
-      combiner.arrive(walker.sharers(segment), segment);
+      combiner.store_partial(split, result,
+                             combiner.partial(static_cast<std::int32_t>(blockIdx.x),
+                                              split.kv_tile_begin == 0 ? 0 : 1));
+      combiner.combine_if_last(iterator.item_ctas(split), split);
     }
   }
 }

@@ -25,65 +25,66 @@ class Epilogue {
   __device__ int columns() const { return columns_; }
 
   // The result of an item that is done, to its output rows.
-  __device__ __forceinline__ void write(const Segment& segment, const Result& result) {
+  __device__ __forceinline__ void write(const Split& split, const Result& result) {
     const int groups = (columns_ + 7) / 8;
 #pragma unroll 1
-    for (int i = Team::thread(); i < segment.tile.rows * groups; i += Team::kSize) {
+    for (int i = Team::thread(); i < split.tile.rows * groups; i += Team::kSize) {
       const int r = i / groups;
       const int c = i % groups * 8;
       const auto* from =
           reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c);
-      finish(segment.tile, r, c, result.max[r], result.sum[r], from[0], from[1]);
+      finish(split.tile, r, c, result.max[r], result.sum[r], from[0], from[1]);
     }
   }
 
   // Eight columns of row `r` of an item that is done, unnormalised, to where they belong.
-  __device__ __noinline__ void finish(const Tile& tile, int r, int c, float max, float sum,
+  __device__ __noinline__ void finish(const WorkTile& tile, int r, int c, float max, float sum,
                                       float4 low, float4 high) const {
-    if (tile.seed >= 0) {
-      const Seeds& seeds = p_.schedule.seeds;
-      const std::int64_t token = tile.seed + (tile.first_sub + r) / p_.layer.group;
+    if (tile.prefix_row >= 0) {
+      const PrefixPartials& prefix_partials = p_.schedule.prefix_partials;
+      const std::int64_t token = tile.prefix_row + (tile.first_sub + r) / p_.layer.group;
       const std::int64_t row = token * p_.layer.num_heads + table_.head[r];
       const int column = first_column_ + c;
-      auto* seed = reinterpret_cast<float4*>(seeds.o + row * seeds.pitch + column);
+      auto* prefix_row =
+          reinterpret_cast<float4*>(prefix_partials.o + row * prefix_partials.pitch + column);
       // Each pass over a row's columns is relative to a maximum of its own: they may have been cut
       // at other keys, and the prefill kernel's maximum depends on the cuts.
-      const std::int64_t state = row * seeds.passes + column / seeds.columns;
+      const std::int64_t state = row * prefix_partials.passes + column / prefix_partials.columns;
       if (p_.schedule.shared_rows != nullptr) {
-        seed[0] = low;
-        seed[1] = high;
+        prefix_row[0] = low;
+        prefix_row[1] = high;
         if (c == 0) {
-          seeds.max[state] = max;
-          seeds.sum[state] = sum;
+          prefix_partials.max[state] = max;
+          prefix_partials.sum[state] = sum;
         }
         return;
       }
-      Fold fold{seeds.max[state], seeds.sum[state]};
-      fold.add(max, sum);
-      max = fold.max;
-      sum = fold.sum;
-      low = fold.value(seed[0], low);
-      high = fold.value(seed[1], high);
+      Combine combine{prefix_partials.max[state], prefix_partials.sum[state]};
+      combine.add(max, sum);
+      max = combine.max;
+      sum = combine.sum;
+      low = combine.value(prefix_row[0], low);
+      high = combine.value(prefix_row[1], high);
     }
     // Every thread of a row closes it alike: no exchange needed.
-    const float scale = closing_scale(r, max, sum, c == 0);
+    const float scale = output_scale_of(r, max, sum, c == 0);
     const float values[8] = {low.x * scale,  low.y * scale,  low.z * scale,  low.w * scale,
                              high.x * scale, high.y * scale, high.z * scale, high.w * scale};
     store(r, c, values);
   }
 
-  // For kernels that store a finished row from registers, no shared prefix being about: what it is
+  // For kernels that store a normalised row from registers, no shared prefix being about: what it is
   // multiplied with,
-  __device__ __forceinline__ float closing_scale(int r, float max, float sum,
-                                                 bool writes_lse) const {
+  __device__ __forceinline__ float output_scale_of(int r, float max, float sum,
+                                                   bool writes_lse) const {
     const bool has_sink = p_.layer.sinks != nullptr;
     const int head = table_.head[r];
-    const auto finished = semantics::normalise(semantics::SoftmaxState<float>{max, sum}, has_sink,
-                                               has_sink ? table_.sink[r] : 0.0F);
+    const auto normalised = semantics::normalise(semantics::SoftmaxState<float>{max, sum}, has_sink,
+                                                 has_sink ? table_.sink[r] : 0.0F);
     if (writes_lse && p_.lse != nullptr && first_column_ == 0) {
-      p_.lse[head * p_.lse_head_stride + table_.token[r] * p_.lse_token_stride] = finished.lse;
+      p_.lse[head * p_.lse_head_stride + table_.token[r] * p_.lse_token_stride] = normalised.lse;
     }
-    return finished.output_scale * value_of(p_.v.scale);
+    return normalised.output_scale * value_of(p_.v.scale);
   }
 
   // and where it goes, two 16-bit elements a word, if output is that simple.

@@ -14,7 +14,8 @@ struct KvRow {
 };
 
 // `key` is one that may be read.
-__device__ __forceinline__ KvRow kv_row(const KernelParams& p, const Tile& tile, std::int32_t key) {
+__device__ __forceinline__ KvRow kv_row(const KernelParams& p, const WorkTile& tile,
+                                        std::int32_t key) {
   if (!p.layer.paged) return {0, tile.first_kv_row + key};
   const auto block_size = static_cast<std::uint32_t>(p.layer.block_size);
   const std::uint32_t logical = static_cast<std::uint32_t>(key) / block_size;

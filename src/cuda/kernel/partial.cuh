@@ -1,6 +1,6 @@
 // Partial results of rows, and how two become one.
 //
-// m is the maximum logit in natural units, l the sum of exp(S - m), O the sum of exp(S - m) V.
+// m is the maximum logit in natural kv_tiles, l the sum of exp(S - m), O the sum of exp(S - m) V.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace quire::cuda {
 
 inline constexpr float kLog2E = 1.4426950408889634F;
 
-// The result of a segment or chunk: rows of `pitch` floats.
+// The result of a split or chunk: rows of `pitch` floats.
 struct Result {
   float* o = nullptr;
   float* max = nullptr;
@@ -19,9 +19,9 @@ struct Result {
   int pitch = 0;
 };
 
-// Running fold of parts in key order. Written out operation by operation: a fold gives the same
+// Running combine of num_partials in key order. Written out operation by operation: a combine gives the same
 // bits wherever it is done.
-struct Fold {
+struct Combine {
   float max = -INFINITY;
   float sum = 0.0F;
   float weight_before = 0.0F;

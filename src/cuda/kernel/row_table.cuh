@@ -10,14 +10,14 @@
 
 namespace quire::cuda {
 
-// The keys of a tile that may be read: those below kv_len, but for [hidden_begin, hidden_end). No row
+// The keys of a tile that may be read: those below kv_len, but for [out_of_window_begin, out_of_window_end). No row
 // of the tile sees any other, and those that no row of the sequence sees (before every window, the
 // dead middle behind a visible prefix, behind the last row's window) may lie in blocks that have been
-// freed and hold NaN, which a weight of 0 does not hide: they count as absent and read as zeros.
+// freed and hold NaN, which a weight of 0 does not hide: they count as unmapped and read as zeros.
 struct LoadableKeys {
   std::int32_t kv_len;
-  std::int32_t hidden_begin;
-  std::int32_t hidden_end;
+  std::int32_t out_of_window_begin;
+  std::int32_t out_of_window_end;
 };
 
 // In shared memory.
@@ -34,21 +34,21 @@ struct RowTable {
   LoadableKeys keys;
   std::int32_t kv_stride;  // from a key's position to the next one's
   __device__ __forceinline__ bool may_read(std::int32_t key) const {
-    return key < keys.kv_len && (key < keys.hidden_begin || key >= keys.hidden_end);
+    return key < keys.kv_len && (key < keys.out_of_window_begin || key >= keys.out_of_window_end);
   }
 };
 
 using semantics::value_of;
 
-__device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const Tile& tile) {
+__device__ __forceinline__ std::int32_t keys_of(const KernelParams& p, const WorkTile& tile) {
   if (p.layer.paged) return tile.kv_len;
   return static_cast<std::int32_t>(
       semantics::max_of(semantics::min_of(tile.kv_len, p.num_kv_tokens - tile.first_kv_row), 0));
 }
 
-__device__ __forceinline__ LoadableKeys loadable_keys(const KernelParams& p, const Tile& tile) {
+__device__ __forceinline__ LoadableKeys loadable_keys(const KernelParams& p, const WorkTile& tile) {
   const std::int32_t kv_len = min(keys_of(p, tile), tile.visible_end);
-  return {kv_len, tile.hidden_begin, min(tile.hidden_end, kv_len)};
+  return {kv_len, tile.out_of_window_begin, min(tile.out_of_window_end, kv_len)};
 }
 
 // What becomes of the 16-bit elements of queries, two a word, where the factor of their scores is
@@ -73,7 +73,7 @@ struct RowPlace {
   std::int32_t index;
 };
 
-__device__ __forceinline__ RowPlace row_place(const KernelParams& p, const Tile& tile,
+__device__ __forceinline__ RowPlace row_place(const KernelParams& p, const WorkTile& tile,
                                               std::int32_t kv_head, int r) {
   const int packed = tile.first_sub + min(r, tile.rows - 1);
   const int index = packed / p.layer.group;
@@ -86,13 +86,13 @@ __device__ __forceinline__ int4 visible_keys(const semantics::Spans& spans) {
                    static_cast<int>(spans.main.begin), static_cast<int>(spans.main.end));
 }
 
-// Fills the table for a segment; callers wait for this thread's copies (sinks) and synchronise after
+// Fills the table for a split; callers wait for this thread's copies (sinks) and synchronise after
 // it. Rows of a shared prefix are of several sequences: those keys lie in everybody's past and there
 // is no window (CudaPlan::cascade_rule), so every row sees them all.
 template <class Team, int kRows>
-__device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& segment,
+__device__ __noinline__ void fill_rows(const KernelParams& p, const Split& split,
                                        std::int32_t kv_head, RowTable<kRows>& table) {
-  const Tile& tile = segment.tile;
+  const WorkTile& tile = split.tile;
   const SharedRow* shared_rows = p.schedule.shared_rows;
   const std::int32_t kv_len = keys_of(p, tile);
   const int4 common = make_int4(tile.common[0], min(tile.common[1], kv_len), tile.common[2],
@@ -103,8 +103,8 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Segment& seg
     RowPlace place = row_place(p, tile, kv_head, r);
     std::int32_t position = tile.first_pos + place.index;
     if (shared_rows != nullptr) {
-      place.token = shared_rows[tile.seed + place.index].token;
-      position = shared_rows[tile.seed + place.index].position;
+      place.token = shared_rows[tile.prefix_row + place.index].token;
+      position = shared_rows[tile.prefix_row + place.index].position;
     }
     int4 visible = common;
     if (!all_alike) {

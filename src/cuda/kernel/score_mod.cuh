@@ -29,11 +29,11 @@ namespace score {
 #include "semantics/score.inc"
 }
 
-// Soft cap, ALiBi and query-query bias on the natural-unit score of (row, key j). Masks come after.
+// Soft cap, ALiBi and query-query bias on the natural-kv_tile score of (row, key j). Masks come after.
 // Differences modulo 2^32: exact for all positions below 2^31.
 template <class Ops, int kRows>
 __device__ __forceinline__ float modify_score(const KernelParams& p, const RowTable<kRows>& table,
-                                              const Tile& tile, int r, int j, float s) {
+                                              const WorkTile& tile, int r, int j, float s) {
   const Ops ops;
   if (p.layer.soft_cap > 0) {
     s = score::soft_cap(ops, s, p.layer.soft_cap, score::inverse_of_cap(p.layer.soft_cap));

@@ -1,4 +1,4 @@
-// How a CTA finds its work: a contiguous range of units, cut into segments (tile, head, units).
+// How a CTA finds its work: a contiguous range of kv_tiles, cut into splits (tile, head, kv_tiles).
 #pragma once
 
 #include <cstdint>
@@ -8,54 +8,56 @@
 
 namespace quire::cuda {
 
-struct Segment {
-  Tile tile;
+struct Split {
+  WorkTile tile;
   std::int32_t head;  // kv head and column pass, see KernelParams::passes
-  std::int32_t unit_begin;
-  std::int32_t unit_end;
+  std::int32_t kv_tile_begin;
+  std::int32_t kv_tile_end;
   std::int32_t stop;  // existing_end(), where two sides must agree: in the decode kernel
-  // No initialisers: a Segment lives in shared memory too.
-  QUIRE_HOST_DEVICE bool whole() const { return unit_begin == 0 && unit_end == tile.num_units(); }
+  // No initialisers: a Split lives in shared memory too.
+  QUIRE_HOST_DEVICE bool whole() const {
+    return kv_tile_begin == 0 && kv_tile_end == tile.num_kv_tiles();
+  }
 
-  // The end of its units of which any key exists. Only the call knows how many keys direct attention
+  // The end of its kv_tiles of which any key exists. Only the call knows how many keys direct attention
   // has: a plan over wild lengths counts on more, and would have them worked through.
   QUIRE_HOST_DEVICE std::int32_t existing_end(std::int32_t num_keys, std::int32_t kv_tile) const {
     return static_cast<std::int32_t>(
-        clamp_index(tile.units_before(num_keys, kv_tile), unit_begin, unit_end));
+        clamp_index(tile.kv_tiles_before(num_keys, kv_tile), kv_tile_begin, kv_tile_end));
   }
 };
 
 // The CTAs that work on one item, and how many of them leave a part.
-struct Sharers {
+struct ItemCtas {
   std::int32_t first;
   std::int32_t last;
   std::int32_t count;
 };
 
-class Walker {
+class WorkIterator {
  public:
-  Walker() = default;
-  // The plan writes the starts of all CTAs of the grid; those without work start where they end.
-  QUIRE_HOST_DEVICE Walker(const ScheduleView& schedule, std::int32_t cta) {
-    const CtaStart start = schedule.starts[cta];
-    const CtaStart end = schedule.starts[cta + 1];
+  WorkIterator() = default;
+  // The plan writes the work_ranges of all CTAs of the grid; those without work start where they end.
+  QUIRE_HOST_DEVICE WorkIterator(const ScheduleView& schedule, std::int32_t cta) {
+    const WorkRange start = schedule.work_ranges[cta];
+    const WorkRange end = schedule.work_ranges[cta + 1];
     tile_ = start.tile;
     head_ = start.head;
-    unit_ = start.unit;
-    before_ = {start.first_cta, start.last_cta, start.num_sharers};
+    unit_ = start.kv_tile;
+    before_ = {start.first_cta, start.last_cta, start.num_ctas_at_work};
     end_tile_ = end.tile;
     end_head_ = end.head;
-    end_unit_ = end.unit;
-    after_ = {end.first_cta, end.last_cta, end.num_sharers};
+    end_unit_ = end.kv_tile;
+    after_ = {end.first_cta, end.last_cta, end.num_ctas_at_work};
   }
 
-  // The next piece of work is units [begin, end) of head `head` of the tile that is returned (end -1:
+  // The next piece of work is kv_tiles [begin, end) of head `head` of the tile that is returned (end -1:
   // to its last); null when there is none left.
-  QUIRE_HOST_DEVICE const Tile* next(const ScheduleView& schedule, std::int32_t* head,
-                                     std::int32_t* begin, std::int32_t* end) {
+  QUIRE_HOST_DEVICE const WorkTile* next(const ScheduleView& schedule, std::int32_t* head,
+                                         std::int32_t* begin, std::int32_t* end) {
     const bool last = tile_ == end_tile_ && head_ == end_head_;
     if (last ? unit_ >= end_unit_ : tile_ > end_tile_) return nullptr;
-    const Tile* tile = schedule.tiles + tile_;
+    const WorkTile* tile = schedule.tiles + tile_;
     *head = head_;
     *begin = unit_;
     *end = last ? end_unit_ : -1;
@@ -71,29 +73,29 @@ class Walker {
     return tile;
   }
 
-  QUIRE_HOST_DEVICE bool next(const ScheduleView& schedule, Segment* segment) {
-    const Tile* tile = next(schedule, &segment->head, &segment->unit_begin, &segment->unit_end);
+  QUIRE_HOST_DEVICE bool next(const ScheduleView& schedule, Split* split) {
+    const WorkTile* tile = next(schedule, &split->head, &split->kv_tile_begin, &split->kv_tile_end);
     if (tile == nullptr) return false;
-    segment->tile = *tile;
-    if (segment->unit_end < 0) segment->unit_end = segment->tile.num_units();
+    split->tile = *tile;
+    if (split->kv_tile_end < 0) split->kv_tile_end = split->tile.num_kv_tiles();
     return true;
   }
 
-  // Of a segment that is not a whole item.
-  QUIRE_HOST_DEVICE Sharers sharers(const Segment& segment) const {
-    return segment.unit_begin > 0 ? before_ : after_;
+  // Of a split that is not a whole item.
+  QUIRE_HOST_DEVICE ItemCtas item_ctas(const Split& split) const {
+    return split.kv_tile_begin > 0 ? before_ : after_;
   }
 
  private:
-  // No initialisers: a Walker lives in shared memory too.
+  // No initialisers: a WorkIterator lives in shared memory too.
   std::int32_t tile_;
   std::int32_t head_;
   std::int32_t unit_;
   std::int32_t end_tile_;
   std::int32_t end_head_;
   std::int32_t end_unit_;
-  Sharers before_;  // of the item that the range starts in the middle of,
-  Sharers after_;   // and of the one that it ends in the middle of
+  ItemCtas before_;  // of the item that the range work_ranges in the middle of,
+  ItemCtas after_;   // and of the one that it ends in the middle of
 };
 
 }  // namespace quire::cuda

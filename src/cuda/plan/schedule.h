@@ -4,8 +4,8 @@
 //   tile t, head h occupies cost positions [cost_begin + h * cost, + cost): item_overhead positions
 //   for queries and output, then one for each kv tile. CTA c of G takes [c T / G, (c+1) T / G).
 //
-// Cuts inside an item are rounded to whole chunks: any unit in the free mode; in batch-invariant
-// mode multiples that depend on the request alone, so that its parts never change.
+// Cuts inside an item are rounded to whole kv_chunks: any kv_tile in the free mode; in batch-invariant
+// mode multiples that depend on the request alone, so that its num_partials never change.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct TilePolicy {
 
 // Query rows are packed: row q of a request and kv head is token q / group, head q % group.
 // No initialisers: tiles live in shared memory too.
-struct alignas(16) Tile {
+struct alignas(16) WorkTile {
   std::int32_t seq;
   std::int32_t rows;
   std::int32_t first_index;   // query index (in its sequence) of the first row's token
@@ -55,24 +55,24 @@ struct alignas(16) Tile {
   std::int32_t main_count;
   std::int32_t kv_begin;  // keys outside [kv_begin, kv_len) are not this tile's
   std::int32_t kv_len;
-  // Of a shared prefix: the first row's token in SharedPrefixes::rows and in Seeds; -1: none. In a
+  // Of a shared prefix: the first row's token in SharedPrefixes::rows and in PrefixPartials; -1: none. In a
   // tile of the prefix itself the other fields of the first row are not used, but first_sub.
-  std::int32_t seed;
-  std::int32_t chunk_units;
+  std::int32_t prefix_row;
+  std::int32_t kv_chunk;
   std::int32_t cost;  // of one head
   // Keys that every row sees, as two spans; exact where all rows are of one token.
   std::int32_t common[4];
   // Keys between the rows' visible prefixes and their windows: no row sees them.
-  std::int32_t hidden_begin;
-  std::int32_t hidden_end;
+  std::int32_t out_of_window_begin;
+  std::int32_t out_of_window_end;
   std::int32_t visible_end;  // no row sees keys from here on
 
-  QUIRE_HOST_DEVICE std::int32_t num_units() const { return prefix_count + main_count; }
-  QUIRE_HOST_DEVICE std::int32_t unit(std::int32_t i) const {
+  QUIRE_HOST_DEVICE std::int32_t num_kv_tiles() const { return prefix_count + main_count; }
+  QUIRE_HOST_DEVICE std::int32_t kv_tile(std::int32_t i) const {
     return i < prefix_count ? prefix_first + i : main_first + (i - prefix_count);
   }
   // How many of its kv tiles, of `kv_tile` keys each, begin before key `end`.
-  QUIRE_HOST_DEVICE std::int32_t units_before(std::int32_t end, std::int32_t kv_tile) const {
+  QUIRE_HOST_DEVICE std::int32_t kv_tiles_before(std::int32_t end, std::int32_t kv_tile) const {
     const std::int32_t limit = end / kv_tile + (end % kv_tile > 0 ? 1 : 0);
     const auto within = [limit](std::int32_t first, std::int32_t count) {
       return limit <= first ? 0 : (limit - first < count ? limit - first : count);
@@ -81,24 +81,24 @@ struct alignas(16) Tile {
   }
 };
 
-// Where a CTA's range starts: at unit `unit` of an item (tile, head). The next CTA's start ends it.
-struct alignas(16) CtaStart {
+// Where a CTA's range work_ranges: at kv_tile `kv_tile` of an item (tile, head). The next CTA's start ends it.
+struct alignas(16) WorkRange {
   std::int32_t tile = 0;
   std::int32_t head = 0;
-  std::int32_t unit = 0;
-  // Of an item that began in another CTA (unit > 0): the parts that this CTA leaves of it, the first
+  std::int32_t kv_tile = 0;
+  // Of an item that began in another CTA (kv_tile > 0): the num_partials that this CTA leaves of it, the first
   // and last CTA that work on it, and how many of them leave anything.
-  std::int32_t parts = 0;
+  std::int32_t num_partials = 0;
   std::int32_t first_cta = 0;
   std::int32_t last_cta = 0;
-  std::int32_t num_sharers = 0;
+  std::int32_t num_ctas_at_work = 0;
   std::int32_t rank = 0;  // CTAs before this one that have work
 
   QUIRE_HOST_DEVICE bool is_in(std::int32_t t, std::int32_t h) const {
     return tile == t && head == h;
   }
   QUIRE_HOST_DEVICE bool comes_before(std::int32_t t, std::int32_t h, std::int32_t u) const {
-    return tile != t ? tile < t : (head != h ? head < h : unit < u);
+    return tile != t ? tile < t : (head != h ? head < h : kv_tile < u);
   }
 };
 
@@ -109,7 +109,7 @@ struct SharedRow {
 };
 
 // Sequences whose first `keys` keys lie in the same blocks.
-struct PrefixGroup {
+struct SharedPrefix {
   std::int32_t seq;  // whose block table is read
   std::int32_t keys;
   std::int32_t first_row;  // of SharedPrefixes::rows
@@ -125,7 +125,7 @@ struct SharedPrefixes {
   std::int32_t* least = nullptr;      // leaders: blocks that they all have in common
   std::int32_t* keys = nullptr;       // of its shared prefix; 0: none
   std::int32_t* first_row = nullptr;  // of its query, in `rows`
-  PrefixGroup* groups = nullptr;      // [kMaxPrefixGroups]
+  SharedPrefix* groups = nullptr;     // [kMaxSharedPrefixes]
   SharedRow* rows = nullptr;          // [max_rows], group by group
   std::int32_t max_rows = 0;
 };
@@ -133,7 +133,7 @@ struct SharedPrefixes {
 // What the queries of SharedPrefixes::rows saw in their prefixes, unnormalised: [rows, num_heads]
 // times `pitch` floats, and for each of `passes` passes of `columns` of them a maximum and a sum.
 // Items of the same queries start from it.
-struct Seeds {
+struct PrefixPartials {
   float* o = nullptr;
   float* max = nullptr;
   float* sum = nullptr;
@@ -146,7 +146,7 @@ struct ScheduleHeader {
   std::int32_t num_tiles = 0;
   std::int32_t num_ctas = 0;  // among which work is cut
   // Items are not cut: CTAs take them one by one, and tiles lie in order of their cost, dearest
-  // first. cost_begin and starts mean nothing then.
+  // first. cost_begin and work_ranges mean nothing then.
   bool whole = false;
 };
 
@@ -160,17 +160,17 @@ struct CostBuckets {
 // What one attention kernel sees of the plan.
 struct ScheduleView {
   const ScheduleHeader* header = nullptr;
-  const Tile* tiles = nullptr;
-  const CtaStart* starts = nullptr;  // [grid + 1]
-  std::int32_t* arrivals = nullptr;  // [ctas], all 0 between launches
-  std::int32_t* taken = nullptr;     // whole items that CTAs took beyond their first, likewise
-  float* slots = nullptr;
-  std::int64_t slot_floats = 0;
+  const WorkTile* tiles = nullptr;
+  const WorkRange* work_ranges = nullptr;  // [grid + 1]
+  std::int32_t* arrivals = nullptr;        // [ctas], all 0 between launches
+  std::int32_t* taken = nullptr;  // whole items that CTAs took beyond their first, likewise
+  float* partials = nullptr;
+  std::int64_t partial_floats = 0;
   // Slot 0 of a CTA holds an item's beginning, the others what follows someone else's beginning.
-  std::int32_t slots_per_cta = 2;
+  std::int32_t partials_per_cta = 2;
   std::int32_t heads = 0;  // kv heads times column passes
-  Seeds seeds;
-  // Not null: these are tiles of shared prefixes, of these rows. Results become seeds.
+  PrefixPartials prefix_partials;
+  // Not null: these are tiles of shared prefixes, of these rows. Results become prefix_partials.
   const SharedRow* shared_rows = nullptr;
 };
 
@@ -184,12 +184,12 @@ struct TileRule {
   // Of which requests: with more query rows than this, up to that.
   std::int32_t above_rows = 0;
   std::int32_t up_to_rows = 0x7FFFFFFF;
-  // Batch-invariant mode: keys may be cut at chunks of the request's own; else not at all.
-  bool chunks = false;
+  // Batch-invariant mode: keys may be cut at kv_chunks of the request's own; else not at all.
+  bool kv_chunks = false;
   CostBuckets* buckets = nullptr;  // null: the kernel does not know ScheduleHeader::whole
   ScheduleHeader* header = nullptr;
-  Tile* tiles = nullptr;
-  CtaStart* starts = nullptr;
+  WorkTile* tiles = nullptr;
+  WorkRange* work_ranges = nullptr;
   std::int32_t* seq_tiles = nullptr;  // [num_seqs + 1]
 };
 

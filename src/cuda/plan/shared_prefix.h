@@ -1,6 +1,6 @@
 // Cascade, the planning part: which sequences share a prefix, and the list of their query rows.
 //
-//   a warp a sequence: leader (the first sequence whose table starts alike), blocks in common
+//   a warp a sequence: leader (the first sequence whose table work_ranges alike), blocks in common
 //   the plan's CTA:    groups (a leader and who follows it), prefix of each, rows group by group
 //
 // `Lanes` and `Team` are the threads that work together; tests run all this on the host with one.
@@ -104,7 +104,7 @@ QUIRE_DEVICE void find_partner(const Lanes& lanes, const PlanArgs& args, std::in
 // The rows of a group's sequences, in their order. Sequences that find no more room stay without a
 // shared prefix. Returns the number of rows that are taken afterwards.
 template <class Team>
-QUIRE_DEVICE std::int64_t list_rows(const Team& team, const PlanArgs& args, PrefixGroup* group,
+QUIRE_DEVICE std::int64_t list_rows(const Team& team, const PlanArgs& args, SharedPrefix* group,
                                     std::int64_t first_row) {
   const SharedPrefixes& prefixes = args.prefixes;
   const std::int32_t leader = group->seq;
@@ -132,7 +132,7 @@ QUIRE_DEVICE std::int64_t list_rows(const Team& team, const PlanArgs& args, Pref
 
 // After find_partner() of all sequences. Returns how many groups there are.
 template <class Team>
-QUIRE_DEVICE std::int32_t form_groups(const Team& team, const PlanArgs& args) {
+QUIRE_DEVICE std::int32_t form_shared_prefixes(const Team& team, const PlanArgs& args) {
   const SharedPrefixes& prefixes = args.prefixes;
   const std::int32_t num_seqs = args.batch.num_seqs;
   for (std::int32_t s = team.thread(); s < num_seqs; s += team.size()) {
@@ -142,33 +142,33 @@ QUIRE_DEVICE std::int32_t form_groups(const Team& team, const PlanArgs& args) {
     team.lower(&prefixes.least[leader], prefixes.blocks[s]);
   }
   team.sync();
-  std::int64_t num_groups = 0;
+  std::int64_t num_shared = 0;
   for (std::int32_t base = 0; base < num_seqs; base += team.size()) {
     const std::int32_t s = base + team.thread();
     const bool leads = s < num_seqs && prefixes.leader[s] == s;
     const std::int64_t keys = leads ? std::int64_t{prefixes.least[s]} * args.layer.block_size : 0;
     const bool pays = leads && prefix_pays(prefixes.rule, prefixes.members[s], keys);
     std::int64_t total = 0;
-    const std::int64_t at = num_groups + team.scan(pays ? 1 : 0, &total);
-    if (pays && at < kMaxPrefixGroups) {
+    const std::int64_t at = num_shared + team.scan(pays ? 1 : 0, &total);
+    if (pays && at < kMaxSharedPrefixes) {
       prefixes.groups[at] = {s, static_cast<std::int32_t>(keys), 0, 0};
     }
-    num_groups += total;
+    num_shared += total;
   }
-  num_groups = semantics::min_of(num_groups, kMaxPrefixGroups);
+  num_shared = semantics::min_of(num_shared, kMaxSharedPrefixes);
   team.sync();
   std::int64_t row = 0;
-  for (std::int64_t g = 0; g < num_groups; ++g) {
-    PrefixGroup* group = prefixes.groups + g;
+  for (std::int64_t g = 0; g < num_shared; ++g) {
+    SharedPrefix* group = prefixes.groups + g;
     const std::int64_t first_row = row;
     row = list_rows(team, args, group, first_row);
     if (team.thread() == 0) group->first_row = static_cast<std::int32_t>(first_row);
   }
   team.sync();
-  return static_cast<std::int32_t>(num_groups);
+  return static_cast<std::int32_t>(num_shared);
 }
 
-QUIRE_DEVICE std::int64_t tiles_of(const PlanArgs& args, const PrefixGroup& group) {
+QUIRE_DEVICE std::int64_t tiles_of(const PlanArgs& args, const SharedPrefix& group) {
   const std::int64_t rows =
       semantics::max_of(group.end_row - group.first_row, 0) * args.layer.group;
   return (rows + args.shared.policy.rows - 1) / args.shared.policy.rows;

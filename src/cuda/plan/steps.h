@@ -2,7 +2,7 @@
 // tests run them on the host with a team of one.
 //
 //   lengths -> tiles per request -> (scan) -> tile records with their cost -> (scan) -> where each
-//   CTA of the attention grid starts
+//   CTA of the attention grid work_ranges
 #pragma once
 
 #include <cstdint>
@@ -39,33 +39,33 @@ QUIRE_DEVICE std::int64_t tiles_of(const PlanArgs& args, const TileRule& rule, s
   return (rows + rule.policy.rows - 1) / rule.policy.rows;
 }
 
-QUIRE_DEVICE void set_units(const LayerParams& layer, const TileRule& rule,
-                            const semantics::Spans& visible, Tile* tile) {
-  const planning::KvTiles units = planning::kv_tiles_of(visible, rule.policy.kv_tile);
-  tile->prefix_first = units.prefix_first;
-  tile->prefix_count = units.prefix_count;
-  tile->main_first = units.main_first;
-  tile->main_count = units.main_count;
+QUIRE_DEVICE void set_kv_tiles(const LayerParams& layer, const TileRule& rule,
+                               const semantics::Spans& visible, WorkTile* tile) {
+  const planning::KvTiles kv_tiles = planning::kv_tiles_of(visible, rule.policy.kv_tile);
+  tile->prefix_first = kv_tiles.prefix_first;
+  tile->prefix_count = kv_tiles.prefix_count;
+  tile->main_first = kv_tiles.main_first;
+  tile->main_count = kv_tiles.main_count;
   tile->visible_end =
       static_cast<std::int32_t>(semantics::max_of(visible.prefix.end, visible.main.end));
-  const std::int32_t count = units.count();
+  const std::int32_t count = kv_tiles.count();
   if (!layer.batch_invariant) {
-    tile->chunk_units = count > rule.policy.max_uncut || count == 0 ? 1 : count;
-  } else if (rule.chunks) {
-    tile->chunk_units = planning::kv_tiles_per_chunk(count, rule.policy.min_chunk);
+    tile->kv_chunk = count > rule.policy.max_uncut || count == 0 ? 1 : count;
+  } else if (rule.kv_chunks) {
+    tile->kv_chunk = planning::kv_tiles_per_chunk(count, rule.policy.min_chunk);
   } else {
-    tile->chunk_units = count > 0 ? count : 1;
+    tile->kv_chunk = count > 0 ? count : 1;
   }
   tile->cost = count + rule.policy.item_overhead;
 }
 
-QUIRE_DEVICE Tile make_tile(const PlanArgs& args, const TileRule& rule, std::int32_t s,
-                            std::int64_t index) {
+QUIRE_DEVICE WorkTile make_tile(const PlanArgs& args, const TileRule& rule, std::int32_t s,
+                                std::int64_t index) {
   const LayerParams& layer = args.layer;
   const Sequence seq = sequence_at(layer, args.batch, kAnyKvTokens, s);
   const std::int64_t rows = seq.query_len * layer.group;
   const std::int64_t first = index * rule.policy.rows;
-  Tile tile{};
+  WorkTile tile{};
   tile.seq = s;
   tile.rows = static_cast<std::int32_t>(semantics::min_of(rows - first, rule.policy.rows));
   const std::int64_t first_token = first / layer.group;
@@ -79,14 +79,14 @@ QUIRE_DEVICE Tile make_tile(const PlanArgs& args, const TileRule& rule, std::int
   tile.context_len = static_cast<std::int32_t>(seq.context_len);
   tile.first_kv_row = seq.first_kv_row;
   tile.kv_len = static_cast<std::int32_t>(seq.mask.kv_len);
-  tile.seed = -1;
+  tile.prefix_row = -1;
   if (args.prefixes.rule.min_blocks > 0 && args.prefixes.keys[s] > 0) {
     tile.kv_begin = args.prefixes.keys[s];
-    tile.seed = args.prefixes.first_row[s] + tile.first_index;
+    tile.prefix_row = args.prefixes.first_row[s] + tile.first_index;
   }
   const semantics::Spans visible =
       clip(semantics::union_spans(seq.mask, first_pos, last_pos), tile.kv_begin, tile.kv_len);
-  set_units(layer, rule, visible, &tile);
+  set_kv_tiles(layer, rule, visible, &tile);
   const semantics::Spans common = first_token == last_token
                                       ? visible  // exactly what its rows see
                                       : clip(semantics::common_spans(seq.mask, first_pos, last_pos),
@@ -95,47 +95,47 @@ QUIRE_DEVICE Tile make_tile(const PlanArgs& args, const TileRule& rule, std::int
   tile.common[1] = static_cast<std::int32_t>(common.prefix.end);
   tile.common[2] = static_cast<std::int32_t>(common.main.begin);
   tile.common[3] = static_cast<std::int32_t>(common.main.end);
-  tile.hidden_begin = static_cast<std::int32_t>(visible.prefix.end);
-  tile.hidden_end =
+  tile.out_of_window_begin = static_cast<std::int32_t>(visible.prefix.end);
+  tile.out_of_window_end =
       static_cast<std::int32_t>(semantics::max_of(visible.main.begin, visible.prefix.end));
   return tile;
 }
 
 // The `index`-th tile over the prefix of a group.
-QUIRE_DEVICE Tile make_shared_tile(const PlanArgs& args, const PrefixGroup& group,
-                                   std::int64_t index) {
+QUIRE_DEVICE WorkTile make_shared_tile(const PlanArgs& args, const SharedPrefix& group,
+                                       std::int64_t index) {
   const TileRule& rule = args.shared;
   const std::int64_t rows = std::int64_t{group.end_row - group.first_row} * args.layer.group;
   const std::int64_t first = index * rule.policy.rows;
   const std::int64_t first_token = first / args.layer.group;
-  Tile tile{};
+  WorkTile tile{};
   tile.seq = group.seq;
   tile.rows = static_cast<std::int32_t>(semantics::min_of(rows - first, rule.policy.rows));
   tile.first_sub = static_cast<std::int32_t>(first - first_token * args.layer.group);
-  tile.seed = static_cast<std::int32_t>(group.first_row + first_token);
+  tile.prefix_row = static_cast<std::int32_t>(group.first_row + first_token);
   tile.kv_len = group.keys;
   tile.context_len = group.keys;  // query-query bias is about keys behind every shared prefix
   tile.common[3] = group.keys;
-  set_units(args.layer, rule, {{0, 0}, {0, group.keys}}, &tile);
+  set_kv_tiles(args.layer, rule, {{0, 0}, {0, group.keys}}, &tile);
   return tile;
 }
 
-// The cut at a cost position. Cuts inside an item are rounded to whole chunks.
-QUIRE_DEVICE CtaStart start_at(const TileRule& rule, std::int32_t num_tiles,
-                               std::int64_t position) {
+// The cut at a cost position. Cuts inside an item are rounded to whole kv_chunks.
+QUIRE_DEVICE WorkRange start_at(const TileRule& rule, std::int32_t num_tiles,
+                                std::int64_t position) {
   if (num_tiles == 0) return {};
-  CtaStart start;
+  WorkRange start;
   start.tile =
       last_at_most(num_tiles, position, [&](std::int32_t i) { return rule.tiles[i].cost_begin; });
-  const Tile& tile = rule.tiles[start.tile];
+  const WorkTile& tile = rule.tiles[start.tile];
   const std::int64_t inside = position - tile.cost_begin;
   start.head = static_cast<std::int32_t>(inside / tile.cost);
-  const auto unit = static_cast<std::int32_t>(inside - std::int64_t{start.head} * tile.cost);
+  const auto kv_tile = static_cast<std::int32_t>(inside - std::int64_t{start.head} * tile.cost);
   const std::int32_t overhead = rule.policy.item_overhead;
-  if (start.head < rule.heads && unit > overhead) {
-    start.unit = (unit - overhead + tile.chunk_units / 2) / tile.chunk_units * tile.chunk_units;
-    if (start.unit >= tile.num_units()) {
-      start.unit = 0;
+  if (start.head < rule.heads && kv_tile > overhead) {
+    start.kv_tile = (kv_tile - overhead + tile.kv_chunk / 2) / tile.kv_chunk * tile.kv_chunk;
+    if (start.kv_tile >= tile.num_kv_tiles()) {
+      start.kv_tile = 0;
       ++start.head;
     }
   }
@@ -150,36 +150,37 @@ QUIRE_DEVICE CtaStart start_at(const TileRule& rule, std::int32_t num_tiles,
 // part for each chunk, else one.
 template <class Team>
 QUIRE_DEVICE void link_starts(const Team& team, const TileRule& rule, std::int32_t num_ctas,
-                              bool one_part) {
-  const CtaStart* starts = rule.starts;
+                              bool one_partial) {
+  const WorkRange* work_ranges = rule.work_ranges;
   std::int64_t rank = 0;
   for (std::int32_t base = 0; base <= num_ctas; base += team.size()) {
     const std::int32_t c = base + team.thread();
-    const bool works =
-        c < num_ctas &&
-        starts[c].comes_before(starts[c + 1].tile, starts[c + 1].head, starts[c + 1].unit);
+    const bool works = c < num_ctas &&
+                       work_ranges[c].comes_before(work_ranges[c + 1].tile, work_ranges[c + 1].head,
+                                                   work_ranges[c + 1].kv_tile);
     std::int64_t total = 0;
     const std::int64_t before = rank + team.scan(works ? 1 : 0, &total);
-    if (c <= num_ctas) rule.starts[c].rank = static_cast<std::int32_t>(before);
+    if (c <= num_ctas) rule.work_ranges[c].rank = static_cast<std::int32_t>(before);
     rank += total;
   }
   team.sync();
   for (std::int32_t c = team.thread(); c < num_ctas; c += team.size()) {
-    CtaStart& start = rule.starts[c];
-    if (start.unit == 0) continue;
+    WorkRange& start = rule.work_ranges[c];
+    if (start.kv_tile == 0) continue;
     std::int32_t last = c;
-    while (starts[last + 1].is_in(start.tile, start.head)) ++last;
+    while (work_ranges[last + 1].is_in(start.tile, start.head)) ++last;
     std::int32_t first = c;
-    while (!starts[first].comes_before(start.tile, start.head, 1)) --first;
+    while (!work_ranges[first].comes_before(start.tile, start.head, 1)) --first;
     start.first_cta = first;
     start.last_cta = last;
-    start.num_sharers = starts[last + 1].rank - starts[first].rank;
-    const Tile& tile = rule.tiles[start.tile];
-    const std::int32_t end =
-        starts[c + 1].is_in(start.tile, start.head) ? starts[c + 1].unit : tile.num_units();
-    const std::int32_t units = end - start.unit;
-    start.parts =
-        one_part ? (units > 0 ? 1 : 0) : (units + tile.chunk_units - 1) / tile.chunk_units;
+    start.num_ctas_at_work = work_ranges[last + 1].rank - work_ranges[first].rank;
+    const WorkTile& tile = rule.tiles[start.tile];
+    const std::int32_t end = work_ranges[c + 1].is_in(start.tile, start.head)
+                                 ? work_ranges[c + 1].kv_tile
+                                 : tile.num_kv_tiles();
+    const std::int32_t kv_tiles = end - start.kv_tile;
+    start.num_partials =
+        one_partial ? (kv_tiles > 0 ? 1 : 0) : (kv_tiles + tile.kv_chunk - 1) / tile.kv_chunk;
   }
 }
 
@@ -228,14 +229,14 @@ QUIRE_DEVICE bool whole_items_balance(const Team& team, const TileRule& rule,
   return buckets.makespan <= share + share / 32 + rule.policy.cut_cost;
 }
 
-// Tile records, and where each CTA starts. make(t) is tile t without its place in the line.
+// WorkTile records, and where each CTA work_ranges. make(t) is tile t without its place in the line.
 template <class Team, class Make>
-QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_part,
+QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_partial,
                           std::int64_t num_tiles, const Make& make) {
   std::int64_t cost = 0;
   for (std::int64_t base = 0; base < num_tiles; base += team.size()) {
     const std::int64_t t = base + team.thread();
-    Tile tile{};
+    WorkTile tile{};
     if (t < num_tiles) tile = make(t);
     std::int64_t total = 0;
     tile.cost_begin = cost + team.scan(std::int64_t{tile.cost} * rule.heads, &total);
@@ -244,9 +245,9 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_part,
   }
   team.sync();
   if (rule.buckets != nullptr && num_tiles > 0 &&
-      (whole_items_balance(team, rule, num_tiles, cost) || !one_part)) {
+      (whole_items_balance(team, rule, num_tiles, cost) || !one_partial)) {
     for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
-      const Tile tile = make(t);
+      const WorkTile tile = make(t);
       rule.tiles[team.take(&rule.buckets->next[bucket_of(*rule.buckets, tile.cost)])] = tile;
     }
     if (team.thread() == 0) {
@@ -263,10 +264,10 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_part,
   }
   for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) {
     const std::int64_t position = c < num_ctas ? c * cost / num_ctas : cost;
-    rule.starts[c] = start_at(rule, static_cast<std::int32_t>(num_tiles), position);
+    rule.work_ranges[c] = start_at(rule, static_cast<std::int32_t>(num_tiles), position);
   }
   team.sync();
-  link_starts(team, rule, num_ctas, one_part);
+  link_starts(team, rule, num_ctas, one_partial);
 }
 
 // The tiles of a rule's requests. Also where it has none: a graph may read the result.
@@ -274,7 +275,7 @@ template <class Team>
 QUIRE_DEVICE void schedule(const Team& team, const PlanArgs& args, const TileRule& rule) {
   if (rule.up_to_rows <= rule.above_rows) {
     if (team.thread() == 0) *rule.header = {};
-    for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) rule.starts[c] = {};
+    for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) rule.work_ranges[c] = {};
     return;
   }
   const std::int32_t num_seqs = args.batch.num_seqs;
@@ -304,12 +305,12 @@ QUIRE_DEVICE void schedule(const Team& team, const PlanArgs& args, const TileRul
 template <class Team>
 QUIRE_DEVICE void schedule_shared(const Team& team, const PlanArgs& args) {
   const bool shares = args.prefixes.rule.min_blocks > 0;
-  const std::int32_t num_groups = shares ? prefix::form_groups(team, args) : 0;
-  const PrefixGroup* groups = args.prefixes.groups;
+  const std::int32_t num_shared = shares ? prefix::form_shared_prefixes(team, args) : 0;
+  const SharedPrefix* groups = args.prefixes.groups;
   std::int64_t num_tiles = 0;
-  for (std::int32_t g = 0; g < num_groups; ++g) num_tiles += prefix::tiles_of(args, groups[g]);
+  for (std::int32_t g = 0; g < num_shared; ++g) num_tiles += prefix::tiles_of(args, groups[g]);
   lay_out(team, args.shared, true, num_tiles, [&](std::int64_t t) {
-    const PrefixGroup* group = groups;
+    const SharedPrefix* group = groups;
     for (; t >= prefix::tiles_of(args, *group); ++group) t -= prefix::tiles_of(args, *group);
     return make_shared_tile(args, *group, t);
   });

@@ -16,7 +16,7 @@ inline constexpr std::int64_t kMinSavedKeys = 8192;
 // what they keep of a prefix would take much memory (34 MB here for 32 heads of 128) to little avail.
 inline constexpr std::int64_t kMaxSharedTokens = 2048;
 
-inline constexpr std::int32_t kMaxPrefixGroups = 16;  // of a batch; what is more stays plain
+inline constexpr std::int32_t kMaxSharedPrefixes = 16;  // of a batch; what is more stays plain
 
 // Work tiles are sorted by cost into this many classes where whole items are handed out.
 inline constexpr std::int32_t kCostBuckets = 256;

@@ -9,26 +9,26 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies `valid` bytes (0 to kBytes) from global to shared memory and fills up with zeros. With 0
+// Copies `valid` bytes (0 to kKv8) from global to shared memory and fills up with zeros. With 0
 // nothing is read.
-template <int kBytes>
+template <int kKv8>
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, int valid) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  if constexpr (kBytes == 16) {
+  static_assert(kKv8 == 4 || kKv8 == 8 || kKv8 == 16);
+  if constexpr (kKv8 == 16) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(valid)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kKv8),
                  "r"(valid)
                  : "memory");
   }
 }
 
-// Copies all of kBytes: without a size to check it takes a third of the instructions.
-template <int kBytes>
+// Copies all of kKv8: without a size to check it takes a third of the instructions.
+template <int kKv8>
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
-  static_assert(kBytes == 16);
+  static_assert(kKv8 == 16);
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
                : "memory");
 }

@@ -12,13 +12,13 @@ inline constexpr int kMinHeadSizeV = 16;
 
 // The costs of both kernels, in kv tiles of 64 keys: measured on an H100 (docs/experiments.md). An
 // item's queries and output take about as long as two tiles; a range of fewer than four tiles is not
-// worth its partial result; chunks of batch-invariant mode have at least 512 keys.
+// worth its partial result; kv_chunks of batch-invariant mode have at least 512 keys.
 template <class C>
 constexpr TilePolicy policy_of() {
   TilePolicy policy;
   policy.rows = C::kRows;
   policy.kv_tile = kKvTile;
-  policy.v_columns = C::kHeadV;
+  policy.v_columns = C::kHeadSizeV;
   policy.item_overhead = 2;
   policy.min_range_cost = 6;
   policy.cut_cost = 6;

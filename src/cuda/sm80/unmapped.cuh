@@ -10,14 +10,14 @@
 
 namespace quire::cuda::sm80 {
 
-// Takes the scores of absent keys out of `s`, a warp's scores as tensor cores lay them out (16-row
-// tiles, 8 keys), into the states of its rows. Bit k of `absent` is key k.
+// Takes the scores of unmapped keys out of `s`, a warp's scores as tensor cores lay them out (16-row
+// tiles, 8 keys), into the states of its rows. Bit k of `unmapped` is key k.
 template <int kTiles, int kKeyTiles>
-__device__ __forceinline__ void set_absent_apart(std::uint32_t absent, float to_natural,
-                                                 float (&s)[kTiles][kKeyTiles][4], float* max,
-                                                 float* sum) {
+__device__ __forceinline__ void set_unmapped_apart(std::uint32_t unmapped, float to_natural,
+                                                   float (&s)[kTiles][kKeyTiles][4], float* max,
+                                                   float* sum) {
   const auto lane = static_cast<int>(ptx::opaque(threadIdx.x) % 32);
-  const std::uint32_t mine = absent >> (lane % 4 * 2);
+  const std::uint32_t mine = unmapped >> (lane % 4 * 2);
 #pragma unroll
   for (int i = 0; i < kTiles * 2; ++i) {
     const int mt = i / 2;
@@ -25,8 +25,8 @@ __device__ __forceinline__ void set_absent_apart(std::uint32_t absent, float to_
     float top = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kKeyTiles * 2; ++k) {
-      const bool is_absent = ((mine >> (k / 2 * 8 + k % 2)) & 1U) != 0;
-      if (is_absent) top = fmaxf(top, s[mt][k / 2][2 * h + k % 2]);
+      const bool is_unmapped = ((mine >> (k / 2 * 8 + k % 2)) & 1U) != 0;
+      if (is_unmapped) top = fmaxf(top, s[mt][k / 2][2 * h + k % 2]);
     }
     top = fmaxf(top, __shfl_xor_sync(~0U, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0U, top, 2));
@@ -34,9 +34,9 @@ __device__ __forceinline__ void set_absent_apart(std::uint32_t absent, float to_
     float weight = 0.0F;
 #pragma unroll
     for (int k = 0; k < kKeyTiles * 2; ++k) {
-      const bool is_absent = ((mine >> (k / 2 * 8 + k % 2)) & 1U) != 0;
+      const bool is_unmapped = ((mine >> (k / 2 * 8 + k % 2)) & 1U) != 0;
       float& score = s[mt][k / 2][2 * h + k % 2];
-      if (is_absent) {
+      if (is_unmapped) {
         weight += ptx::exp2_approx((score - shift) * to_natural * kLog2E);
         score = -INFINITY;
       }
@@ -45,10 +45,10 @@ __device__ __forceinline__ void set_absent_apart(std::uint32_t absent, float to_
     weight += __shfl_xor_sync(~0U, weight, 2);
     if (lane % 4 == 0) {
       const int row = mt * 16 + h * 8 + lane / 4;
-      Fold fold{max[row], sum[row]};
-      fold.add(top * to_natural, weight);
-      max[row] = fold.max;
-      sum[row] = fold.sum;
+      Combine combine{max[row], sum[row]};
+      combine.add(top * to_natural, weight);
+      max[row] = combine.max;
+      sum[row] = combine.sum;
     }
   }
 }

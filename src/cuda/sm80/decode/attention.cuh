@@ -1,16 +1,16 @@
 // Attention for requests of few query rows (decode, speculative decoding): as fast as K and V come.
 //
-//   each warp: its 16 keys of every unit of 64, by cp.async into a ring of its own (decode_stream)
+//   each warp: its 16 keys of every kv_tile of 64, by cp.async into a ring of its own (decode_stream)
 //   -> S = Q K^T -> mask, softmax in registers -> O += P V, with its own (m, l, O)
-//   at an item's end: the four warps' (m, l, O) -> shared memory -> merged -> output or a slot
+//   at an item's end: the four warps' (m, l, O) -> shared memory -> combined -> output or a partial
 //
 // Warps wait for each other only at the end of an item. Copies for the next items go on meanwhile:
 // their queries and row tables are prepared an item ahead, in the other of two buffers. So an item's
-// end must have a barrier behind the last use of its row table: merge() has, folds get one in work().
+// end must have a barrier behind the last use of its row table: combine() has, folds get one in work().
 // 8-bit caches: the lane that copied bytes widens them. A token's own K scale multiplies its column
 // of S in fp32 (rounded into K it would cost a bit of every logit). Its V scale multiplies P in
 // bf16, which holds every product; in fp16 tiny ones would be lost, so there it goes into V.
-// Bytes of a unit at d128: 32 KiB; flops 4 * 64 * 128 * 16 for every 16 rows.
+// Bytes of a kv_tile at d128: 32 KiB; flops 4 * 64 * 128 * 16 for every 16 rows.
 #pragma once
 
 #include "cuda/kernel/score_mod.cuh"
@@ -21,15 +21,15 @@
 namespace quire::cuda::sm80 {
 
 template <class C>
-class DecodeAttention : DecodeMerge<C> {
-  using Base = DecodeMerge<C>;
+class DecodeAttention : DecodeCombine<C> {
+  using Base = DecodeCombine<C>;
   using Base::consumed_;
   using Base::kColumnTiles;
   using Base::lane_;
   using Base::p_;
   using Base::score_scale_;
-  using Base::segment_;
   using Base::shared;
+  using Base::split_;
   using Base::stage_;
   using Base::warp_;
   using typename Base::DecodeEpilogue;
@@ -43,15 +43,15 @@ class DecodeAttention : DecodeMerge<C> {
 
   __device__ __forceinline__ void run() {
     this->start_walk();
-    // From -1 on: the step before the first segment only prepares. One loop for both, since code
+    // From -1 on: the step before the first split only prepares. One loop for both, since code
     // that runs for the first time is slow. Queries come before the first copies: everybody's copies
     // together take microseconds, and so does whatever is read behind them, instructions too.
-    for (segment_ = -1; segment_ < 0 || this->knows(segment_); ++segment_) {
+    for (split_ = -1; split_ < 0 || this->knows(split_); ++split_) {
       this->find_next_if_idle();
-      if (this->knows(segment_ + 1)) prepare(segment_ + 1);
+      if (this->knows(split_ + 1)) prepare(split_ + 1);
       this->refill();
-      if (segment_ >= 0) {
-        work(this->segment_at(segment_));
+      if (split_ >= 0) {
+        work(this->split_at(split_));
       } else {
         this->wait_oldest();
         __syncthreads();
@@ -63,56 +63,56 @@ class DecodeAttention : DecodeMerge<C> {
  private:
   static constexpr bool kScaleWeights = std::is_same_v<typename C::Type, ptx::BFloat16>;
 
-  // ---- a segment ------------------------------------------------------------------------------
+  // ---- a split ------------------------------------------------------------------------------
 
-  // Row table and queries of segment `n`, for when its turn comes: at least one barrier later.
+  // Row table and queries of split `n`, for when its turn comes: at least one barrier later.
   __device__ __forceinline__ void prepare(int n) {
-    const Segment& segment = this->segment_at(n);
-    if (warp_ == 0) fill_rows<WarpTeam>(p_, segment, segment.head, shared().rows[n & 1]);
-    this->load_queries(segment, this->query_at(n), changes_queries_);
+    const Split& split = this->split_at(n);
+    if (warp_ == 0) fill_rows<WarpTeam>(p_, split, split.head, shared().rows[n & 1]);
+    this->load_queries(split, this->query_at(n), changes_queries_);
   }
 
-  __device__ __forceinline__ void work(const Segment& segment) {
-    DecodeEpilogue epilogue(p_, shared().rows[segment_ & 1]);
+  __device__ __forceinline__ void work(const Split& split) {
+    DecodeEpilogue epilogue(p_, shared().rows[split_ & 1]);
     epilogue.set_pass(0, p_.layer.head_size_v);
     DecodeCombiner<C> combiner(p_, epilogue, shared().combine);
     const auto cta = static_cast<std::int32_t>(blockIdx.x);
-    // One run in the free mode; one for each chunk where chunks must not depend on who does them.
+    // One run in the free mode; one for each chunk where kv_chunks must not depend on who does them.
     const int chunk =
-        p_.layer.batch_invariant ? segment.tile.chunk_units : segment.unit_end - segment.unit_begin;
-    const bool one_run = segment.unit_end - segment.unit_begin <= chunk;
-    int part = 0;
-    int unit = segment.unit_begin;
+        p_.layer.batch_invariant ? split.tile.kv_chunk : split.kv_tile_end - split.kv_tile_begin;
+    const bool one_run = split.kv_tile_end - split.kv_tile_begin <= chunk;
+    int num_partials = 0;
+    int kv_tile = split.kv_tile_begin;
     do {
-      const int end = min(unit + chunk, segment.unit_end);
-      const int existing = min(end, segment.stop);
+      const int end = min(kv_tile + chunk, split.kv_tile_end);
+      const int existing = min(end, split.stop);
       Rows rows;
-      attend<C::kMTiles>(segment, unit, existing, rows);
-      // What was prepared for the next segment has come with the ring's copies, unless this one was
+      attend<C::kMTiles>(split, kv_tile, existing, rows);
+      // What was prepared for the next split has come with the ring's copies, unless this one was
       // too short for that.
-      if (existing - unit <= p_.stages) {
+      if (existing - kv_tile <= p_.stages) {
         ptx::commit_copies();
         ptx::wait_copies<0>();
       }
-      Emit emit{Emit::kKeep, {}};
-      if (one_run && segment.whole()) {
+      Emit emit{Emit::kPartial, {}};
+      if (one_run && split.whole()) {
         emit.how = Emit::kWrite;
-      } else if (segment.unit_begin > 0) {
-        emit.slot = combiner.slot(cta, ++part);
+      } else if (split.kv_tile_begin > 0) {
+        emit.partial = combiner.partial(cta, ++num_partials);
       } else {
-        emit.slot = combiner.slot(cta, 0);
-        if (unit > 0) emit.how = Emit::kFold;
+        emit.partial = combiner.partial(cta, 0);
+        if (kv_tile > 0) emit.how = Emit::kCombine;
       }
-      this->merge(epilogue, segment, emit, rows);
-      unit = end;
-    } while (unit < segment.unit_end);
-    if (segment.whole() && one_run) return;  // written between merge()'s barriers
-    if (segment.whole()) {
-      epilogue.write(segment, combiner.slot(cta, 0));
+      this->combine(epilogue, split, emit, rows);
+      kv_tile = end;
+    } while (kv_tile < split.kv_tile_end);
+    if (split.whole() && one_run) return;  // written between combine()'s barriers
+    if (split.whole()) {
+      epilogue.write(split, combiner.partial(cta, 0));
     } else {
-      combiner.arrive(this->stream().walker.sharers(segment), segment);
+      combiner.combine_if_last(this->stream().iterator.item_ctas(split), split);
     }
-    // Warps that are done would prepare the segment after the next one, whose row table takes the
+    // Warps that are done would prepare the split after the next one, whose row table takes the
     // place of this one's, while others still store rows by it: rows went to other rows' places.
     __syncthreads();
   }
@@ -122,9 +122,9 @@ class DecodeAttention : DecodeMerge<C> {
   template <int kTiles>
   using Scores = float[kTiles][2][4];
 
-  // Units [unit_begin, unit_end) into `rows`; kTiles * 16 rows.
+  // Units [kv_tile_begin, kv_tile_end) into `rows`; kTiles * 16 rows.
   template <int kTiles>
-  __device__ __forceinline__ void attend(const Segment& segment, int unit_begin, int unit_end,
+  __device__ __forceinline__ void attend(const Split& split, int kv_tile_begin, int kv_tile_end,
                                          Rows& rows) {
 #pragma unroll
     for (int mt = 0; mt < C::kMTiles; ++mt) {
@@ -136,7 +136,7 @@ class DecodeAttention : DecodeMerge<C> {
       rows.max[mt][0] = rows.max[mt][1] = -INFINITY;
       rows.sum[mt][0] = rows.sum[mt][1] = 0.0F;
     }
-    if constexpr (C::kAbsentApart) {
+    if constexpr (C::kUnmappedApart) {
       if (lane_ < C::kRows) {
         shared().max[C::kStates - kDecodeWarps + warp_][lane_] = -INFINITY;
         shared().sum[C::kStates - kDecodeWarps + warp_][lane_] = 0.0F;
@@ -144,21 +144,21 @@ class DecodeAttention : DecodeMerge<C> {
       __syncwarp();
     }
 #pragma unroll 1
-    for (int unit = unit_begin; unit < unit_end; ++unit) {
-      const int first = segment.tile.unit(unit) * kKvTile + warp_ * C::kKeys;
+    for (int kv_tile = kv_tile_begin; kv_tile < kv_tile_end; ++kv_tile) {
+      const int first = split.tile.kv_tile(kv_tile) * kKvTile + warp_ * C::kKeys;
       Scores<kTiles> s;
       this->wait_oldest();
-      // Read before fetch() writes down the same of the stage's next unit.
-      const std::uint32_t absent = C::kAbsentApart ? shared().absent[warp_][stage_] : 0U;
+      // Read before fetch() writes down the same of the stage's next kv_tile.
+      const std::uint32_t unmapped = C::kUnmappedApart ? shared().unmapped[warp_][stage_] : 0U;
       multiply_keys<kTiles>(ready<0>(), s);
       __syncwarp();
-      const float* scales = C::kBytes ? shared().scale[C::kBytes ? warp_ : 0][stage_][0] : nullptr;
-      if (C::kBytes && p_.k.token_scales != nullptr) scale_columns<kTiles>(scales, s);
+      const float* scales = C::kKv8 ? shared().scale[C::kKv8 ? warp_ : 0][stage_][0] : nullptr;
+      if (C::kKv8 && p_.k.token_scales != nullptr) scale_columns<kTiles>(scales, s);
       __syncwarp();
       this->template fetch<0>();
-      softmax<kTiles>(segment, first, absent, s, rows);
+      softmax<kTiles>(split, first, unmapped, s, rows);
       this->wait_oldest();
-      if (C::kBytes && kScaleWeights && p_.v.token_scales != nullptr) {
+      if (C::kKv8 && kScaleWeights && p_.v.token_scales != nullptr) {
         scale_columns<kTiles>(scales + C::kKeys, s);
       }
       multiply_values<kTiles>(ready<1>(), s, rows);
@@ -169,36 +169,36 @@ class DecodeAttention : DecodeMerge<C> {
     }
   }
 
-  // Where the unit's K or V is to be multiplied from.
+  // Where the kv_tile's K or V is to be multiplied from.
   template <int kSide>
   __device__ __forceinline__ std::uint32_t ready() {
-    const std::uint32_t slot = this->slot_at(stage_, kSide);
-    if constexpr (!C::kBytes) return slot;
+    const std::uint32_t stored = this->stage_at(stage_, kSide);
+    if constexpr (!C::kKv8) return stored;
     __syncwarp();  // nobody reads the last one any more
     const KvParams& kv = kSide == 0 ? p_.k : p_.v;
     if (kv.dtype == DType::kFloat8E4M3) {
-      widen<kSide, ptx::E4M3>(kv, slot);
+      widen<kSide, ptx::E4M3>(kv, stored);
     } else if (kv.dtype == DType::kInt8) {
-      widen<kSide, ptx::Int8>(kv, slot);
+      widen<kSide, ptx::Int8>(kv, stored);
     } else {
-      widen<kSide, ptx::E5M2>(kv, slot);
+      widen<kSide, ptx::E5M2>(kv, stored);
     }
     __syncwarp();
     return this->wide();
   }
 
   template <int kSide, class Stored>
-  __device__ __forceinline__ void widen(const KvParams& kv, std::uint32_t slot) {
+  __device__ __forceinline__ void widen(const KvParams& kv, std::uint32_t stored) {
     constexpr int kRowStep = 32 / C::kPieces;
     const bool scaled = kSide == 1 && !kScaleWeights && kv.token_scales != nullptr;
     const int c = lane_ % C::kPieces;
 #pragma unroll
     for (int step = 0; step < C::kKeys / kRowStep; ++step) {
       const int r = lane_ / C::kPieces + step * kRowStep;
-      const float scale = scaled ? shared().scale[C::kBytes ? warp_ : 0][stage_][kSide][r] : 1.0F;
+      const float scale = scaled ? shared().scale[C::kKv8 ? warp_ : 0][stage_][kSide][r] : 1.0F;
       std::uint32_t wide[8];
       ptx::widen_piece<typename C::Type, Stored>(
-          ptx::load_piece(slot + static_cast<std::uint32_t>(step * 512 + lane_ * 16)), scaled,
+          ptx::load_piece(stored + static_cast<std::uint32_t>(step * 512 + lane_ * 16)), scaled,
           scale, wide);
       const std::uint32_t to = this->wide();
       ptx::store_piece(to + ptx::piece_offset(r, 2 * c, C::kPitch), wide[0], wide[1], wide[2],
@@ -218,10 +218,10 @@ class DecodeAttention : DecodeMerge<C> {
         for (int e = 0; e < 4; ++e) s[mt][n][e] = 0.0F;
       }
     }
-    const std::uint32_t query = ptx::opaque(ptx::a_base(this->query_at(segment_), 0, C::kPitch));
+    const std::uint32_t query = ptx::opaque(ptx::a_base(this->query_at(split_), 0, C::kPitch));
     const std::uint32_t key = ptx::opaque(ptx::b_base(keys, 0, C::kPitch));
 #pragma unroll
-    for (int k = 0; k < C::kHead / 16; ++k) {
+    for (int k = 0; k < C::kHeadSize / 16; ++k) {
       std::uint32_t b[4];
       ptx::load_matrices(b, ptx::at_column(key, 2 * k));
 #pragma unroll
@@ -248,25 +248,25 @@ class DecodeAttention : DecodeMerge<C> {
     }
   }
 
-  // S -> P in place; updates and rescales `rows`. Maxima are in units of S: raw dot
+  // S -> P in place; updates and rescales `rows`. Maxima are in kv_tiles of S: raw dot
   // products, or natural logits where scores are modified.
   template <int kTiles>
-  __device__ __forceinline__ void softmax(const Segment& segment, int first, std::uint32_t absent,
+  __device__ __forceinline__ void softmax(const Split& split, int first, std::uint32_t unmapped,
                                           Scores<kTiles>& s, Rows& rows) {
-    const RowTable<C::kRows>& table = shared().rows[segment_ & 1];
+    const RowTable<C::kRows>& table = shared().rows[split_ & 1];
     const int4 common = *reinterpret_cast<const int4*>(table.common);
     const bool all_visible = (first >= common.z && first + C::kKeys <= common.w) ||
                              (first >= common.x && first + C::kKeys <= common.y);
-    if constexpr (C::kGeneral) modify<kTiles>(segment, table, first, s);
+    if constexpr (C::kScoreMod) modify<kTiles>(split, table, first, s);
     if (!all_visible) mask<kTiles>(table, first, s);
-    if constexpr (C::kAbsentApart) {
+    if constexpr (C::kUnmappedApart) {
       constexpr int kState = C::kStates - kDecodeWarps;
-      if (absent != 0) {
-        set_absent_apart(absent, C::kGeneral ? 1.0F : score_scale_, s, shared().max[kState + warp_],
-                         shared().sum[kState + warp_]);
+      if (unmapped != 0) {
+        set_unmapped_apart(unmapped, C::kScoreMod ? 1.0F : score_scale_, s,
+                           shared().max[kState + warp_], shared().sum[kState + warp_]);
       }
     }
-    const float to_log2 = C::kGeneral ? kLog2E : score_scale_ * kLog2E;
+    const float to_log2 = C::kScoreMod ? kLog2E : score_scale_ * kLog2E;
     float shift[kTiles][2];
     float alpha[kTiles][2];
     bool rescale = false;
@@ -317,7 +317,7 @@ class DecodeAttention : DecodeMerge<C> {
         rows.sum[mt][h] = fmaf(rows.sum[mt][h], alpha[mt][h], (p[0] + p[1]) + (p[2] + p[3]));
       }
     }
-    if (__any_sync(~0U, rescale)) {  // rarely, after a row's first few units
+    if (__any_sync(~0U, rescale)) {  // rarely, after a row's first few kv_tiles
 #pragma unroll
       for (int mt = 0; mt < kTiles; ++mt) {
 #pragma unroll
@@ -330,7 +330,7 @@ class DecodeAttention : DecodeMerge<C> {
   }
 
   template <int kTiles>
-  __device__ __forceinline__ void modify(const Segment& segment, const RowTable<C::kRows>& table,
+  __device__ __forceinline__ void modify(const Split& split, const RowTable<C::kRows>& table,
                                          int first, Scores<kTiles>& s) {
 #pragma unroll
     for (int mt = 0; mt < kTiles; ++mt) {
@@ -338,7 +338,7 @@ class DecodeAttention : DecodeMerge<C> {
       for (int i = 0; i < 8; ++i) {
         const int row = mt * 16 + lane_ / 4 + i % 4 / 2 * 8;
         const int key = first + lane_ % 4 * 2 + i / 4 * 8 + i % 2;
-        s[mt][i / 4][i % 4] = modify_score<FloatOps>(p_, table, segment.tile, row, key,
+        s[mt][i / 4][i % 4] = modify_score<FloatOps>(p_, table, split.tile, row, key,
                                                      s[mt][i / 4][i % 4] * score_scale_);
       }
     }

@@ -1,7 +1,7 @@
 // What the four warps of the decode kernel found for an item, each over its own keys, made one:
 //
-//   each warp's (m, l) and, a few rows at a time, O -> shared memory -> merged in warp order
-//   -> output, or a slot for finish.cuh to fold
+//   each warp's (m, l) and, a few rows at a time, O -> shared memory -> combined in warp order
+//   -> output, or a partial for combine_splits.cuh
 #pragma once
 
 #include "cuda/sm80/decode/stream.cuh"
@@ -9,7 +9,7 @@
 namespace quire::cuda::sm80 {
 
 template <class C>
-class DecodeMerge : protected DecodeStream<C> {
+class DecodeCombine : protected DecodeStream<C> {
  protected:
   using Base = DecodeStream<C>;
   using Base::lane_;
@@ -18,7 +18,7 @@ class DecodeMerge : protected DecodeStream<C> {
   using Base::warp_;
   using DecodeEpilogue = Epilogue<DecodeTeam, C::kRows>;
 
-  static constexpr int kColumnTiles = C::kHead / 8;
+  static constexpr int kColumnTiles = C::kHeadSize / 8;
 
   // Of a run, in registers; of this warp's keys.
   struct Rows {
@@ -27,22 +27,22 @@ class DecodeMerge : protected DecodeStream<C> {
     float sum[C::kMTiles][2];
   };
 
-  __device__ __forceinline__ explicit DecodeMerge(const KernelParams& p) : Base(p) {
+  __device__ __forceinline__ explicit DecodeCombine(const KernelParams& p) : Base(p) {
     const float scale = p.layer.softmax_scale * value_of(p.q_scale) * value_of(p.k.scale);
     // At 0 a masked -inf would turn into NaN.
     score_scale_ = fmaxf(fabsf(scale), 1e-37F);
   }
 
   struct Emit {
-    enum How { kWrite, kKeep, kFold } how;
-    Result slot;
+    enum { kWrite, kPartial, kCombine } how;
+    Result partial;
   };
 
-  // The warps' states into one, in warp order, kMergeRows rows at a time, and on to where they
+  // The warps' states into one, in warp order, kCombineRows rows at a time, and on to where they
   // belong. Its barriers also hand over what prepare() got ready.
-  __device__ __forceinline__ void merge(const DecodeEpilogue& epilogue, const Segment& segment,
-                                        const Emit& emit, const Rows& rows) {
-    const float to_natural = C::kGeneral ? 1.0F : score_scale_;
+  __device__ __forceinline__ void combine(const DecodeEpilogue& epilogue, const Split& split,
+                                          const Emit& emit, const Rows& rows) {
+    const float to_natural = C::kScoreMod ? 1.0F : score_scale_;
 #pragma unroll
     for (int mt = 0; mt < C::kMTiles; ++mt) {
 #pragma unroll
@@ -61,30 +61,31 @@ class DecodeMerge : protected DecodeStream<C> {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         // A loop over row numbers alone would index registers.
-        const int end = min(mt * 16 + h * 8 + 8, segment.tile.rows);
+        const int end = min(mt * 16 + h * 8 + 8, split.tile.rows);
 #pragma unroll 1
-        for (int row = mt * 16 + h * 8; row < end; row += C::kMergeRows) {
+        for (int row = mt * 16 + h * 8; row < end; row += C::kCombineRows) {
           spill_rows(rows, mt, h, row);
           __syncthreads();
-          merge_rows(epilogue, segment, row, emit);
+          combine_row_block(epilogue, split, row, emit);
           __syncthreads();
         }
       }
     }
-    if (segment.tile.rows == 0) __syncthreads();
+    if (split.tile.rows == 0) __syncthreads();
   }
 
   float score_scale_;
 
  private:
-  static __device__ __forceinline__ float* merge_area() {
+  static __device__ __forceinline__ float* combine_memory() {
     return reinterpret_cast<float*>(Base::memory() + decode_fixed_bytes<C>() + 2 * C::kQueryBytes);
   }
 
   __device__ __forceinline__ void spill_rows(const Rows& rows, int mt, int h, int first_row) {
     const int r = mt * 16 + h * 8 + lane_ / 4 - first_row;
-    if (r < 0 || r >= C::kMergeRows) return;
-    float* row = merge_area() + (warp_ * C::kMergeRows + r) * C::kMergePitch + lane_ % 4 * 2;
+    if (r < 0 || r >= C::kCombineRows) return;
+    float* row =
+        combine_memory() + (warp_ * C::kCombineRows + r) * C::kCombinePitch + lane_ % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
       *reinterpret_cast<float2*>(row + n * 8) =
@@ -92,33 +93,34 @@ class DecodeMerge : protected DecodeStream<C> {
     }
   }
 
-  __device__ __forceinline__ void merge_rows(const DecodeEpilogue& epilogue, const Segment& segment,
-                                             int first_row, const Emit& emit) {
-    constexpr int kGroups = C::kHead / 8;
-    const int r = static_cast<int>(threadIdx.x) / kGroups;
-    const int c = static_cast<int>(threadIdx.x) % kGroups * 8;
+  __device__ __forceinline__ void combine_row_block(const DecodeEpilogue& epilogue,
+                                                    const Split& split, int first_row,
+                                                    const Emit& emit) {
+    constexpr int kColumns8 = C::kHeadSize / 8;
+    const int r = static_cast<int>(threadIdx.x) / kColumns8;
+    const int c = static_cast<int>(threadIdx.x) % kColumns8 * 8;
     const int row = first_row + r;
-    const bool mine = r < C::kMergeRows && row < segment.tile.rows && c < p_.layer.head_size_v;
+    const bool mine = r < C::kCombineRows && row < split.tile.rows && c < p_.layer.head_size_v;
     float o[8] = {};
     float max = -INFINITY;
     float sum = 0.0F;
-    if (mine) merge_warps(r, row, c, &max, &sum, o);
+    if (mine) combine_warps(r, row, c, &max, &sum, o);
     if (emit.how == Emit::kWrite) {
       if (mine) {
-        epilogue.finish(segment.tile, row, c, max, sum, make_float4(o[0], o[1], o[2], o[3]),
+        epilogue.finish(split.tile, row, c, max, sum, make_float4(o[0], o[1], o[2], o[3]),
                         make_float4(o[4], o[5], o[6], o[7]));
       }
       return;
     }
-    float* to = emit.slot.o + std::int64_t{row} * emit.slot.pitch + c;
-    if (emit.how == Emit::kFold) {
+    float* to = emit.partial.o + std::int64_t{row} * emit.partial.pitch + c;
+    if (emit.how == Emit::kCombine) {
       if (mine) {
-        Fold fold{emit.slot.max[row], emit.slot.sum[row]};
-        fold.add(max, sum);
+        Combine combine{emit.partial.max[row], emit.partial.sum[row]};
+        combine.add(max, sum);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) o[i] = fold.value(to[i], o[i]);
-        max = fold.max;
-        sum = fold.sum;
+        for (int i = 0; i < 8; ++i) o[i] = combine.value(to[i], o[i]);
+        max = combine.max;
+        sum = combine.sum;
       }
       __syncthreads();  // all threads of a row have read its state
     }
@@ -128,21 +130,21 @@ class DecodeMerge : protected DecodeStream<C> {
       *reinterpret_cast<float4*>(to + i) = make_float4(o[i], o[i + 1], o[i + 2], o[i + 3]);
     }
     if (c == 0) {
-      emit.slot.max[row] = max;
-      emit.slot.sum[row] = sum;
+      emit.partial.max[row] = max;
+      emit.partial.sum[row] = sum;
     }
   }
 
   // Eight columns of one row over the four warps.
-  __device__ __forceinline__ void merge_warps(int r, int row, int c, float* max, float* sum,
-                                              float (&o)[8]) const {
+  __device__ __forceinline__ void combine_warps(int r, int row, int c, float* max, float* sum,
+                                                float (&o)[8]) const {
 #pragma unroll
     for (int w = 0; w < C::kStates; ++w) *max = fmaxf(*max, shared().max[w][row]);
     const float shift = semantics::softmax_shift(*max);
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) {
       const float weight = ptx::exp2_approx((shared().max[w][row] - shift) * kLog2E);
-      const float* part = merge_area() + (w * C::kMergeRows + r) * C::kMergePitch + c;
+      const float* part = combine_memory() + (w * C::kCombineRows + r) * C::kCombinePitch + c;
 #pragma unroll
       for (int i = 0; i < 8; i += 4) {
         const float4 x = *reinterpret_cast<const float4*>(part + i);

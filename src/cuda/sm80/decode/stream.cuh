@@ -1,9 +1,9 @@
-// The loading side of the decode kernel. Each warp loads what it will multiply itself: of every unit
-// of 64 keys its own 16, in the order of the CTA's segments and running ahead into the next ones, so
+// The loading side of the decode kernel. Each warp loads what it will multiply itself: of every kv_tile
+// of 64 keys its own 16, in the order of the CTA's splits and running ahead into the next ones, so
 // that memory never waits for an item's end.
 //
-//   seek (which unit) -> look_up (its block table entry, a unit ahead) -> fetch<K>, fetch<V>
-//   (cp.async into a ring of `stages` units, one group each)
+//   seek (which kv_tile) -> look_up (its block table entry, a kv_tile ahead) -> fetch<K>, fetch<V>
+//   (cp.async into a ring of `stages` kv_tiles, one group each)
 //
 // Few instructions matter here, and few registers: a few warps a scheduler must keep up with memory.
 // No call to a function that is not inlined: around one, registers are set aside in the whole loop.
@@ -18,34 +18,34 @@ namespace quire::cuda::sm80 {
 
 // ---- what happens once an item, by a whole warp ------------------------------------------------
 
-// Makes segment `n` known, if there is one.
+// Makes split `n` known, if there is one.
 static __device__ __forceinline__ bool walk_to(const KernelParams& p, WarpStream& s, int n,
                                                int lane) {
   while (s.num_walked <= n && !s.walk_ended) {
     const int number = s.num_walked;
-    Walker walker = s.walker;
+    WorkIterator iterator = s.iterator;
     std::int32_t head = 0;
     std::int32_t begin = 0;
     std::int32_t end = 0;
-    const Tile* tile = walker.next(p.schedule, &head, &begin, &end);
+    const WorkTile* tile = iterator.next(p.schedule, &head, &begin, &end);
     __syncwarp();
-    Segment& segment = s.segments[number % kSegmentsAhead];
-    constexpr int kPieces = sizeof(Tile) / 16;
-    static_assert(sizeof(Tile) % 16 == 0 && kPieces <= 32);
+    Split& split = s.splits[number % kSplitsAhead];
+    constexpr int kPieces = sizeof(WorkTile) / 16;
+    static_assert(sizeof(WorkTile) % 16 == 0 && kPieces <= 32);
     if (tile != nullptr && lane < kPieces) {
-      reinterpret_cast<uint4*>(&segment.tile)[lane] = reinterpret_cast<const uint4*>(tile)[lane];
+      reinterpret_cast<uint4*>(&split.tile)[lane] = reinterpret_cast<const uint4*>(tile)[lane];
     }
     __syncwarp();
     if (lane == 0) {
-      s.walker = walker;
+      s.iterator = iterator;
       if (tile == nullptr) {
         s.walk_ended = true;
       } else {
         s.num_walked = number + 1;
-        segment.head = head;
-        segment.unit_begin = begin;
-        segment.unit_end = end < 0 ? segment.tile.num_units() : end;
-        segment.stop = segment.existing_end(keys_of(p, segment.tile), kKvTile);
+        split.head = head;
+        split.kv_tile_begin = begin;
+        split.kv_tile_end = end < 0 ? split.tile.num_kv_tiles() : end;
+        split.stop = split.existing_end(keys_of(p, split.tile), kKvTile);
       }
     }
     __syncwarp();
@@ -53,41 +53,42 @@ static __device__ __forceinline__ bool walk_to(const KernelParams& p, WarpStream
   return n < s.num_walked;
 }
 
-// What belongs to the segment that is loaded from now on. For one lane.
+// What belongs to the split that is loaded from now on. For one lane.
 static __device__ __forceinline__ void enter(const KernelParams& p, WarpStream& s,
-                                             const Segment& segment) {
-  s.unit = segment.unit_begin;
-  s.keys = loadable_keys(p, segment.tile);
-  s.full_begin = s.keys.hidden_begin >= s.keys.hidden_end ? 0 : s.keys.hidden_end;
+                                             const Split& split) {
+  s.kv_tile = split.kv_tile_begin;
+  s.keys = loadable_keys(p, split.tile);
+  s.full_begin =
+      s.keys.out_of_window_begin >= s.keys.out_of_window_end ? 0 : s.keys.out_of_window_end;
   s.full_end = s.keys.kv_len;
-  s.base[0] = static_cast<const char*>(p.k.data) + segment.head * p.k_head_bytes;
-  s.base[1] = static_cast<const char*>(p.v.data) + segment.head * p.v_head_bytes;
-  s.table = p.batch.block_table + segment.tile.seq * p.batch.table_stride;
-  s.first_kv_row = static_cast<std::int32_t>(segment.tile.first_kv_row);
+  s.base[0] = static_cast<const char*>(p.k.data) + split.head * p.k_head_bytes;
+  s.base[1] = static_cast<const char*>(p.v.data) + split.head * p.v_head_bytes;
+  s.table = p.batch.block_table + split.tile.seq * p.batch.table_stride;
+  s.first_kv_row = static_cast<std::int32_t>(split.tile.first_kv_row);
 }
 
-// To the next unit from `s.unit` of `s.segment` on, before segment `end`.
+// To the next kv_tile from `s.kv_tile` of `s.split` on, before split `end`.
 static __device__ __forceinline__ void seek(const KernelParams& p, WarpStream& s, int end, int warp,
                                             int lane) {
   for (;;) {
-    const int number = s.segment;
+    const int number = s.split;
     const bool known = number < end && walk_to(p, s, number, lane);
-    const Segment& segment = s.segments[number % kSegmentsAhead];
-    const Tile& tile = segment.tile;
+    const Split& split = s.splits[number % kSplitsAhead];
+    const WorkTile& tile = split.tile;
     __syncwarp();
     if (lane == 0) {
       s.left = 0;
       if (known) {
-        if (s.unit < 0) enter(p, s, segment);
-        if (s.unit < segment.stop) {
+        if (s.kv_tile < 0) enter(p, s, split);
+        if (s.kv_tile < split.stop) {
           s.left =
-              (s.unit < tile.prefix_count ? min(tile.prefix_count, segment.stop) : segment.stop) -
-              s.unit;
-          s.key = tile.unit(s.unit) * kKvTile + warp * (kKvTile / kDecodeWarps);
-          s.unit += s.left;
+              (s.kv_tile < tile.prefix_count ? min(tile.prefix_count, split.stop) : split.stop) -
+              s.kv_tile;
+          s.key = tile.kv_tile(s.kv_tile) * kKvTile + warp * (kKvTile / kDecodeWarps);
+          s.kv_tile += s.left;
         } else {
-          ++s.segment;
-          s.unit = -1;
+          ++s.split;
+          s.kv_tile = -1;
         }
       }
     }
@@ -113,11 +114,11 @@ __device__ __forceinline__ void store_query(DType dtype, std::uint32_t to, const
   ptx::store_piece(to, change(words[0]), change(words[1]), change(words[2]), change(words[3]));
 }
 
-// One piece of each of the lane's rows of a K or V tile, with absent rows (`bits` says which are
+// One piece of each of the lane's rows of a K or V tile, with unmapped rows (`bits` says which are
 // there) and any alignment. Lane r % 16 knows entry and slot of row r.
 template <class C>
 __device__ __forceinline__ void copy_rows(const KvParams& kv, const char* base,
-                                          std::uint32_t slot_at, std::uint32_t bits, int entry,
+                                          std::uint32_t stored, std::uint32_t bits, int entry,
                                           int slot, int row_bytes, int alignment) {
   const int lane = static_cast<int>(threadIdx.x & 31U);
   const int c = lane % C::kPieces;
@@ -127,9 +128,9 @@ __device__ __forceinline__ void copy_rows(const KvParams& kv, const char* base,
     const std::int64_t offset =
         __shfl_sync(~0U, entry, r) * kv.strides.block + __shfl_sync(~0U, slot, r) * kv.strides.slot;
     const bool wanted = valid > 0 && ((bits >> r) & 1U) != 0;
-    const char* from = wanted ? base + offset * (C::kBytes ? 1 : 2) + c * 16 : base;
+    const char* from = wanted ? base + offset * (C::kKv8 ? 1 : 2) + c * 16 : base;
     const std::uint32_t to =
-        slot_at + (C::kBytes ? (r * C::kPieces + c) * 16 : ptx::piece_offset(r, c, C::kPitch));
+        stored + (C::kKv8 ? (r * C::kPieces + c) * 16 : ptx::piece_offset(r, c, C::kPitch));
     ptx::copy_piece(to, from, wanted ? valid : 0, alignment);
   }
 }
@@ -142,7 +143,8 @@ class DecodeStream {
         lane_(static_cast<int>(threadIdx.x & 31U)),
         warp_(static_cast<int>(threadIdx.x / 32)),
         tiles_(ptx::shared_address(memory()) + decode_fixed_bytes<C>()),
-        ring_(merge_at() + C::kMergeBytes + static_cast<std::uint32_t>(warp_ * warp_bytes())) {}
+        ring_(combine_area() + C::kCombineBytes +
+              static_cast<std::uint32_t>(warp_ * warp_bytes())) {}
 
   // Named anew at each use, so that the compiler knows it for shared memory.
   static __device__ __forceinline__ char* memory() {
@@ -153,37 +155,39 @@ class DecodeStream {
     return *reinterpret_cast<DecodeShared<C>*>(memory());
   }
   __device__ __forceinline__ WarpStream& stream() const { return shared().stream[warp_]; }
-  __device__ __forceinline__ const Segment& segment_at(int n) const {
-    return stream().segments[n % kSegmentsAhead];
+  __device__ __forceinline__ const Split& split_at(int n) const {
+    return stream().splits[n % kSplitsAhead];
   }
 
   // Shared addresses.
-  __device__ __forceinline__ std::uint32_t query_at(int segment) const {
-    return tiles_ + static_cast<std::uint32_t>(segment & 1) * C::kQueryBytes;
+  __device__ __forceinline__ std::uint32_t query_at(int split) const {
+    return tiles_ + static_cast<std::uint32_t>(split & 1) * C::kQueryBytes;
   }
-  __device__ __forceinline__ std::uint32_t merge_at() const { return tiles_ + 2 * C::kQueryBytes; }
+  __device__ __forceinline__ std::uint32_t combine_area() const {
+    return tiles_ + 2 * C::kQueryBytes;
+  }
   __device__ __forceinline__ int warp_bytes() const {
-    return p_.stages * 2 * C::kSlotBytes + (C::kBytes ? C::kTileBytes : 0);
+    return p_.stages * 2 * C::kStageBytes + (C::kKv8 ? C::kTileBytes : 0);
   }
-  __device__ __forceinline__ std::uint32_t slot_at(int stage, int side) const {
-    return ring_ + static_cast<std::uint32_t>((stage * 2 + side) * C::kSlotBytes);
+  __device__ __forceinline__ std::uint32_t stage_at(int stage, int side) const {
+    return ring_ + static_cast<std::uint32_t>((stage * 2 + side) * C::kStageBytes);
   }
-  // 8-bit caches: K, then V of a unit in 16 bits.
-  __device__ __forceinline__ std::uint32_t wide() const { return slot_at(p_.stages, 0); }
+  // 8-bit caches: K, then V of a kv_tile in 16 bits.
+  __device__ __forceinline__ std::uint32_t wide() const { return stage_at(p_.stages, 0); }
 
-  // ---- segments -------------------------------------------------------------------------------
+  // ---- splits -------------------------------------------------------------------------------
 
   __device__ __forceinline__ void start_walk() {
     if (lane_ == 0) {
       WarpStream& s = stream();
-      s.walker = Walker(p_.schedule, static_cast<int>(blockIdx.x));
+      s.iterator = WorkIterator(p_.schedule, static_cast<int>(blockIdx.x));
       s.num_walked = 0;
       s.walk_ended = false;
-      s.segment = 0;
-      s.unit = -1;
+      s.split = 0;
+      s.kv_tile = -1;
     }
-    const int shorter = min(p_.layer.head_size, p_.layer.head_size_v) * (C::kBytes ? 1 : 2);
-    for (int i = lane_ * 16; shorter < C::kStoredPitch && i < p_.stages * 2 * C::kSlotBytes;
+    const int shorter = min(p_.layer.head_size, p_.layer.head_size_v) * (C::kKv8 ? 1 : 2);
+    for (int i = lane_ * 16; shorter < C::kStoredPitch && i < p_.stages * 2 * C::kStageBytes;
          i += 512) {
       ptx::store_piece(ring_ + static_cast<std::uint32_t>(i), 0, 0, 0, 0);
     }
@@ -193,19 +197,19 @@ class DecodeStream {
   __device__ __forceinline__ bool knows(int n) { return walk_to(p_, stream(), n, lane_); }
 
   // Queries into shared memory; from 16-byte aligned rows asynchronously.
-  __device__ __forceinline__ void load_queries(const Segment& segment, std::uint32_t to,
+  __device__ __forceinline__ void load_queries(const Split& split, std::uint32_t to,
                                                bool change) const {
     constexpr int kPieces = C::kPitch / 16;
-    const int rows = (segment.tile.rows + 15) / 16 * 16;
+    const int rows = (split.tile.rows + 15) / 16 * 16;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < rows * kPieces; i += kDecodeThreads) {
       const int r = i / kPieces;
       const int c = i % kPieces;
-      const RowPlace place = row_place(p_, segment.tile, segment.head, r);
+      const RowPlace place = row_place(p_, split.tile, split.head, r);
       const char* row = static_cast<const char*>(p_.query) +
                         (place.token * p_.query_token_stride + place.head * p_.query_head_stride) *
                             size_of(p_.layer.dtype);
-      const int elements = r < segment.tile.rows ? min(p_.layer.head_size - c * 8, 8) : 0;
+      const int elements = r < split.tile.rows ? min(p_.layer.head_size - c * 8, 8) : 0;
       const std::uint32_t at = to + ptx::piece_offset(r, c, C::kPitch);
       if (p_.query_aligned && !change) {
         ptx::copy_async<16>(at, elements > 0 ? row + c * 16 : row, max(elements, 0) * 2);
@@ -215,9 +219,9 @@ class DecodeStream {
     }
   }
 
-  // ---- units ----------------------------------------------------------------------------------
+  // ---- kv_tiles ----------------------------------------------------------------------------------
 
-  // Starts the copy of K (side 0), then V (side 1) of the next unit into the stage that was just
+  // Starts the copy of K (side 0), then V (side 1) of the next kv_tile into the stage that was just
   // used. Always ends a group, so that groups can be counted.
   template <int kSide>
   __device__ __forceinline__ void fetch() {
@@ -225,7 +229,7 @@ class DecodeStream {
     ptx::commit_copies();
   }
 
-  // If the ring has room and nothing is left to load of what is known: the next unit, and asks where
+  // If the ring has room and nothing is left to load of what is known: the next kv_tile, and asks where
   // its keys are.
   __device__ __forceinline__ void find_next_if_idle() {
     if (left_ > 0 || fetched_ - consumed_ == p_.stages) return;
@@ -233,7 +237,7 @@ class DecodeStream {
     look_up();
   }
 
-  // Fills what is free of the ring: at the start, and where segments are so short that the ring
+  // Fills what is free of the ring: at the start, and where splits are so short that the ring
   // could not be kept full across them.
   __device__ __forceinline__ void refill() {
 #pragma unroll 1
@@ -261,7 +265,7 @@ class DecodeStream {
 
   __device__ __forceinline__ void go_on() {
     WarpStream& s = stream();
-    seek(p_, s, segment_ + kSegmentsAhead, warp_, lane_);
+    seek(p_, s, split_ + kSplitsAhead, warp_, lane_);
     left_ = s.left;
     key_ = s.key;
   }
@@ -269,7 +273,7 @@ class DecodeStream {
   // Which of the 16 keys from `first` on may be read.
   static __device__ __forceinline__ std::uint32_t readable(const LoadableKeys& keys, int first) {
     const auto below = [first](int end) { return (1U << min(max(end - first, 0), C::kKeys)) - 1U; };
-    return below(keys.kv_len) & ~(below(keys.hidden_end) & ~below(keys.hidden_begin));
+    return below(keys.kv_len) & ~(below(keys.out_of_window_end) & ~below(keys.out_of_window_begin));
   }
 
   // Asks for the block table entry of the lane's key.
@@ -293,11 +297,11 @@ class DecodeStream {
     if (((bits_ >> row) & 1U) != 0) entry_ = __ldg(s.table + logical);
   }
 
-  // The entries are there: keys of blocks that do not exist count as absent.
+  // The entries are there: keys of blocks that do not exist count as unmapped.
   __device__ __forceinline__ void check_entries(int stage) {
     const bool exists = !p_.layer.paged || static_cast<std::uint32_t>(entry_) < p_.block_limit;
     const std::uint32_t existing = __ballot_sync(~0U, exists);
-    if (C::kAbsentApart && lane_ == 0) shared().absent[warp_][stage] = bits_ & ~existing;
+    if (C::kUnmappedApart && lane_ == 0) shared().unmapped[warp_][stage] = bits_ & ~existing;
     bits_ &= existing;
     if (!exists) entry_ = 0;
   }
@@ -307,11 +311,11 @@ class DecodeStream {
     constexpr std::uint32_t kRowStep = 32 / C::kPieces;
     static_assert(kRowStep >= 1 && C::kKeys % kRowStep == 0);
     const KvParams& kv = kSide == 0 ? p_.k : p_.v;
-    const std::uint32_t slot = slot_at(stage, kSide);
+    const std::uint32_t stored = stage_at(stage, kSide);
     const int row_bytes =
-        (kSide == 0 ? p_.layer.head_size : p_.layer.head_size_v) * (C::kBytes ? 1 : 2);
+        (kSide == 0 ? p_.layer.head_size : p_.layer.head_size_v) * (C::kKv8 ? 1 : 2);
     if (bits_ != 0xFFFFU || !(kSide == 0 ? p_.k_simple : p_.v_simple)) {
-      copy_rows<C>(kv, stream().base[kSide], slot, bits_, entry_, slot_, row_bytes,
+      copy_rows<C>(kv, stream().base[kSide], stored, bits_, entry_, slot_, row_bytes,
                    kSide == 0 ? p_.k_copy_bytes : p_.v_copy_bytes);
     } else {
       // Opaque: computed here, not ahead of the loop and then kept in registers.
@@ -324,21 +328,21 @@ class DecodeStream {
                          entry_ * (kSide == 0 ? p_.k_block_bytes : p_.v_block_bytes) +
                          first_slot * slot_bytes + c * 16;
       const std::uint32_t to =
-          slot + (C::kBytes ? lane * 16 : row * C::kPitch + ((c ^ row % 8) << 4));
+          stored + (C::kKv8 ? lane * 16 : row * C::kPitch + ((c ^ row % 8) << 4));
       // What lies behind a short row is zero from the start.
       if (static_cast<int>(c) * 16 < row_bytes) {
 #pragma unroll
         for (std::uint32_t step = 0; step < C::kKeys / kRowStep; ++step) {
           // Rows of a step keep the low bits of the first step's.
           const std::uint32_t place =
-              C::kBytes ? to + step * 512
-                        : (to ^ ((step * kRowStep & 7U) << 4)) + step * kRowStep * C::kPitch;
+              C::kKv8 ? to + step * 512
+                      : (to ^ ((step * kRowStep & 7U) << 4)) + step * kRowStep * C::kPitch;
           ptx::copy_async<16>(place, from);
           from += kRowStep * slot_bytes;
         }
       }
     }
-    if (C::kBytes && kv.token_scales != nullptr) copy_scale<kSide>(kv, stage);
+    if (C::kKv8 && kv.token_scales != nullptr) copy_scale<kSide>(kv, stage);
   }
 
   template <int kSide>
@@ -347,7 +351,7 @@ class DecodeStream {
     if (r >= C::kKeys) return;
     const float* from =
         kv.token_scales + semantics::cache_offset(kv.token_scale_strides, entry_, slot_,
-                                                  segment_at(stream().segment).head);
+                                                  split_at(stream().split).head);
     const std::uint32_t to = ptx::shared_address(&shared().scale[warp_][stage][kSide][r]);
     ptx::copy_async<4>(to, from, ((bits_ >> r) & 1U) != 0 ? 4 : 0);
   }
@@ -368,13 +372,13 @@ class DecodeStream {
   const int warp_;
   const std::uint32_t tiles_;  // two query buffers, the merge area, each warp's ring
   const std::uint32_t ring_;
-  int segment_ = -1;  // at work
-  int consumed_ = 0;  // units
+  int split_ = -1;    // at work
+  int consumed_ = 0;  // kv_tiles
   int stage_ = 0;     // consumed_ % stages
 
  private:
-  int fetched_ = 0;  // units
-  // The unit to be loaded next: units left, see WarpStream; its first key; and of the lane's key
+  int fetched_ = 0;  // kv_tiles
+  // The kv_tile to be loaded next: kv_tiles left, see WarpStream; its first key; and of the lane's key
   // (lane % 16) block and slot. Bits say which of its 16 keys may be read.
   int left_ = 0;
   int key_ = 0;

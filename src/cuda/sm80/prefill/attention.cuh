@@ -1,12 +1,12 @@
 // Attention for requests of many rows, on mma.sync tensor cores: FlashAttention-2's loop over a
 // paged cache.
 //
-//   prepare (a segment ahead) -> ring of key tiles' addresses -> cp.async K and V (`stages` deep)
+//   prepare (a split ahead) -> ring of key tiles' addresses -> cp.async K and V (`stages` deep)
 //   -> S = Q K^T -> mask, softmax in registers -> O += P V -> output, straight from registers
 //
 // Each warp has its own 16 or 32 query rows and all keys of a tile; nothing is exchanged between
 // warps. One barrier a tile: tile i is there, and nobody uses tile i-1 any more, so that tile
-// i-1+stages can take its place. Copies run on into the next segment while this one ends; after a
+// i-1+stages can take its place. Copies run on into the next split while this one ends; after a
 // barrier at its end the next queries take the present ones' place.
 // Within a tile, operands are loaded from shared memory one step ahead of the products.
 // 8-bit caches: a thread widens the very bytes it copied, between two barriers. A token's
@@ -46,25 +46,25 @@ class PrefillAttention : PrefillRows<C> {
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0 && !p_.schedule.header->whole)
-      shared_.walker = Walker(p_.schedule, static_cast<std::int32_t>(blockIdx.x));
+      shared_.iterator = WorkIterator(p_.schedule, static_cast<std::int32_t>(blockIdx.x));
     if (warp() == 0) prepare(p_, shared_, 0, true);
     __syncthreads();
-    int slot = 0;
+    int turn = 0;
     bool primed = false;
-    while (shared_.task[slot].exists) {
-      const PrefillTask& task = shared_.task[slot];
-      fill_rows<PrefillTeam<C>>(p_, task.segment, task.kv_head, shared_.rows);
-      if (!primed) prime(slot);
+    while (shared_.task[turn].exists) {
+      const PrefillTask& task = shared_.task[turn];
+      fill_rows<PrefillTeam<C>>(p_, task.split, task.kv_head, shared_.rows);
+      if (!primed) prime(turn);
       if (!this->copies_queries()) {
         this->load_queries(p_, task, query_);
       } else if (!primed) {
         this->copy_queries(task);
       }
-      primed = attend(slot);
-      if (primed && this->copies_queries()) this->copy_queries(shared_.task[slot ^ 1]);
+      primed = attend(turn);
+      if (primed && this->copies_queries()) this->copy_queries(shared_.task[turn ^ 1]);
       finish(task);
       __syncthreads();
-      slot ^= 1;
+      turn ^= 1;
     }
     ptx::wait_copies<0>();
   }
@@ -72,21 +72,21 @@ class PrefillAttention : PrefillRows<C> {
  private:
   // ---- the loop -----------------------------------------------------------------------------
 
-  // The first copies of a segment that the one before it has not started.
-  __device__ __forceinline__ void prime(int slot) {
-    const int count = shared_.task[slot].count;
+  // The first copies of a split that the one before it has not started.
+  __device__ __forceinline__ void prime(int turn) {
+    const int count = shared_.task[turn].count;
 #pragma unroll 1
     for (int i = 0; i < p_.stages - 1 && i < count; ++i) {
       const int stage = stage_ + i < p_.stages ? stage_ + i : stage_ + i - p_.stages;
-      this->start_copy(slot, i, stage);
+      this->start_copy(turn, i, stage);
     }
   }
 
-  // A segment's tiles into (o_, max_, sum_). Returns whether the next segment's copies are under
+  // A split's tiles into (o_, max_, sum_). Returns whether the next split's copies are under
   // way (then only its queries are missing).
-  __device__ __forceinline__ bool attend(int slot) {
+  __device__ __forceinline__ bool attend(int turn) {
     this->clear();
-    const int count = shared_.task[slot].count;
+    const int count = shared_.task[turn].count;
     const int ahead = p_.stages - 1;
     const int prepare_at = max(count - 1 - ahead, 0);
     bool runs_on = false;
@@ -95,32 +95,32 @@ class PrefillAttention : PrefillRows<C> {
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       if (warp() == 0) {
-        if (i == prepare_at) prepare(p_, shared_, slot ^ 1, false);
-        if (i % C::kBatch == 2) look_up_next(slot, i);
+        if (i == prepare_at) prepare(p_, shared_, turn ^ 1, false);
+        if (i % C::kBatch == 2) look_up_next(turn, i);
       }
-      wait_for_tile(slot, i);
+      wait_for_tile(turn, i);
       if (i == prepare_at) {
-        const PrefillTask& next = shared_.task[slot ^ 1];
+        const PrefillTask& next = shared_.task[turn ^ 1];
         runs_on = ahead > 0 && next.exists && count >= ahead && next.count >= ahead;
       }
-      if (ahead > 0) copy_ahead(slot, i + ahead, count, runs_on);
-      const KeyTile<C>& keys = shared_.ring[slot][i % C::kRing];
+      if (ahead > 0) copy_ahead(turn, i + ahead, count, runs_on);
+      const KvTile<C>& keys = shared_.ring[turn][i % C::kRing];
 #pragma unroll 1
       for (int first = 0; first < C::kKeys; first += C::kStepKeys) {
-        if (step(slot, keys, first)) break;
+        if (step(turn, keys, first)) break;
       }
       if (++stage_ == p_.stages) stage_ = 0;
     }
-    if (count == 0 && warp() == 0) prepare(p_, shared_, slot ^ 1, false);
+    if (count == 0 && warp() == 0) prepare(p_, shared_, turn ^ 1, false);
     __syncthreads();  // nobody uses these queries any more
     return runs_on;
   }
 
   // Ends with a barrier after which tile i is there and its predecessor is not needed any more.
-  __device__ __forceinline__ void wait_for_tile(int slot, int i) {
+  __device__ __forceinline__ void wait_for_tile(int turn, int i) {
     if (p_.stages == 1) {
       __syncthreads();
-      this->start_copy(slot, i, 0);
+      this->start_copy(turn, i, 0);
       ptx::commit_copies();
     }
     if (p_.stages == 3) {
@@ -129,7 +129,7 @@ class PrefillAttention : PrefillRows<C> {
       ptx::wait_copies<0>();
     }
     __syncthreads();
-    if constexpr (C::kBytes) {
+    if constexpr (C::kKv8) {
       this->template widen<0>(stage_);
       this->template widen<1>(stage_);
       __syncthreads();
@@ -137,23 +137,23 @@ class PrefillAttention : PrefillRows<C> {
   }
 
   // Keys [first, first + kStepKeys) of the tile at stage_. Returns whether no row sees more of it.
-  __device__ __forceinline__ bool step(int slot, const KeyTile<C>& keys, int first) {
+  __device__ __forceinline__ bool step(int turn, const KvTile<C>& keys, int first) {
     Scores s;
     const bool last = keys.count <= C::kStepKeys;
     multiply_keys(first, s);
-    const float* scales = shared_.scale[C::kBytes ? stage_ : 0][0] + first;
-    if (C::kBytes && p_.k.token_scales != nullptr) this->scale_columns(scales, s);
-    if constexpr (C::kGeneral) this->modify(shared_.task[slot].segment, keys.first + first, s);
+    const float* scales = shared_.scale[C::kKv8 ? stage_ : 0][0] + first;
+    if (C::kKv8 && p_.k.token_scales != nullptr) this->scale_columns(scales, s);
+    if constexpr (C::kScoreMod) this->modify(shared_.task[turn].split, keys.first + first, s);
     if (keys.masked) this->mask(keys.first + first, s);
-    if constexpr (C::kAbsentApart) {
-      const auto absent = static_cast<std::uint32_t>(keys.absent >> first);
-      if (absent != 0) {
-        set_absent_apart(absent, C::kGeneral ? 1.0F : score_scale_, s,
-                         shared_.absent_max + warp_row(), shared_.absent_sum + warp_row());
+    if constexpr (C::kUnmappedApart) {
+      const auto unmapped = static_cast<std::uint32_t>(keys.unmapped >> first);
+      if (unmapped != 0) {
+        set_unmapped_apart(unmapped, C::kScoreMod ? 1.0F : score_scale_, s,
+                           shared_.unmapped_max + warp_row(), shared_.unmapped_sum + warp_row());
       }
     }
     this->softmax(s);
-    if (C::kBytes && kScaleWeights && p_.v.token_scales != nullptr) {
+    if (C::kKv8 && kScaleWeights && p_.v.token_scales != nullptr) {
       this->scale_columns(scales + C::kKeys, s);
     }
     Weights weights;
@@ -163,16 +163,16 @@ class PrefillAttention : PrefillRows<C> {
   }
 
   // Keys of the batch after the one that tile i is in.
-  __device__ __forceinline__ void look_up_next(int slot, int i) {
+  __device__ __forceinline__ void look_up_next(int turn, int i) {
     const int first = i / C::kBatch * C::kBatch + C::kBatch;
-    if (first < shared_.task[slot].count) look_up(p_, shared_, slot, first);
+    if (first < shared_.task[turn].count) look_up(p_, shared_, turn, first);
   }
 
-  // Starts copying tile i, which may be the next segment's. One group of copies, empty or not.
-  __device__ __forceinline__ void copy_ahead(int slot, int i, int count, bool runs_on) {
+  // Starts copying tile i, which may be the next split's. One group of copies, empty or not.
+  __device__ __forceinline__ void copy_ahead(int turn, int i, int count, bool runs_on) {
     const bool here = i < count;
     if (here || runs_on) {
-      this->start_copy(here ? slot : slot ^ 1, here ? i : i - count,
+      this->start_copy(here ? turn : turn ^ 1, here ? i : i - count,
                        stage_ > 0 ? stage_ - 1 : p_.stages - 1);
     }
     ptx::commit_copies();
@@ -204,7 +204,7 @@ class PrefillAttention : PrefillRows<C> {
   };
 
   __device__ __forceinline__ void multiply_keys(int first, Scores& s) {
-    const std::uint32_t keys = C::kBytes ? this->wide_k() : this->template stage_at<0>(stage_);
+    const std::uint32_t keys = C::kKv8 ? this->wide_k() : this->template stage_at<0>(stage_);
 #pragma unroll
     for (int mt = 0; mt < C::kMTiles; ++mt) {
 #pragma unroll
@@ -220,12 +220,13 @@ class PrefillAttention : PrefillRows<C> {
     const int rounds = (p_.layer.head_size + 63) / 64;
     KeyOperands operands[2];
     operands[0].load(query, key, 0);
-    constexpr int kUnroll = C::kHeadK <= 128 ? C::kHeadK / 64 : 1;
+    constexpr int kUnroll = C::kHeadSizeK <= 128 ? C::kHeadSizeK / 64 : 1;
 #pragma unroll kUnroll
-    for (int round = 0; round < (C::kHeadK <= 128 ? kUnroll : rounds); ++round) {
+    for (int round = 0; round < (C::kHeadSizeK <= 128 ? kUnroll : rounds); ++round) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (C::kHeadK > 128 ? k < 3 || round + 1 < rounds : round * 4 + k < C::kHeadK / 16 - 1) {
+        if (C::kHeadSizeK > 128 ? k < 3 || round + 1 < rounds
+                                : round * 4 + k < C::kHeadSizeK / 16 - 1) {
           operands[(k + 1) % 2].load(query, key, 2 * k + 2);
         }
         operands[k % 2].multiply(s);
@@ -239,30 +240,30 @@ class PrefillAttention : PrefillRows<C> {
   struct ValueOperands {
     std::uint32_t b[2][4];
     __device__ __forceinline__ void load(std::uint32_t value, int i) {
-      constexpr int kGroups = kColumnTiles / 4;
+      constexpr int kColumns32 = kColumnTiles / 4;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        ptx::load_matrices_transposed(
-            b[n], ptx::at_column(value, i % kGroups * 4 + n * 2) + i / kGroups * 16 * C::kPitchV);
+        ptx::load_matrices_transposed(b[n], ptx::at_column(value, i % kColumns32 * 4 + n * 2) +
+                                                i / kColumns32 * 16 * C::kPitchV);
       }
     }
   };
 
   __device__ __forceinline__ void multiply_values(int first, const Weights& weights) {
-    const std::uint32_t values = C::kBytes ? this->wide_v() : this->template stage_at<1>(stage_);
+    const std::uint32_t values = C::kKv8 ? this->wide_v() : this->template stage_at<1>(stage_);
     const std::uint32_t value = ptx::opaque(ptx::a_base(values, 0, C::kPitchV)) +
                                 static_cast<std::uint32_t>(first * C::kPitchV);
-    constexpr int kGroups = kColumnTiles / 4;
+    constexpr int kColumns32 = kColumnTiles / 4;
     ValueOperands operands[2];
     operands[0].load(value, 0);
 #pragma unroll
-    for (int i = 0; i < C::kStepKeys / 16 * kGroups; ++i) {
-      if (i + 1 < C::kStepKeys / 16 * kGroups) operands[(i + 1) % 2].load(value, i + 1);
+    for (int i = 0; i < C::kStepKeys / 16 * kColumns32; ++i) {
+      if (i + 1 < C::kStepKeys / 16 * kColumns32) operands[(i + 1) % 2].load(value, i + 1);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
 #pragma unroll
         for (int mt = 0; mt < C::kMTiles; ++mt) {
-          C::Type::multiply(o_[mt][i % kGroups * 4 + n], weights[mt][i / kGroups],
+          C::Type::multiply(o_[mt][i % kColumns32 * 4 + n], weights[mt][i / kColumns32],
                             operands[i % 2].b[n / 2][n % 2 * 2],
                             operands[i % 2].b[n / 2][n % 2 * 2 + 1]);
         }
@@ -273,7 +274,7 @@ class PrefillAttention : PrefillRows<C> {
   // ---- the end ------------------------------------------------------------------------------
 
   __device__ __forceinline__ void finish(const PrefillTask& task) {
-    const float to_natural = C::kGeneral ? 1.0F : score_scale_;
+    const float to_natural = C::kScoreMod ? 1.0F : score_scale_;
 #pragma unroll
     for (int i = 0; i < C::kMTiles * 2; ++i) {
       float& sum = sum_[i / 2][i % 2];
@@ -281,58 +282,58 @@ class PrefillAttention : PrefillRows<C> {
       sum += __shfl_xor_sync(~0U, sum, 2);
       max_[i / 2][i % 2] *= to_natural;
     }
-    if constexpr (C::kAbsentApart) join_absent();
+    if constexpr (C::kUnmappedApart) combine_unmapped();
     PrefillEpilogue<C> epilogue(p_, shared_.rows);
     epilogue.set_pass(task.first_column, task.columns);
-    const Segment& segment = task.segment;
-    if (segment.whole() && segment.tile.seed < 0 && epilogue.stores_pairs() &&
-        task.columns == C::kHeadV) {
-      write(epilogue, segment);
+    const Split& split = task.split;
+    if (split.whole() && split.tile.prefix_row < 0 && epilogue.stores_pairs() &&
+        task.columns == C::kHeadSizeV) {
+      write(epilogue, split);
       return;
     }
     PrefillCombiner<C> combiner(p_, epilogue, shared_.combine);
     const Result result =
-        combiner.slot(static_cast<std::int32_t>(blockIdx.x), segment.unit_begin > 0 ? 1 : 0);
-    keep(segment, task.columns, result);
+        combiner.partial(static_cast<std::int32_t>(blockIdx.x), split.kv_tile_begin > 0 ? 1 : 0);
+    store_partial(split, task.columns, result);
     __syncthreads();
-    if (segment.whole()) {
-      epilogue.write(segment, result);
+    if (split.whole()) {
+      epilogue.write(split, result);
     } else {
-      combiner.arrive(shared_.walker.sharers(segment), segment);
+      combiner.combine_if_last(shared_.iterator.item_ctas(split), split);
     }
   }
 
-  // What absent keys weigh, to the rows' states.
-  __device__ __forceinline__ void join_absent() {
+  // What unmapped keys weigh, to the rows' states.
+  __device__ __forceinline__ void combine_unmapped() {
 #pragma unroll
     for (int i = 0; i < C::kMTiles * 2; ++i) {
       const int r = warp_row() + i * 8 + lane() / 4;
       float& max = max_[i / 2][i % 2];
       float& sum = sum_[i / 2][i % 2];
-      const float absent_max = shared_.absent_max[r];
-      if (absent_max == -INFINITY) continue;
-      Fold fold{max, sum};
-      fold.add(absent_max, shared_.absent_sum[r]);
-      max = fold.max;
-      sum = fold.sum;
+      const float unmapped_max = shared_.unmapped_max[r];
+      if (unmapped_max == -INFINITY) continue;
+      Combine combine{max, sum};
+      combine.add(unmapped_max, shared_.unmapped_sum[r]);
+      max = combine.max;
+      sum = combine.sum;
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
-        o_[i / 2][n][i % 2 * 2] *= fold.weight_before;
-        o_[i / 2][n][i % 2 * 2 + 1] *= fold.weight_before;
+        o_[i / 2][n][i % 2 * 2] *= combine.weight_before;
+        o_[i / 2][n][i % 2 * 2 + 1] *= combine.weight_before;
       }
     }
   }
 
   // The result of a whole item, to its output rows.
   __device__ __forceinline__ void write(const PrefillEpilogue<C>& epilogue,
-                                        const Segment& segment) const {
+                                        const Split& split) const {
 #pragma unroll
     for (int i = 0; i < C::kMTiles * 2; ++i) {
       const int mt = i / 2;
       const int h = i % 2;
       const int r = warp_row() + mt * 16 + h * 8 + lane() / 4;
-      if (r >= segment.tile.rows) continue;
-      const float scale = epilogue.closing_scale(r, max_[mt][h], sum_[mt][h], lane() % 4 == 0);
+      if (r >= split.tile.rows) continue;
+      const float scale = epilogue.output_scale_of(r, max_[mt][h], sum_[mt][h], lane() % 4 == 0);
       std::uint32_t* row = epilogue.output_row(r) + lane() % 4;
       const bool bf16 = p_.output_dtype == DType::kBFloat16;
 #pragma unroll
@@ -344,15 +345,15 @@ class PrefillAttention : PrefillRows<C> {
     }
   }
 
-  // Registers -> rows of a slot.
-  __device__ __forceinline__ void keep(const Segment& segment, int columns,
-                                       const Result& to) const {
+  // Registers -> rows of a partial.
+  __device__ __forceinline__ void store_partial(const Split& split, int columns,
+                                                const Result& to) const {
 #pragma unroll
     for (int i = 0; i < C::kMTiles * 2; ++i) {
       const int mt = i / 2;
       const int h = i % 2;
       const int r = warp_row() + mt * 16 + h * 8 + lane() / 4;
-      if (r >= segment.tile.rows) continue;
+      if (r >= split.tile.rows) continue;
       if (lane() % 4 == 0) {
         to.max[r] = max_[mt][h];
         to.sum[r] = sum_[mt][h];

@@ -1,7 +1,7 @@
 // How K, V and queries get into shared memory, for the prefill kernel.
 //
-//   prepare / look_up (one warp: a segment, where its keys are) -> start_copy (cp.async, two tiles
-//   later; it knows nothing of segments) -> wait_oldest -> widen (8-bit caches)
+//   prepare / look_up (one warp: a split, where its keys are) -> start_copy (cp.async, two tiles
+//   later; it knows nothing of splits) -> wait_oldest -> widen (8-bit caches)
 #pragma once
 
 #include "cuda/ptx/fragment.cuh"
@@ -13,7 +13,7 @@ namespace quire::cuda::sm80 {
 template <class C>
 class PrefillLoader {
  protected:
-  static constexpr int kElement = C::kBytes ? 1 : 2;
+  static constexpr int kElement = C::kKv8 ? 1 : 2;
   static constexpr bool kScaleWeights = std::is_same_v<typename C::Type, ptx::BFloat16>;
 
   __device__ __forceinline__ PrefillLoader(const KernelParams& p, char* memory)
@@ -23,7 +23,7 @@ class PrefillLoader {
                static_cast<std::uint32_t>((sizeof(PrefillShared<C>) + 127) / 128 * 128)) {
     changes_queries_ = query_change(p).any();
     // Columns that no copy writes.
-    if (p.layer.head_size < C::kHeadK || p.layer.head_size_v < C::kHeadV) clear_stages();
+    if (p.layer.head_size < C::kHeadSizeK || p.layer.head_size_v < C::kHeadSizeV) clear_stages();
   }
 
   // Opaque: what follows from the thread's index would be computed once, ahead of the loop over
@@ -66,33 +66,33 @@ class PrefillLoader {
   }
 
   // Starts copying K and V of tile i of a task to place `stage`.
-  __device__ __forceinline__ void start_copy(int slot, int i, int stage) {
-    const KeyTile<C>& keys = shared_.ring[slot][i % C::kRing];
+  __device__ __forceinline__ void start_copy(int turn, int i, int stage) {
+    const KvTile<C>& keys = shared_.ring[turn][i % C::kRing];
     const int t = thread();
     if (keys.whole) {
       copy_regular<0, true>(t, keys, stage);
       copy_regular<1, true>(t, keys, stage);
     } else {
-      copy_side<0>(t, slot, keys, stage);
-      copy_side<1>(t, slot, keys, stage);
+      copy_side<0>(t, turn, keys, stage);
+      copy_side<1>(t, turn, keys, stage);
     }
-    if (C::kBytes && (p_.k.token_scales != nullptr || p_.v.token_scales != nullptr)) {
-      copy_scales(slot, keys, stage);
+    if (C::kKv8 && (p_.k.token_scales != nullptr || p_.v.token_scales != nullptr)) {
+      copy_scales(turn, keys, stage);
     }
   }
 
   template <int kSide>
-  __device__ __forceinline__ void copy_side(int t, int slot, const KeyTile<C>& keys, int stage) {
+  __device__ __forceinline__ void copy_side(int t, int turn, const KvTile<C>& keys, int stage) {
     if (keys.how[kSide] == Copy::kRows) {
-      copy_rows<kSide>(slot, keys, stage);
+      copy_rows<kSide>(turn, keys, stage);
     } else {
       copy_regular<kSide, false>(t, keys, stage);
     }
   }
 
-  // Thread t's pieces. `kWhole`: no row is absent.
+  // Thread t's pieces. `kWhole`: no row is unmapped.
   template <int kSide, bool kWhole>
-  __device__ __forceinline__ void copy_regular(int t, const KeyTile<C>& keys, int stage) {
+  __device__ __forceinline__ void copy_regular(int t, const KvTile<C>& keys, int stage) {
     using S = Side<kSide>;
     if constexpr (!S::kRegular) return;
     const int c = t % S::kPieces;
@@ -105,26 +105,26 @@ class PrefillLoader {
         static_cast<std::uint32_t>(row % 16) * slot_bytes + static_cast<std::uint32_t>(c * 16);
     const std::uint32_t to =
         stage_at<kSide>(stage) +
-        (C::kBytes ? static_cast<std::uint32_t>(t) * 16 : ptx::piece_offset(row, c, S::kPitch));
-    constexpr int kToStep = C::kBytes ? C::kThreads * 16 : S::kRowStep * S::kPitch;
+        (C::kKv8 ? static_cast<std::uint32_t>(t) * 16 : ptx::piece_offset(row, c, S::kPitch));
+    constexpr int kToStep = C::kKv8 ? C::kThreads * 16 : S::kRowStep * S::kPitch;
     // Loaded ahead of the copies, which count as writes to any memory.
-    const char* group[C::kGroups];
+    const char* strip[C::kStrips];
 #pragma unroll
-    for (int g = 0; g < C::kGroups; ++g) {
-      group[g] = keys.group[kSide][S::kRowStep > 16 ? (g + row / 16) % C::kGroups : g] + offset;
+    for (int g = 0; g < C::kStrips; ++g) {
+      strip[g] = keys.strip[kSide][S::kRowStep > 16 ? (g + row / 16) % C::kStrips : g] + offset;
     }
     if constexpr (kWhole) {
 #pragma unroll
       for (int n = 0; n < S::kSteps; ++n) {
         ptx::copy_async<16>(to + n * kToStep,
-                            group[n * S::kRowStep / 16] + n * S::kRowStep % 16 * slot_bytes);
+                            strip[n * S::kRowStep / 16] + n * S::kRowStep % 16 * slot_bytes);
       }
     } else {
       const std::uint64_t present = keys.present >> row;
 #pragma unroll
       for (int n = 0; n < S::kSteps; ++n) {
         ptx::copy_async<16>(to + n * kToStep,
-                            group[n * S::kRowStep / 16] + n * S::kRowStep % 16 * slot_bytes,
+                            strip[n * S::kRowStep / 16] + n * S::kRowStep % 16 * slot_bytes,
                             (present >> (n * S::kRowStep) & 1) != 0 ? 16 : 0);
       }
     }
@@ -133,9 +133,9 @@ class PrefillLoader {
   // Rows that are not aligned to 16 bytes, blocks that 16 rows do not fit in evenly. Compact, and
   // not called: a call would make the loop over keys shuffle its registers.
   template <int kSide>
-  __device__ __forceinline__ void copy_rows(int slot, const KeyTile<C>& keys, int stage) {
+  __device__ __forceinline__ void copy_rows(int turn, const KvTile<C>& keys, int stage) {
     using S = Side<kSide>;
-    const PrefillTask& task = shared_.task[slot];
+    const PrefillTask& task = shared_.task[turn];
     const KvParams& kv = kSide == 0 ? p_.k : p_.v;
     const int alignment = kSide == 0 ? p_.k_copy_bytes : p_.v_copy_bytes;
     const int row_bytes = (kSide == 0 ? p_.layer.head_size : task.columns) * kElement;
@@ -145,41 +145,41 @@ class PrefillLoader {
       const int c = id - r * S::kPieces;
       int valid = (keys.present >> r & 1) != 0 ? min(max(row_bytes - c * 16, 0), 16) : 0;
       const char* from = task.base[kSide];
-      if (valid > 0 && in_groups(p_)) {
-        from = keys.group[kSide][r / 16] + r % 16 * kv.strides.slot * kElement + c * 16;
+      if (valid > 0 && has_strips(p_)) {
+        from = keys.strip[kSide][r / 16] + r % 16 * kv.strides.slot * kElement + c * 16;
       } else if (valid > 0) {
-        const KvRow row = kv_row(p_, task.segment.tile, keys.first + r);
+        const KvRow row = kv_row(p_, task.split.tile, keys.first + r);
         if (row.block < 0) {
           valid = 0;
         } else {
           from += (row.block * kv.strides.block + row.slot * kv.strides.slot) * kElement + c * 16;
         }
       }
-      ptx::copy_piece(stage_at<kSide>(stage) + (C::kBytes ? static_cast<std::uint32_t>(id) * 16
-                                                          : ptx::piece_offset(r, c, S::kPitch)),
+      ptx::copy_piece(stage_at<kSide>(stage) + (C::kKv8 ? static_cast<std::uint32_t>(id) * 16
+                                                        : ptx::piece_offset(r, c, S::kPitch)),
                       from, valid, alignment);
     }
   }
 
   // The tokens' own scales of K and V.
-  __device__ __forceinline__ void copy_scales(int slot, const KeyTile<C>& keys, int stage) {
+  __device__ __forceinline__ void copy_scales(int turn, const KvTile<C>& keys, int stage) {
     const int t = thread();
     const int side = t / C::kKeys;
     const int r = t % C::kKeys;
     const KvParams& kv = side == 0 ? p_.k : p_.v;
     if (side > 1 || kv.token_scales == nullptr) return;
-    const PrefillTask& task = shared_.task[slot];
+    const PrefillTask& task = shared_.task[turn];
     KvRow row;
     if ((keys.present >> r & 1) != 0) {
-      row = in_groups(p_) ? KvRow{keys.block[C::kBytes ? r / 16 : 0],
-                                  keys.slot[C::kBytes ? r / 16 : 0] + r % 16}
-                          : kv_row(p_, task.segment.tile, keys.first + r);
+      row = has_strips(p_)
+                ? KvRow{keys.block[C::kKv8 ? r / 16 : 0], keys.slot[C::kKv8 ? r / 16 : 0] + r % 16}
+                : kv_row(p_, task.split.tile, keys.first + r);
     }
     const float* from = kv.token_scales;
     if (row.block >= 0) {
       from += semantics::cache_offset(kv.token_scale_strides, row.block, row.slot, task.kv_head);
     }
-    ptx::copy_async<4>(ptx::shared_address(&shared_.scale[C::kBytes ? stage : 0][side][r]), from,
+    ptx::copy_async<4>(ptx::shared_address(&shared_.scale[C::kKv8 ? stage : 0][side][r]), from,
                        row.block < 0 ? 0 : 4);
   }
 
@@ -208,7 +208,7 @@ class PrefillLoader {
       if (S::kCount % C::kThreads != 0 && id >= S::kCount) break;
       const int r = id / S::kPieces;
       const int c = id - r * S::kPieces;
-      const float scale = scaled ? shared_.scale[C::kBytes ? stage : 0][kSide][r] : 1.0F;
+      const float scale = scaled ? shared_.scale[C::kKv8 ? stage : 0][kSide][r] : 1.0F;
       std::uint32_t wide[8];
       ptx::widen_piece<typename C::Type, Stored>(
           ptx::load_piece(from + static_cast<std::uint32_t>(id) * 16), scaled, scale, wide);
@@ -222,13 +222,13 @@ class PrefillLoader {
   // ---- queries ------------------------------------------------------------------------------
 
   // Address of a row's query; rows past the tile's give that of its last. Not from the row table,
-  // which is the segment's before when this is called.
+  // which is the split's before when this is called.
   static __device__ __forceinline__ const char* query_row(const KernelParams& p,
                                                           const PrefillTask& task, int r) {
-    const Tile& tile = task.segment.tile;
+    const WorkTile& tile = task.split.tile;
     RowPlace place = row_place(p, tile, task.kv_head, r);
     if (p.schedule.shared_rows != nullptr) {
-      place.token = p.schedule.shared_rows[tile.seed + place.index].token;
+      place.token = p.schedule.shared_rows[tile.prefix_row + place.index].token;
     }
     return static_cast<const char*>(p.query) +
            (place.token * p.query_token_stride + place.head * p.query_head_stride) *
@@ -243,12 +243,12 @@ class PrefillLoader {
   // Each warp those of its own rows. A lane finds one row's address: a division, too many for every
   // piece.
   __device__ __forceinline__ void copy_queries(const PrefillTask& task) const {
-    constexpr int kPieces = C::kHeadK / 8;
+    constexpr int kPieces = C::kHeadSizeK / 8;
     constexpr int kWarpRows = 16 * C::kMTiles;
     const int first = warp() * kWarpRows;
     const auto mine =
         reinterpret_cast<std::uintptr_t>(query_row(p_, task, first + lane() % kWarpRows));
-    const int rows = task.segment.tile.rows - first;
+    const int rows = task.split.tile.rows - first;
 #pragma unroll 2
     for (int i = lane(); i < kWarpRows * kPieces; i += 32) {
       const int r = i / kPieces;
@@ -263,11 +263,11 @@ class PrefillLoader {
   // Any dtype and alignment, either sign.
   static __device__ __noinline__ void load_queries(const KernelParams& p, const PrefillTask& task,
                                                    std::uint32_t to) {
-    constexpr int kPieces = C::kHeadK / 8;
+    constexpr int kPieces = C::kHeadSizeK / 8;
     for (int i = static_cast<int>(threadIdx.x); i < C::kRows * kPieces; i += C::kThreads) {
       const int r = i / kPieces;
       const int c = i - r * kPieces;
-      const int count = r < task.segment.tile.rows ? min(max(p.layer.head_size - c * 8, 0), 8) : 0;
+      const int count = r < task.split.tile.rows ? min(max(p.layer.head_size - c * 8, 0), 8) : 0;
       store_query_piece(query_row(p, task, r), c, count, p.layer.dtype, query_change(p),
                         to + ptx::piece_offset(r, c, C::kPitchK));
     }

@@ -11,7 +11,7 @@ namespace quire::cuda::sm80 {
 // Out of line, four scores at a time: ALiBi and query-query bias are rare, their code is long.
 template <int kRows>
 __device__ __noinline__ float4 modify_scores(const KernelParams& p, const RowTable<kRows>& rows,
-                                             const Tile& tile, int row, int key, float4 s) {
+                                             const WorkTile& tile, int row, int key, float4 s) {
   return make_float4(modify_score<FloatOps>(p, rows, tile, row, key, s.x),
                      modify_score<FloatOps>(p, rows, tile, row, key + 1, s.y),
                      modify_score<FloatOps>(p, rows, tile, row + 8, key, s.z),
@@ -28,7 +28,7 @@ class PrefillRows : protected PrefillLoader<C> {
   using Base::warp;
 
   static constexpr int kNTiles = C::kStepKeys / 8;
-  static constexpr int kColumnTiles = C::kHeadV / 8;
+  static constexpr int kColumnTiles = C::kHeadSizeV / 8;
   using Scores = float[C::kMTiles][kNTiles][4];
   using Weights = std::uint32_t[C::kMTiles][C::kStepKeys / 16][4];  // P as the A operand
 
@@ -51,12 +51,12 @@ class PrefillRows : protected PrefillLoader<C> {
       max_[mt][0] = max_[mt][1] = -INFINITY;
       sum_[mt][0] = sum_[mt][1] = 0.0F;
     }
-    if constexpr (C::kAbsentApart) {
+    if constexpr (C::kUnmappedApart) {
       __syncwarp();
       const int row = lane();
       if (row < 16 * C::kMTiles) {
-        shared_.absent_max[warp_row() + row] = -INFINITY;
-        shared_.absent_sum[warp_row() + row] = 0.0F;
+        shared_.unmapped_max[warp_row() + row] = -INFINITY;
+        shared_.unmapped_sum[warp_row() + row] = 0.0F;
       }
       __syncwarp();
     }
@@ -78,7 +78,7 @@ class PrefillRows : protected PrefillLoader<C> {
   // S -> P in place; updates (max_, sum_) and perhaps o_. All rows of a thread together, so that
   // their chains of dependent operations overlap.
   __device__ __forceinline__ void softmax(Scores& s) {
-    const float to_log2 = C::kGeneral ? kLog2E : score_scale_ * kLog2E;
+    const float to_log2 = C::kScoreMod ? kLog2E : score_scale_ * kLog2E;
     float top[C::kMTiles][2];
 #pragma unroll
     for (int mt = 0; mt < C::kMTiles; ++mt) {
@@ -171,7 +171,7 @@ class PrefillRows : protected PrefillLoader<C> {
   }
 
   // To natural logits, with soft cap, ALiBi and query-query bias.
-  __device__ __forceinline__ void modify(const Segment& segment, int first, Scores& s) {
+  __device__ __forceinline__ void modify(const Split& split, int first, Scores& s) {
     if (p_.layer.alibi_slopes == nullptr && p_.batch.qq_bias == nullptr) {
       // cap * tanh(x): absolute error about 1e-7 of the cap, unlike tanh.approx's 5e-4.
       const float cap = p_.layer.soft_cap;
@@ -192,7 +192,7 @@ class PrefillRows : protected PrefillLoader<C> {
       for (int n = 0; n < kNTiles; ++n) {
         float(&x)[4] = s[mt][n];
         const float4 y =
-            modify_scores(p_, shared_.rows, segment.tile, row, first + n * 8 + lane() % 4 * 2,
+            modify_scores(p_, shared_.rows, split.tile, row, first + n * 8 + lane() % 4 * 2,
                           make_float4(x[0] * score_scale_, x[1] * score_scale_, x[2] * score_scale_,
                                       x[3] * score_scale_));
         x[0] = y.x;

@@ -11,7 +11,7 @@ namespace quire::cuda::sm80 {
 // when all are taken: each CTA that had an item asks once in vain, so there are as many calls as
 // items.
 __device__ __forceinline__ bool next_whole_item(const ScheduleView& schedule, bool first,
-                                                Segment* segment) {
+                                                Split* split) {
   const int items = schedule.header->num_tiles * schedule.heads;
   int item = static_cast<int>(blockIdx.x);
   if (!first) {
@@ -21,33 +21,33 @@ __device__ __forceinline__ bool next_whole_item(const ScheduleView& schedule, bo
   }
   if (item >= items) return false;
   const int tile = item / schedule.heads;
-  segment->tile = schedule.tiles[tile];
-  segment->head = item - tile * schedule.heads;
-  segment->unit_begin = 0;
-  segment->unit_end = segment->tile.num_units();
+  split->tile = schedule.tiles[tile];
+  split->head = item - tile * schedule.heads;
+  split->kv_tile_begin = 0;
+  split->kv_tile_end = split->tile.num_kv_tiles();
   return true;
 }
 
 // Whether 16 keys from a multiple of 16 on lie in one block; else copies look up each row.
-__device__ __forceinline__ bool in_groups(const KernelParams& p) {
+__device__ __forceinline__ bool has_strips(const KernelParams& p) {
   return !p.layer.paged || p.layer.block_size % 16 == 0;
 }
 
 // Whether rows can be copied in whole pieces, 16 rows from one address.
 template <class C, int kSide>
 __device__ __forceinline__ bool is_regular(const KernelParams& p) {
-  constexpr int kElement = C::kBytes ? 1 : 2;
+  constexpr int kElement = C::kKv8 ? 1 : 2;
   const KvParams& kv = kSide == 0 ? p.k : p.v;
-  return PrefillSide<C, kSide>::kRegular && in_groups(p) &&
+  return PrefillSide<C, kSide>::kRegular && has_strips(p) &&
          (kSide == 0 ? p.k_copy_bytes : p.v_copy_bytes) >= 16 &&
          (kSide == 0 ? p.layer.head_size : p.layer.head_size_v) * kElement % 16 == 0 &&
          kv.strides.slot >= 0 && kv.strides.slot < (1 << 26);
 }
 
 template <class C>
-__device__ __forceinline__ int first_key_of(const Segment& segment, int i) {
+__device__ __forceinline__ int first_key_of(const Split& split, int i) {
   constexpr int kSteps = kKvTile / C::kKeys;
-  return segment.tile.unit(segment.unit_begin + i / kSteps) * kKvTile + i % kSteps * C::kKeys;
+  return split.tile.kv_tile(split.kv_tile_begin + i / kSteps) * kKvTile + i % kSteps * C::kKeys;
 }
 
 // Bits [begin, end) of 16, both clamped.
@@ -57,55 +57,56 @@ __device__ __forceinline__ std::uint32_t bits_between(int begin, int end) {
   return begin < end ? (1U << end) - (1U << begin) : 0U;
 }
 
-// One warp: tiles [first, first + kBatch) of a task into the ring, a lane a group of 16 keys.
+// One warp: tiles [first, first + kBatch) of a task into the ring, a lane a strip of 16 keys.
 template <class C>
-__device__ __forceinline__ void look_up(const KernelParams& p, PrefillShared<C>& shared, int slot,
+__device__ __forceinline__ void look_up(const KernelParams& p, PrefillShared<C>& shared, int turn,
                                         int first) {
   const auto lane = static_cast<int>(ptx::opaque(threadIdx.x) % 32);
-  const PrefillTask& task = shared.task[slot];
-  const Tile& tile = task.segment.tile;
-  const int i = first + lane / C::kGroups;
-  const bool used = lane < C::kBatch * C::kGroups && i < task.count;
+  const PrefillTask& task = shared.task[turn];
+  const WorkTile& tile = task.split.tile;
+  const int i = first + lane / C::kStrips;
+  const bool used = lane < C::kBatch * C::kStrips && i < task.count;
   const std::uint32_t lanes = __ballot_sync(~0U, used);
   if (!used) return;
-  const int g = lane % C::kGroups;
-  KeyTile<C>& to = shared.ring[slot][i % C::kRing];
-  const int first_key = first_key_of<C>(task.segment, i);
+  const int g = lane % C::kStrips;
+  KvTile<C>& to = shared.ring[turn][i % C::kRing];
+  const int first_key = first_key_of<C>(task.split, i);
   const int key = first_key + g * 16;
-  std::uint32_t present = bits_between(0, task.keys.kv_len - key) &
-                          ~bits_between(task.keys.hidden_begin - key, task.keys.hidden_end - key);
+  std::uint32_t present =
+      bits_between(0, task.keys.kv_len - key) &
+      ~bits_between(task.keys.out_of_window_begin - key, task.keys.out_of_window_end - key);
   KvRow row;
-  std::uint32_t absent = 0;
-  if (present != 0 && in_groups(p)) {
+  std::uint32_t unmapped = 0;
+  if (present != 0 && has_strips(p)) {
     row = kv_row(p, tile, key);
     if (row.block < 0) {
-      absent = present;
+      unmapped = present;
       present = 0;
     }
-  } else if (C::kAbsentApart) {
+  } else if (C::kUnmappedApart) {
 #pragma unroll 1
     for (int i = 0; i < 16; ++i) {
       const bool is_present = (present >> i & 1U) != 0;
-      if (is_present && kv_row(p, tile, key + i).block < 0) absent |= 1U << i;
+      if (is_present && kv_row(p, tile, key + i).block < 0) unmapped |= 1U << i;
     }
   }
   const bool found = row.block >= 0;
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const KvParams& kv = side == 0 ? p.k : p.v;
-    to.group[side][g] =
-        task.base[side] + (found ? row.block * kv.strides.block + row.slot * kv.strides.slot : 0) *
-                              (C::kBytes ? 1 : 2);
+    to.strip[side][g] =
+        task.base[side] +
+        (found ? row.block * kv.strides.block + row.slot * kv.strides.slot : 0) * (C::kKv8 ? 1 : 2);
   }
-  if constexpr (C::kBytes) {
+  if constexpr (C::kKv8) {
     to.block[g] = static_cast<std::int32_t>(row.block);
     to.slot[g] = static_cast<std::int32_t>(row.slot);
   }
   reinterpret_cast<std::uint16_t*>(&to.present)[g] = static_cast<std::uint16_t>(present);
-  reinterpret_cast<std::uint16_t*>(&to.absent)[g] = static_cast<std::uint16_t>(absent);
+  reinterpret_cast<std::uint16_t*>(&to.unmapped)[g] = static_cast<std::uint16_t>(unmapped);
   const std::uint32_t full = __ballot_sync(lanes, present == 0xFFFFU);
   if (g == 0) {
-    constexpr std::uint32_t kAll = (1U << C::kGroups) - 1;
+    constexpr std::uint32_t kAll = (1U << C::kStrips) - 1;
     const Copy how = (full >> lane & kAll) == kAll ? Copy::kWhole : Copy::kPartial;
     to.how[0] = is_regular<C, 0>(p) ? how : Copy::kRows;
     to.how[1] = is_regular<C, 1>(p) ? how : Copy::kRows;
@@ -118,24 +119,24 @@ __device__ __forceinline__ void look_up(const KernelParams& p, PrefillShared<C>&
   }
 }
 
-// One warp: the next segment into task[slot], and its first tiles' keys. Not called but in line:
+// One warp: the next split into task[turn], and its first tiles' keys. Not called but in line:
 // where O is live, a call spills it, and then in the whole loop over keys.
 template <class C>
-__device__ __forceinline__ void prepare(const KernelParams& p, PrefillShared<C>& shared, int slot,
+__device__ __forceinline__ void prepare(const KernelParams& p, PrefillShared<C>& shared, int turn,
                                         bool first) {
-  PrefillTask& task = shared.task[slot];
+  PrefillTask& task = shared.task[turn];
   if (threadIdx.x % 32 == 0) {
-    Segment& segment = task.segment;
-    task.exists = p.schedule.header->whole ? next_whole_item(p.schedule, first, &segment)
-                                           : shared.walker.next(p.schedule, &segment);
+    Split& split = task.split;
+    task.exists = p.schedule.header->whole ? next_whole_item(p.schedule, first, &split)
+                                           : shared.iterator.next(p.schedule, &split);
     task.count = 0;
     if (task.exists) {
-      task.count = (segment.existing_end(keys_of(p, segment.tile), kKvTile) - segment.unit_begin) *
+      task.count = (split.existing_end(keys_of(p, split.tile), kKvTile) - split.kv_tile_begin) *
                    (kKvTile / C::kKeys);
-      task.kv_head = segment.head / p.passes;
-      task.first_column = (segment.head - task.kv_head * p.passes) * p.columns;
+      task.kv_head = split.head / p.passes;
+      task.first_column = (split.head - task.kv_head * p.passes) * p.columns;
       task.columns = min(p.columns, p.layer.head_size_v - task.first_column);
-      task.keys = loadable_keys(p, segment.tile);
+      task.keys = loadable_keys(p, split.tile);
       const KvParams& k = p.k;
       const KvParams& v = p.v;
       task.base[0] =
@@ -145,7 +146,7 @@ __device__ __forceinline__ void prepare(const KernelParams& p, PrefillShared<C>&
     }
   }
   __syncwarp();
-  look_up(p, shared, slot, 0);
+  look_up(p, shared, turn, 0);
 }
 
 }  // namespace quire::cuda::sm80
