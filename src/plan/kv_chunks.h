@@ -1,6 +1,6 @@
-// How the keys of one query tile are cut into kv_tiles and chunks. Every number depends on the
-// request's own lengths and the layer only, never on the rest of the batch: that is what batch
-// invariance needs, and it costs nothing to always have it.
+// How the keys of one work tile fall into kv tiles, and these into kv chunks. Every number depends on
+// the sequence's own lengths and the layer only, never on the rest of the batch: results that depend
+// on where keys were cut would else differ from batch to batch (batch invariance).
 #pragma once
 
 #include <cstdint>
@@ -10,22 +10,22 @@
 
 namespace quire::planning {
 
-// The kv tiles a query tile visits: tile indices [prefix_first, prefix_first + prefix_count) and
-// then [main_first, main_first + main_count), in kv_tiles of the kv tile.
+// The kv tiles that a work tile visits: [prefix_first, prefix_first + prefix_count), then
+// [main_first, main_first + main_count). Kv tile i has the keys from i times its size on.
 struct KvTiles {
   std::int32_t prefix_first = 0;
   std::int32_t prefix_count = 0;
   std::int32_t main_first = 0;
   std::int32_t main_count = 0;
   QUIRE_HOST_DEVICE std::int32_t count() const { return prefix_count + main_count; }
-  // The absolute kv tile of the i-th visit.
+  // The index of the i-th kv tile visited.
   QUIRE_HOST_DEVICE std::int32_t at(std::int32_t i) const {
     return i < prefix_count ? prefix_first + i : main_first + (i - prefix_count);
   }
 };
 
-// The kv_tiles that cover `visible`, each once. Keys are below 2^31: divisions by a unit that is not known
-// at compile time take a fifth of the instructions in 32 bits.
+// The kv tiles of `kv_tile` keys that cover `visible`, each once. Keys are below 2^31, and divisions
+// by a number that is not known at compile time take a fifth of the instructions in 32 bits.
 QUIRE_HOST_DEVICE KvTiles kv_tiles_of(const semantics::Spans& visible, std::int32_t kv_tile) {
   const auto divisor = static_cast<std::uint32_t>(kv_tile);
   const auto below = [divisor](std::int64_t key) {
@@ -50,11 +50,12 @@ QUIRE_HOST_DEVICE KvTiles kv_tiles_of(const semantics::Spans& visible, std::int3
   return kv_tiles;
 }
 
-// A query tile's keys fall into at most kMaxKvChunks chunks. Chunks are folded in order whoever
-// computes them, so the result's bits do not depend on how chunks are handed out.
+// A work tile has at most this many kv chunks. Their partials are combined in order, whichever thread
+// or CTA computed them, so that results do not depend on how chunks are handed out.
 inline constexpr std::int32_t kMaxKvChunks = 16;
 
-// Units of one chunk; the last may be shorter. `min_kv_tiles` keeps chunks worth their bookkeeping.
+// The last chunk may have fewer. With fewer than `min_kv_tiles`, a partial would cost too much beside
+// the attention over its chunk.
 QUIRE_HOST_DEVICE std::int32_t kv_tiles_per_chunk(std::int32_t num_kv_tiles,
                                                   std::int32_t min_kv_tiles) {
   const std::int32_t size = (num_kv_tiles + kMaxKvChunks - 1) / kMaxKvChunks;

@@ -1,4 +1,4 @@
-// Which sequences may share a prefix. Read by the CPU plan and by the CUDA plan kernel.
+// Which sequences may share a prefix: the rule of all planners.
 #pragma once
 
 #include <algorithm>
@@ -17,17 +17,18 @@ struct PrefixRule {
   std::int64_t min_blocks = 0;  // that sequences must have in common; 0: nothing is looked for
   std::int64_t max_blocks = 0;
   std::int64_t max_rows = 0;  // query rows of a sequence that may share
-  bool announced = false;     // the caller promised them: sequences are not told apart first
+  bool announced = false;     // all sequences have one prefix, by common_prefix_len
 };
 
-// Long queries reuse what they read by themselves: `max_detected_rows`.
+// Sequences with more rows than the limits take no part. `max_detected_rows`: the keys that a long
+// query reads serve many rows already.
 inline PrefixRule prefix_rule(const LayerParams& layer, const BatchParams& batch,
                               std::int64_t max_announced_rows, std::int64_t max_detected_rows) {
   PrefixRule rule;
   if (!layer.paged || layer.batch_invariant || batch.table_width == 0 || batch.num_seqs < 2) {
     return rule;
   }
-  // The same blocks may then be at other positions for each sequence.
+  // A block that two sequences have in common may be at different positions.
   if (batch.has_positions()) return rule;
   if (batch.common_prefix_len > 0) {
     rule.announced = true;

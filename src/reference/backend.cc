@@ -36,9 +36,9 @@ struct DoubleOps {
 
 #include "semantics/score.inc"
 
-// One side of one key: its elements and their scale; a null row reads as zeros.
+// K or V of one key: its elements and their scale.
 struct KvRow {
-  const void* row = nullptr;
+  const void* row = nullptr;  // null: in an unmapped block, reads as zeros
   DType dtype = DType::kNone;
   double scale = 1.0;
   double operator[](std::int64_t i) const {
@@ -176,10 +176,10 @@ void run_attention(const AttentionParams& p) {
   const LayerParams& layer = p.layer;
   std::vector<double> token;
   std::vector<double> head_output;
-  std::int64_t next_row = 0;  // where wild row offsets overlap, the first sequence has the row
+  std::int64_t next_row = 0;  // where wild row offsets overlap, a row is the first sequence's
   for (std::int32_t s = 0; s < p.batch.num_seqs; ++s) {
     const Sequence seq = sequence_at(layer, p.batch, p.num_kv_tokens, s);
-    if (seq.query_len == 0) continue;  // claims no row, wherever it would begin
+    if (seq.query_len == 0) continue;  // whatever its offset says, it has no row
     const std::int64_t first_row = std::max(seq.first_row, next_row);
     next_row = std::max(next_row, seq.first_row + seq.query_len);
     for (std::int64_t row = first_row; row < seq.first_row + seq.query_len; ++row) {
@@ -217,7 +217,7 @@ void write_side(const CacheWriteParams& p, const KvParams& kv, const void* x,
   }
 }
 
-// Cascade, splits and ranges are ways of computing the same thing: nothing to plan.
+// Nothing to plan: cascade and splits change how outputs are computed, not what they are.
 class ReferencePlan final : public LayerPlan {
  public:
   void update(const BatchParams&, const Context&) override {}

@@ -1,9 +1,10 @@
-// Functions here are compiled by g++ for the CPU and by nvcc for both sides.
+// How functions are marked that g++ compiles for the CPU and nvcc for both CPU and GPU.
 #pragma once
 
 #if defined(__CUDACC__)
 #define QUIRE_HOST_DEVICE __host__ __device__ __forceinline__
-// Only kernels run it: so it may call what is on the device only. Tests run it on the host.
+// For functions that only kernels call: nvcc compiles them for the device only, so they may call
+// device functions. g++ compiles them for the tests.
 #define QUIRE_DEVICE __device__ __forceinline__
 #define QUIRE_UNROLL _Pragma("unroll")
 #else

@@ -1,4 +1,4 @@
-// Where a key lives. All offsets are 64-bit: caches pass 2^31 elements.
+// Where the rows of a key are in the cache. All offsets are 64-bit: caches pass 2^31 elements.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace quire::semantics {
 
-// The physical block of a logical one, or -1 if the table names none: outside its width, or a
-// number outside [0, num_blocks). Such a block reads as zeros and is never dereferenced.
+// The physical block of a logical one, or -1 if it is unmapped: outside the table's width, or an
+// entry outside [0, num_blocks). Unmapped blocks read as zeros and are never dereferenced.
 QUIRE_HOST_DEVICE std::int64_t physical_block(const std::int32_t* table_row,
                                               std::int64_t table_width, std::int64_t logical_block,
                                               std::int64_t num_blocks) {

@@ -1,6 +1,6 @@
-// Masks as spans: which keys a query position sees. Written once; the plan asks what a
-// tile must load, the main loops ask which tiles need no element mask, and the element masks ask
-// for one row. All three answers come from the same few lines.
+// Masks as spans: which keys a query position sees. The same few lines say what a tile must load
+// (union_spans: plans), which keys need no element mask (common_spans: main loops) and what one row
+// sees (row_spans: element masks).
 #pragma once
 
 #include <cstdint>
@@ -34,8 +34,8 @@ QUIRE_HOST_DEVICE std::int64_t max_of(std::int64_t a, std::int64_t b) { return a
 // Farther than any position; sums with positions stay inside 64 bits.
 inline constexpr std::int64_t kFarPosition = std::int64_t{1} << 62;
 
-// The mask of one sequence, everything resolved. Windows, ranges and the prefix are about positions;
-// what is seen is told in keys, by their index in the cache.
+// The mask of one sequence, with what the layer and the batch say about it. Windows, ranges and the
+// visible prefix are in positions; spans of visible keys are in indices of keys in the cache.
 struct SequenceMask {
   std::int64_t kv_len = 0;     // keys that exist: seq_len, cut at what the block table can name
   std::int32_t kv_offset = 0;  // key j sits at position kv_offset + j * kv_stride
@@ -45,7 +45,7 @@ struct SequenceMask {
   WindowKind window = WindowKind::kNone;  // kLeft only with causal: else it is kBoth here
   std::int64_t window_size = 0;
   std::int64_t chunk_lookback = 0;
-  std::int32_t visible_prefix = 0;  // keys at positions before it escape the window; <= 0: none
+  std::int32_t visible_prefix = 0;       // keys at positions before it are not windowed; <= 0: none
   const std::int32_t* ranges = nullptr;  // [num_ranges, 2] closed ranges
   std::int32_t num_ranges = 0;
 
@@ -60,7 +60,7 @@ QUIRE_HOST_DEVICE std::int64_t floor_div(std::int64_t a, std::int64_t b) {
   return a >= 0 ? a / b : -((-a + b - 1) / b);
 }
 
-// The window at position p, in positions; base, ranges and prefix aside. Both ends do not decrease
+// The window of position p, in positions, without base mask, ranges and prefix. Neither end decreases
 // in p.
 QUIRE_HOST_DEVICE std::int64_t window_begin(const SequenceMask& mask, std::int64_t p) {
   if (mask.window == WindowKind::kNone) return -kFarPosition;
@@ -76,7 +76,7 @@ QUIRE_HOST_DEVICE std::int64_t base_end(const SequenceMask& mask, std::int64_t p
   return mask.causal ? p + 1 : kFarPosition;
 }
 
-// Positions that the ranges span which meet [first_p, last_p]; empty if none does.
+// The hull of those ranges that meet [first_p, last_p], in positions; empty if none does.
 QUIRE_HOST_DEVICE Span hull_of_ranges(const SequenceMask& mask, std::int64_t first_p,
                                       std::int64_t last_p) {
   Span hull;
@@ -91,7 +91,7 @@ QUIRE_HOST_DEVICE Span hull_of_ranges(const SequenceMask& mask, std::int64_t fir
   return hull;
 }
 
-// How many keys sit before `position`: also the first key at or behind it.
+// How many keys are at positions before `position`; also the index of the first key that is not.
 QUIRE_HOST_DEVICE std::int64_t keys_before(const SequenceMask& mask, std::int64_t position) {
   std::int64_t count = position - mask.kv_offset;
   if (mask.kv_stride != 1 && count > 0) {
@@ -117,10 +117,10 @@ QUIRE_HOST_DEVICE Spans keys_at(const SequenceMask& mask, std::int64_t prefix_en
 
 // A superset of what the positions [first_p, last_p] see together: what a tile must load.
 //
-// Exact for one position p: its window within base holds p, and so does each of its ranges, so
-// their union is an interval of positions. (Clamped, base and ranges together end at one place, and
-// both window and prefix are cut there.) Positions grow with the key, so an interval of positions
-// is an interval of keys; what the prefix adds starts at key 0.
+// Exact for one position p: its window, cut by the base mask, contains p, and so does each of its
+// ranges, so their union is an interval of positions. (With clamp_ranges, base mask and ranges end
+// together, and window and prefix are cut at that end.) Later keys have larger positions, so an
+// interval of positions is an interval of keys. The keys that the visible prefix adds start at key 0.
 QUIRE_HOST_DEVICE Spans union_spans(const SequenceMask& mask, std::int64_t first_p,
                                     std::int64_t last_p) {
   const Span window{detail::window_begin(mask, first_p), detail::window_end(mask, last_p)};

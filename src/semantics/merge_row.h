@@ -14,8 +14,8 @@ struct MergedRow {
   T weight_b;
   T lse;
 
-  // Element i of the rows `a` and `b`, merged. A part without weight may hold anything, NaN
-  // included; a weight of NaN makes NaN.
+  // Element i of the rows `a` and `b`, merged. A row of weight 0 is not read, since it may hold
+  // NaN; a weight of NaN makes NaN.
   QUIRE_HOST_DEVICE float element(const void* a, const void* b, DType dtype, std::int64_t i) const {
     const T part_a = weight_a != 0 ? weight_a * load_element(a, dtype, i) : T{0};
     const T part_b = weight_b != 0 ? weight_b * load_element(b, dtype, i) : T{0};

@@ -59,7 +59,7 @@ QUIRE_HOST_DEVICE std::uint32_t round_magnitude(float magnitude) {
   return (rounded >> kShift) - (static_cast<std::uint32_t>(127 - kBias) << kMantissa);
 }
 
-// A code without its sign back to float; `kExponentMax` codes above are the caller's business.
+// A code without its sign back to float. Not for the codes of infinity and NaN.
 template <int kMantissa, int kBias>
 QUIRE_HOST_DEVICE float expand_magnitude(std::uint32_t code) {
   constexpr std::uint32_t kShift = 23 - kMantissa;

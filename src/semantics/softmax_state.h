@@ -1,6 +1,6 @@
 // The running softmax of one row, (m, l): maximum logit and sum of exp(S - m). The empty state is
-// (-inf, 0). Parts over disjoint keys merge with weights that scale their unnormalised outputs.
-// A NaN logit makes the sum NaN, which stays; maxima may lose it on the way.
+// (-inf, 0). States over disjoint keys are combined with weights that scale their unnormalised outputs.
+// A NaN logit makes the sum NaN from then on; the maximum may miss it.
 // (Milakov & Gimelshein, 2018; FlashAttention.)
 #pragma once
 
@@ -26,11 +26,11 @@ QUIRE_HOST_DEVICE T softmax_shift(T max) {
 template <class T>
 struct CombinedState {
   SoftmaxState<T> state;
-  T weight_a;  // multiplies part a's unnormalised output
+  T weight_a;  // multiplies the unnormalised output of `a`
   T weight_b;
 };
 
-// An empty part adds 0 to the sum, and its weight is 0 unless the other part is NaN.
+// An empty state adds 0 to the sum, and its weight is 0 unless the other state is NaN.
 template <class T>
 QUIRE_HOST_DEVICE CombinedState<T> combine(const SoftmaxState<T>& a, const SoftmaxState<T>& b) {
   const T max = a.max > b.max ? a.max : b.max;
@@ -46,7 +46,8 @@ struct NormalisedRow {
   T lse;           // natural logarithm of the denominator
 };
 
-// Closes a row. The sink, if any, takes part in the maximum and the denominator exactly once, here.
+// The last step of a row: what divides its output by l. The sink, if there is one, enters the maximum
+// and the denominator here and nowhere else.
 template <class T>
 QUIRE_HOST_DEVICE NormalisedRow<T> normalise(SoftmaxState<T> row, bool has_sink, T sink) {
   T weight = 1;
@@ -55,7 +56,7 @@ QUIRE_HOST_DEVICE NormalisedRow<T> normalise(SoftmaxState<T> row, bool has_sink,
     row = combined.state;
     weight = combined.weight_a;
   }
-  // Nothing seen. A sum of NaN is not nothing, whatever the maximum.
+  // No key was visible. Where the sum is NaN some key was, whatever the maximum.
   if (row.max == -std::numeric_limits<T>::infinity() && row.sum == row.sum) return {T{0}, row.max};
   return {weight / row.sum, row.max + std::log(row.sum)};
 }

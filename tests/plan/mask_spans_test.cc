@@ -1,5 +1,5 @@
-// src/semantics/mask.h against the definition, key by key: what a row sees exactly, what a tile must
-// load (no key less), what needs no element mask (no key more).
+// src/semantics/mask.h against the definition, key by key: what a row sees (exactly), what a tile
+// must load (at least), which keys need no element mask (at most).
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -191,7 +191,7 @@ void check_plan(const Case& c, int num_threads, WorkPlan* plan) {
 TEST(PlanCoverage, EveryPairOnce) {
   const char* text = std::getenv("QUIRE_TEST_CASES");
   const std::int64_t count = text != nullptr ? std::strtoll(text, nullptr, 10) : 1500;
-  WorkPlan plan;  // reused: what an earlier batch left must not matter
+  WorkPlan plan;  // reused: a plan must not depend on the batches before it
   std::int64_t shared = 0;
   std::int64_t split = 0;
   for (std::int64_t index = 0; index < count; ++index) {

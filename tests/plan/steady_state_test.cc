@@ -1,4 +1,5 @@
-// What a step costs once everything has its size: no allocation, and planning in microseconds.
+// What a step costs when all buffers have grown to their size: no allocation, and planning in
+// microseconds.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -26,8 +27,8 @@ void* counted(std::size_t bytes, std::size_t alignment) {
 
 }  // namespace
 
-// Every allocation of the program goes through these. Not inlined: g++ takes a `delete` that it sees
-// to be free() for a mistake where it does not see that `new` is aligned_alloc().
+// Every allocation of the program goes through these. Not inlined: g++ warns of a mismatch where it
+// sees that `delete` is free() but not that `new` is aligned_alloc().
 [[gnu::noinline]] void* operator new(std::size_t bytes) {
   return counted(bytes, alignof(std::max_align_t));
 }
