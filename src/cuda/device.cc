@@ -55,7 +55,6 @@ DeviceInfo read_info(int index) {
   info.major = properties.major;
   info.minor = properties.minor;
   info.shared_bytes_per_block = static_cast<int>(properties.sharedMemPerBlockOptin);
-  info.shared_bytes_per_sm = static_cast<int>(properties.sharedMemPerMultiprocessor);
   info.name = properties.name;
   return info;
 }

@@ -14,7 +14,6 @@ struct DeviceInfo {
   int major = 0;
   int minor = 0;
   int shared_bytes_per_block = 0;  // with opt-in
-  int shared_bytes_per_sm = 0;
   std::string name;
 };
 

@@ -23,12 +23,12 @@ struct KernelParams : AttentionParams {
   // Rows of whole 16-byte pieces, of any 16 aligned keys in one block.
   bool k_simple = false;
   bool v_simple = false;
-  std::uint32_t block_limit = 0;  // num_blocks, in the 32 bits that block table entries have
-  bool query_aligned = false;     // 16-byte aligned rows
-  bool output_aligned = false;    // rows of 8 elements can be stored whole
-  std::int32_t stages = 2;
-  std::int32_t block_shift = -1;  // log2 of the block size, -1: not a power of two
-  std::int32_t columns = 0;       // output columns of a pass; passes = heads / num_kv_heads
+  std::uint32_t block_limit = 0;     // num_blocks, in the 32 bits that block table entries have
+  bool query_aligned = false;        // 16-byte aligned rows
+  bool output_aligned = false;       // rows of 8 elements can be stored whole
+  std::int32_t pipeline_stages = 0;  // Launch::pipeline_stages
+  std::int32_t block_shift = -1;     // log2 of the block size, -1: not a power of two
+  std::int32_t columns = 0;          // output columns of a pass; passes = heads / num_kv_heads
   std::int32_t passes = 1;
 };
 

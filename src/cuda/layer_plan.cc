@@ -101,7 +101,7 @@ void CudaPlan::launch(const KernelFamily& family, const TileRule& rule,
   params.columns = rule.policy.v_columns;
   params.passes = rule.heads / layer_.num_kv_heads;
   const FamilyMember& member = family.member_for(params);
-  params.stages = member.launch.pipeline_stages;
+  params.pipeline_stages = member.launch.pipeline_stages;
   member.kernel->launch(member.launch, family.grid, params, stream);
 }
 

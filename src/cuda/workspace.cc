@@ -152,7 +152,7 @@ void Workspace::allocate_cascade(BatchBuffers* buffers, cudaStream_t stream) con
   rule.max_tiles = static_cast<std::int32_t>(
       (std::int64_t{prefixes.max_rows} * layer_.group + policy.rows - 1) / policy.rows +
       kMaxSharedPrefixes);
-  const std::int64_t seed_rows = std::int64_t{prefixes.max_rows} * layer_.num_heads;
+  const std::int64_t prefix_rows = std::int64_t{prefixes.max_rows} * layer_.num_heads;
   PrefixPartials& prefix_partials = buffers->prefix_partials;
   prefix_partials.pitch = (layer_.head_size_v + 7) / 8 * 8;
   prefix_partials.columns = policy.v_columns;
@@ -161,11 +161,11 @@ void Workspace::allocate_cascade(BatchBuffers* buffers, cudaStream_t stream) con
   Carver carver;
   std::size_t lists[6];
   for (std::size_t& list : lists) list = carver.take<std::int32_t>(buffers->max_seqs);
-  const std::size_t groups = carver.take<SharedPrefix>(kMaxSharedPrefixes);
+  const std::size_t list_at = carver.take<SharedPrefix>(kMaxSharedPrefixes);
   const std::size_t rows = carver.take<SharedRow>(prefixes.max_rows);
-  const std::size_t o = carver.take<float>(seed_rows * prefix_partials.pitch);
-  const std::size_t max = carver.take<float>(seed_rows * prefix_partials.passes);
-  const std::size_t sum = carver.take<float>(seed_rows * prefix_partials.passes);
+  const std::size_t o = carver.take<float>(prefix_rows * prefix_partials.pitch);
+  const std::size_t max = carver.take<float>(prefix_rows * prefix_partials.passes);
+  const std::size_t sum = carver.take<float>(prefix_rows * prefix_partials.passes);
   const RuleOffsets tiles = carve(&carver, rule, 0);
   buffers->cascade.allocate(carver.size(), stream);
 
@@ -173,7 +173,7 @@ void Workspace::allocate_cascade(BatchBuffers* buffers, cudaStream_t stream) con
   std::int32_t** const pointers[] = {&prefixes.leader, &prefixes.blocks, &prefixes.members,
                                      &prefixes.least,  &prefixes.keys,   &prefixes.first_row};
   for (int i = 0; i < 6; ++i) *pointers[i] = reinterpret_cast<std::int32_t*>(base + lists[i]);
-  prefixes.groups = reinterpret_cast<SharedPrefix*>(base + groups);
+  prefixes.list = reinterpret_cast<SharedPrefix*>(base + list_at);
   prefixes.rows = reinterpret_cast<SharedRow*>(base + rows);
   prefix_partials.o = reinterpret_cast<float*>(base + o);
   prefix_partials.max = reinterpret_cast<float*>(base + max);

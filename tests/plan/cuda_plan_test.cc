@@ -209,7 +209,7 @@ class HostPlan {
     }
     groups_.resize(kMaxSharedPrefixes);
     rows_.resize(static_cast<std::size_t>(max_rows));
-    prefixes.groups = groups_.data();
+    prefixes.list = groups_.data();
     prefixes.rows = rows_.data();
     prefixes.max_rows = max_rows;
     run(num_threads);
@@ -318,7 +318,7 @@ class HostPlan {
         const HostTeam team(&meeting, i);
         const bool looks = args_.prefixes.rule.min_blocks > 0;
         for (std::int32_t s = 0; looks && s < args_.batch.num_seqs; ++s) {
-          prefix::find_partner(team, args_, s);
+          cascade::find_partner(team, args_, s);
         }
         team.sync();
         make_plan(team, args_);
@@ -502,7 +502,7 @@ TEST(CudaPlan, EveryPairOnce) {
     for (std::int32_t s = 0; prefixes.rule.min_blocks > 0 && s < b.params.num_seqs; ++s) {
       if (prefixes.leader[s] >= 0 && prefixes.leader[s] != s && prefixes.keys[s] == 0) ++cut;
     }
-    for (; groups < kMaxSharedPrefixes && prefixes.groups[groups].keys > 0; ++groups) {
+    for (; groups < kMaxSharedPrefixes && prefixes.list[groups].keys > 0; ++groups) {
     }
     ++by_groups[groups];
     if (index % 10 != 0) continue;

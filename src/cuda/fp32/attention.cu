@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
       add_values<kColumns>(shared, kv, v_pitch, keys, p.layer.head_size_v, acc);
       __syncthreads();
     }
-    const Result result{kv, shared.max, shared.sum, result_pitch(p.layer.head_size_v)};
+    const PartialRows result{kv, shared.max, shared.sum, result_pitch(p.layer.head_size_v)};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll

@@ -10,7 +10,7 @@
 
 namespace quire::cuda {
 
-// `kPartialsAhead`: num_partials that a combine of many loads together; as many as there are registers for.
+// `kPartialsAhead`: partials that combine_rows() loads together; as many as there are registers for.
 template <class Team, int kRows, int kPartialsAhead = 8>
 class SplitCombiner {
  public:
@@ -23,7 +23,7 @@ class SplitCombiner {
                            Shared& shared)
       : p_(p), epilogue_(epilogue), shared_(shared) {}
 
-  __device__ Result partial(std::int32_t cta, std::int32_t k) const {
+  __device__ PartialRows partial(std::int32_t cta, std::int32_t k) const {
     const ScheduleView& s = p_.schedule;
     float* memory = s.partials + (std::int64_t{cta} * s.partials_per_cta + k) * s.partial_floats;
     const int pitch = static_cast<int>(s.partial_floats / kRows) - 2;
@@ -31,13 +31,13 @@ class SplitCombiner {
             memory + std::int64_t{kRows} * (pitch + 1), pitch};
   }
 
-  __device__ __forceinline__ void store_partial(const Split& split, const Result& result,
-                                                const Result& to) {
-    const int groups = (epilogue_.columns() + 3) / 4;
+  __device__ __forceinline__ void store_partial(const Split& split, const PartialRows& result,
+                                                const PartialRows& to) {
+    const int pieces = (epilogue_.columns() + 3) / 4;
 #pragma unroll 4
-    for (int i = Team::thread(); i < split.tile.rows * groups; i += Team::kSize) {
-      const int r = i / groups;
-      const int c = i % groups * 4;
+    for (int i = Team::thread(); i < split.tile.rows * pieces; i += Team::kSize) {
+      const int r = i / pieces;
+      const int c = i % pieces * 4;
       *reinterpret_cast<float4*>(to.o + std::int64_t{r} * to.pitch + c) =
           *reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c);
     }
@@ -47,7 +47,7 @@ class SplitCombiner {
     }
   }
 
-  // After this CTA's partials of an item are written: if all others' are too, folds and writes.
+  // After this CTA's partials of an item are written: if all others' are too, combines and writes.
   __device__ __forceinline__ void combine_if_last(const ItemCtas& item_ctas, const Split& split) {
     Team::sync();
     if (Team::thread() == 0) {
@@ -74,35 +74,35 @@ class SplitCombiner {
 
  private:
   // Four columns of a row of a partial.
-  struct Part {
+  struct Columns {
     float max;
     float sum;
     float4 o;
   };
   static constexpr int kAhead = 6;
 
-  static __device__ __forceinline__ Part load_partial(const Result& from, int r, int c) {
+  static __device__ __forceinline__ Columns load_partial(const PartialRows& from, int r, int c) {
     const auto* o = reinterpret_cast<const float4*>(from.o + std::int64_t{r} * from.pitch + c);
     return {__ldcg(from.max + r), __ldcg(from.sum + r), __ldcg(o)};
   }
 
   __device__ __forceinline__ void combine_all(const Split& split, std::int32_t first,
                                               std::int32_t last) {
-    const int groups = (epilogue_.columns() + 7) / 8 * 2;
-    const int work = split.tile.rows * groups;
+    const int pieces = (epilogue_.columns() + 7) / 8 * 2;
+    const int work = split.tile.rows * pieces;
 #pragma unroll 1
     for (int i = Team::thread(); i - Team::thread() % 32 < work; i += Team::kSize) {
-      const int r = i / groups;
-      const int c = i % groups * 4;
+      const int r = i / pieces;
+      const int c = i % pieces * 4;
       Combine combine;
       float4 o = make_float4(0, 0, 0, 0);
       if (i < work) combine_columns(first, last, r, c, &combine, &o);
-      finish_pair(split.tile, r, c, i < work, combine, o);
+      normalise_pair(split.tile, r, c, i < work, combine, o);
     }
   }
 
-  // The same of many CTAs that left one part each. A warp a row: while the first num_partials' columns are
-  // on their way its lanes find the weights together. Then each lane sums up its own columns.
+  // The same of many CTAs that left one partial each. A warp a row: while the first partials' columns
+  // are on their way its lanes find the weights together. Then each lane sums up its own columns.
   __device__ __forceinline__ void combine_rows(const Split& split, std::int32_t first,
                                                std::int32_t count) const {
     const int lane = Team::thread() % 32;
@@ -118,18 +118,18 @@ class SplitCombiner {
         float max = -INFINITY;
         float sum = 0.0F;
         if (base + lane < count) {
-          const Result part = partial_of(first, base + lane);
-          max = __ldcg(part.max + r);
-          sum = __ldcg(part.sum + r);
+          const PartialRows from = partial_of(first, base + lane);
+          max = __ldcg(from.max + r);
+          sum = __ldcg(from.sum + r);
         }
         combine_32(first, base, min(count - base, 32), r, c, max, sum, &combine, &o);
       }
       for (int d = 16; d > 0; d /= 2) combine.sum += __shfl_xor_sync(~0U, combine.sum, d);
-      finish_pair(split.tile, r, c, c < epilogue_.columns(), combine, o);
+      normalise_pair(split.tile, r, c, c < epilogue_.columns(), combine, o);
     }
   }
 
-  // Folds in `count` num_partials from `base` on, of which lane i knows maximum and sum of the i-th. Leaves
+  // Combines `count` partials from `base` on, of which lane i knows maximum and sum of the i-th. Leaves
   // the sum spread over the lanes.
   __device__ __forceinline__ void combine_32(std::int32_t first, std::int32_t base, int count,
                                              int r, int c, float max, float sum, Combine* combine,
@@ -137,13 +137,13 @@ class SplitCombiner {
     float weight = 0.0F;
 #pragma unroll 1
     for (int j = 0; j < count; j += kPartialsAhead) {
-      float4 part[kPartialsAhead];
+      float4 columns[kPartialsAhead];
 #pragma unroll
       for (int u = 0; u < kPartialsAhead; ++u) {
-        part[u] = make_float4(0, 0, 0, 0);
+        columns[u] = make_float4(0, 0, 0, 0);
         if (j + u < count && c < epilogue_.columns()) {
-          const Result from = partial_of(first, base + j + u);
-          part[u] =
+          const PartialRows from = partial_of(first, base + j + u);
+          columns[u] =
               __ldcg(reinterpret_cast<const float4*>(from.o + std::int64_t{r} * from.pitch + c));
         }
       }
@@ -161,51 +161,52 @@ class SplitCombiner {
 #pragma unroll
       for (int u = 0; u < kPartialsAhead; ++u) {
         const float w = __shfl_sync(~0U, weight, j + u);
-        *o = make_float4(fmaf(part[u].x, w, o->x), fmaf(part[u].y, w, o->y),
-                         fmaf(part[u].z, w, o->z), fmaf(part[u].w, w, o->w));
+        *o = make_float4(fmaf(columns[u].x, w, o->x), fmaf(columns[u].y, w, o->y),
+                         fmaf(columns[u].z, w, o->z), fmaf(columns[u].w, w, o->w));
       }
     }
   }
 
-  // The i-th part from CTA `first` on, which began the item.
-  __device__ __forceinline__ Result partial_of(std::int32_t first, std::int32_t i) const {
+  // The i-th partial from CTA `first` on, which began the item.
+  __device__ __forceinline__ PartialRows partial_of(std::int32_t first, std::int32_t i) const {
     return partial(first + i, i == 0 ? 0 : 1);
   }
 
   // Two threads' columns are stored together. All threads of a warp.
-  __device__ __forceinline__ void finish_pair(const WorkTile& tile, int r, int c, bool exists,
-                                              const Combine& combine, const float4& o) const {
+  __device__ __forceinline__ void normalise_pair(const WorkTile& tile, int r, int c, bool exists,
+                                                 const Combine& combine, const float4& o) const {
     const float4 other = make_float4(__shfl_down_sync(~0U, o.x, 1), __shfl_down_sync(~0U, o.y, 1),
                                      __shfl_down_sync(~0U, o.z, 1), __shfl_down_sync(~0U, o.w, 1));
-    if (exists && c % 8 == 0) epilogue_.finish(tile, r, c, combine.max, combine.sum, o, other);
+    if (exists && c % 8 == 0) epilogue_.normalise(tile, r, c, combine.max, combine.sum, o, other);
   }
 
   __device__ __forceinline__ void combine_columns(std::int32_t first, std::int32_t last, int r,
                                                   int c, Combine* combine, float4* o) const {
-    // Several CTAs' first num_partials are loaded together: one after the other, latency would add up.
+    // Several CTAs' first partials are loaded together: one after the other, latency would add up.
 #pragma unroll 1
     for (std::int32_t base = first; base <= last; base += kAhead) {
-      Part part[kAhead];
+      Columns columns[kAhead];
       int num_partials[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const std::int32_t cta = base + u;
         num_partials[u] = cta <= last ? shared_.num_partials[cta - first] : 0;
-        if (num_partials[u] > 0) part[u] = load_partial(partial(cta, cta == first ? 0 : 1), r, c);
+        if (num_partials[u] > 0)
+          columns[u] = load_partial(partial(cta, cta == first ? 0 : 1), r, c);
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         if (num_partials[u] == 0) continue;
         if (base + u == first) {
-          *combine = {part[u].max, part[u].sum};
-          *o = part[u].o;
+          *combine = {columns[u].max, columns[u].sum};
+          *o = columns[u].o;
           continue;
         }
         for (int k = 1;; ++k) {
-          combine->add(part[u].max, part[u].sum);
-          *o = combine->value(*o, part[u].o);
+          combine->add(columns[u].max, columns[u].sum);
+          *o = combine->value(*o, columns[u].o);
           if (k == num_partials[u]) break;
-          part[u] = load_partial(partial(base + u, k + 1), r, c);
+          columns[u] = load_partial(partial(base + u, k + 1), r, c);
         }
       }
     }

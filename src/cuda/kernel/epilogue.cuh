@@ -1,5 +1,6 @@
-// What becomes of a row that is done: divided by l, scaled, written to output and lse, or, of a tile of
-// a shared prefix, kept as it is (O, m, l) for the tiles of the same rows to begin from.
+// The last step of a row, when all its keys have been seen: divided by l, scaled, written to output and
+// lse. Rows of a shared prefix's tile are stored as they are (O, m, l) in the prefix partials; rows of
+// the tiles behind it are first combined with these.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@
 
 namespace quire::cuda {
 
-// In line but for finish(): around a call registers are set aside, in loops over keys too.
+// All is inlined but normalise(): around a call registers are set aside, also in the loop over keys.
 template <class Team, int kRows>
 class Epilogue {
  public:
@@ -24,35 +25,35 @@ class Epilogue {
   }
   __device__ int columns() const { return columns_; }
 
-  // The result of an item that is done, to its output rows.
-  __device__ __forceinline__ void write(const Split& split, const Result& result) {
-    const int groups = (columns_ + 7) / 8;
+  // The rows of an item, complete but not normalised, to the output.
+  __device__ __forceinline__ void write(const Split& split, const PartialRows& result) {
+    const int pieces = (columns_ + 7) / 8;
 #pragma unroll 1
-    for (int i = Team::thread(); i < split.tile.rows * groups; i += Team::kSize) {
-      const int r = i / groups;
-      const int c = i % groups * 8;
+    for (int i = Team::thread(); i < split.tile.rows * pieces; i += Team::kSize) {
+      const int r = i / pieces;
+      const int c = i % pieces * 8;
       const auto* from =
           reinterpret_cast<const float4*>(result.o + std::int64_t{r} * result.pitch + c);
-      finish(split.tile, r, c, result.max[r], result.sum[r], from[0], from[1]);
+      normalise(split.tile, r, c, result.max[r], result.sum[r], from[0], from[1]);
     }
   }
 
-  // Eight columns of row `r` of an item that is done, unnormalised, to where they belong.
-  __device__ __noinline__ void finish(const WorkTile& tile, int r, int c, float max, float sum,
-                                      float4 low, float4 high) const {
+  // Eight columns of row `r`, complete but not normalised, to where they belong.
+  __device__ __noinline__ void normalise(const WorkTile& tile, int r, int c, float max, float sum,
+                                         float4 low, float4 high) const {
     if (tile.prefix_row >= 0) {
       const PrefixPartials& prefix_partials = p_.schedule.prefix_partials;
       const std::int64_t token = tile.prefix_row + (tile.first_sub + r) / p_.layer.group;
       const std::int64_t row = token * p_.layer.num_heads + table_.head[r];
       const int column = first_column_ + c;
-      auto* prefix_row =
+      auto* prefix_o =
           reinterpret_cast<float4*>(prefix_partials.o + row * prefix_partials.pitch + column);
-      // Each pass over a row's columns is relative to a maximum of its own: they may have been cut
-      // at other keys, and the prefill kernel's maximum depends on the cuts.
+      // Each pass over a row's columns has a maximum of its own: passes may have been cut at other
+      // keys, and the prefill kernel's maximum depends on the cuts.
       const std::int64_t state = row * prefix_partials.passes + column / prefix_partials.columns;
       if (p_.schedule.shared_rows != nullptr) {
-        prefix_row[0] = low;
-        prefix_row[1] = high;
+        prefix_o[0] = low;
+        prefix_o[1] = high;
         if (c == 0) {
           prefix_partials.max[state] = max;
           prefix_partials.sum[state] = sum;
@@ -63,18 +64,17 @@ class Epilogue {
       combine.add(max, sum);
       max = combine.max;
       sum = combine.sum;
-      low = combine.value(prefix_row[0], low);
-      high = combine.value(prefix_row[1], high);
+      low = combine.value(prefix_o[0], low);
+      high = combine.value(prefix_o[1], high);
     }
-    // Every thread of a row closes it alike: no exchange needed.
+    // Every thread of a row computes the same scale: no exchange needed.
     const float scale = output_scale_of(r, max, sum, c == 0);
     const float values[8] = {low.x * scale,  low.y * scale,  low.z * scale,  low.w * scale,
                              high.x * scale, high.y * scale, high.z * scale, high.w * scale};
     store(r, c, values);
   }
 
-  // For kernels that store a normalised row from registers, no shared prefix being about: what it is
-  // multiplied with,
+  // For kernels that normalise a row in registers, where it has no shared prefix: the factor of O,
   __device__ __forceinline__ float output_scale_of(int r, float max, float sum,
                                                    bool writes_lse) const {
     const bool has_sink = p_.layer.sinks != nullptr;
@@ -87,7 +87,7 @@ class Epilogue {
     return normalised.output_scale * value_of(p_.v.scale);
   }
 
-  // and where it goes, two 16-bit elements a word, if output is that simple.
+  // and where it goes, two 16-bit elements a word, if the output is that simple.
   __device__ bool stores_pairs() const {
     return p_.output_aligned && p_.block_output == nullptr && size_of(p_.output_dtype) == 2;
   }

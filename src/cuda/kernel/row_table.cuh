@@ -1,19 +1,18 @@
-// The rows of a query tile: which token and head each is, and what it sees.
+// The rows of a work tile: which token and head each is, and what it sees.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/kernel/work_iterator.cuh"
 #include "cuda/ptx/cp_async.cuh"
-#include "semantics/host_device.h"
 #include "semantics/quant.h"
 
 namespace quire::cuda {
 
-// The keys of a tile that may be read: those below kv_len, but for [out_of_window_begin, out_of_window_end). No row
-// of the tile sees any other, and those that no row of the sequence sees (before every window, the
-// dead middle behind a visible prefix, behind the last row's window) may lie in blocks that have been
-// freed and hold NaN, which a weight of 0 does not hide: they count as unmapped and read as zeros.
+// The keys of a tile that may be read: those below kv_len, but for [out_of_window_begin,
+// out_of_window_end). No row of the tile sees any other. Keys that no row of the sequence sees (before
+// every window, between a visible prefix and the windows, behind the last row's window) may lie in blocks
+// that have been freed and hold NaN, which a weight of 0 does not hide: they read as zeros.
 struct LoadableKeys {
   std::int32_t kv_len;
   std::int32_t out_of_window_begin;
@@ -87,7 +86,7 @@ __device__ __forceinline__ int4 visible_keys(const semantics::Spans& spans) {
 }
 
 // Fills the table for a split; callers wait for this thread's copies (sinks) and synchronise after
-// it. Rows of a shared prefix are of several sequences: those keys lie in everybody's past and there
+// it. Rows of a shared prefix are of several sequences: its keys come before all of their rows and there
 // is no window (CudaPlan::cascade_rule), so every row sees them all.
 template <class Team, int kRows>
 __device__ __noinline__ void fill_rows(const KernelParams& p, const Split& split,

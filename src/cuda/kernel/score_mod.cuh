@@ -29,7 +29,7 @@ namespace score {
 #include "semantics/score.inc"
 }
 
-// Soft cap, ALiBi and query-query bias on the natural-kv_tile score of (row, key j). Masks come after.
+// Soft cap, ALiBi and query-query bias on the score in natural units of (row, key j). Masks come after.
 // Differences modulo 2^32: exact for all positions below 2^31.
 template <class Ops, int kRows>
 __device__ __forceinline__ float modify_score(const KernelParams& p, const RowTable<kRows>& table,

@@ -1,10 +1,10 @@
-// How a CTA finds its work: a contiguous range of kv_tiles, cut into splits (tile, head, kv_tiles).
+// How a CTA finds its work: its range of kv tiles, one work item after the other. What it has of an item
+// is a split, which may be the whole item.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/kernel_params.h"
-#include "cuda/plan/tuning.h"
 
 namespace quire::cuda {
 
@@ -19,15 +19,15 @@ struct Split {
     return kv_tile_begin == 0 && kv_tile_end == tile.num_kv_tiles();
   }
 
-  // The end of its kv_tiles of which any key exists. Only the call knows how many keys direct attention
-  // has: a plan over wild lengths counts on more, and would have them worked through.
+  // The end of those of its kv tiles that have a key. Only the call knows how many keys direct attention
+  // has: a plan over wild lengths has more kv tiles, and they would be worked through.
   QUIRE_HOST_DEVICE std::int32_t existing_end(std::int32_t num_keys, std::int32_t kv_tile) const {
     return static_cast<std::int32_t>(
         clamp_index(tile.kv_tiles_before(num_keys, kv_tile), kv_tile_begin, kv_tile_end));
   }
 };
 
-// The CTAs that work on one item, and how many of them leave a part.
+// The CTAs that work on one item, and how many of them leave a partial.
 struct ItemCtas {
   std::int32_t first;
   std::int32_t last;
@@ -37,35 +37,35 @@ struct ItemCtas {
 class WorkIterator {
  public:
   WorkIterator() = default;
-  // The plan writes the work_ranges of all CTAs of the grid; those without work start where they end.
+  // The plan writes the work ranges of all CTAs of the grid; one without work begins where it ends.
   QUIRE_HOST_DEVICE WorkIterator(const ScheduleView& schedule, std::int32_t cta) {
     const WorkRange start = schedule.work_ranges[cta];
     const WorkRange end = schedule.work_ranges[cta + 1];
     tile_ = start.tile;
     head_ = start.head;
-    unit_ = start.kv_tile;
+    kv_tile_ = start.kv_tile;
     before_ = {start.first_cta, start.last_cta, start.num_ctas_at_work};
     end_tile_ = end.tile;
     end_head_ = end.head;
-    end_unit_ = end.kv_tile;
+    end_kv_tile_ = end.kv_tile;
     after_ = {end.first_cta, end.last_cta, end.num_ctas_at_work};
   }
 
-  // The next piece of work is kv_tiles [begin, end) of head `head` of the tile that is returned (end -1:
-  // to its last); null when there is none left.
+  // The next split: kv tiles [begin, end) of head `head` of the tile that is returned (end -1: to its
+  // last); null when there is none left.
   QUIRE_HOST_DEVICE const WorkTile* next(const ScheduleView& schedule, std::int32_t* head,
                                          std::int32_t* begin, std::int32_t* end) {
     const bool last = tile_ == end_tile_ && head_ == end_head_;
-    if (last ? unit_ >= end_unit_ : tile_ > end_tile_) return nullptr;
+    if (last ? kv_tile_ >= end_kv_tile_ : tile_ > end_tile_) return nullptr;
     const WorkTile* tile = schedule.tiles + tile_;
     *head = head_;
-    *begin = unit_;
-    *end = last ? end_unit_ : -1;
+    *begin = kv_tile_;
+    *end = last ? end_kv_tile_ : -1;
     if (last) {
-      unit_ = end_unit_;
+      kv_tile_ = end_kv_tile_;
       return tile;
     }
-    unit_ = 0;
+    kv_tile_ = 0;
     if (++head_ == schedule.heads) {
       head_ = 0;
       ++tile_;
@@ -90,11 +90,11 @@ class WorkIterator {
   // No initialisers: a WorkIterator lives in shared memory too.
   std::int32_t tile_;
   std::int32_t head_;
-  std::int32_t unit_;
+  std::int32_t kv_tile_;
   std::int32_t end_tile_;
   std::int32_t end_head_;
-  std::int32_t end_unit_;
-  ItemCtas before_;  // of the item that the range work_ranges in the middle of,
+  std::int32_t end_kv_tile_;
+  ItemCtas before_;  // of the item that the range begins in the middle of,
   ItemCtas after_;   // and of the one that it ends in the middle of
 };
 

@@ -64,7 +64,7 @@ struct Warp {
 __global__ void __launch_bounds__(kPartnerThreads)
     find_partners(const __grid_constant__ PlanArgs args) {
   const auto s = static_cast<std::int32_t>((blockIdx.x * kPartnerThreads + threadIdx.x) / 32);
-  if (s < args.batch.num_seqs) prefix::find_partner(Warp(), args, s);
+  if (s < args.batch.num_seqs) cascade::find_partner(Warp(), args, s);
 }
 
 __global__ void __launch_bounds__(kThreads) plan(const __grid_constant__ PlanArgs args) {

@@ -1,11 +1,11 @@
-// The plan in device memory: query tiles, and how their work is laid out in one line that equal
-// ranges are cut from. Written by plan.cu, walked by every attention kernel (walk.cuh).
+// The plan in device memory: work tiles, and how their cost is laid out in one line that work ranges of
+// equal length are cut from. Written by plan.cu, read by every attention kernel (work_iterator.cuh).
 //
 //   tile t, head h occupies cost positions [cost_begin + h * cost, + cost): item_overhead positions
 //   for queries and output, then one for each kv tile. CTA c of G takes [c T / G, (c+1) T / G).
 //
-// Cuts inside an item are rounded to whole kv_chunks: any kv_tile in the free mode; in batch-invariant
-// mode multiples that depend on the request alone, so that its num_partials never change.
+// A cut inside an item is rounded to a multiple of its kv_chunk. In the free mode that is one kv tile.
+// In batch-invariant mode it depends on the sequence alone, so that its splits never change.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,8 @@ struct TilePolicy {
   friend bool operator==(const TilePolicy&, const TilePolicy&) = default;
 };
 
-// Query rows are packed: row q of a request and kv head is token q / group, head q % group.
+// Some query rows of one sequence and kv head, and the keys that they visit. Rows are packed: row q is
+// token q / group of the sequence, head q % group of the kv head.
 // No initialisers: tiles live in shared memory too.
 struct alignas(16) WorkTile {
   std::int32_t seq;
@@ -48,18 +49,19 @@ struct alignas(16) WorkTile {
   std::int32_t context_len;   // index of the sequence's first key that is this step's own
   std::int64_t first_kv_row;  // direct attention: row of key 0
   std::int64_t cost_begin;
-  // Key tiles visited: [prefix_first, + prefix_count), then [main_first, + main_count).
+  // Kv tiles visited: [prefix_first, + prefix_count), then [main_first, + main_count).
   std::int32_t prefix_first;
   std::int32_t prefix_count;
   std::int32_t main_first;
   std::int32_t main_count;
   std::int32_t kv_begin;  // keys outside [kv_begin, kv_len) are not this tile's
   std::int32_t kv_len;
-  // Of a shared prefix: the first row's token in SharedPrefixes::rows and in PrefixPartials; -1: none. In a
-  // tile of the prefix itself the other fields of the first row are not used, but first_sub.
+  // Shared prefixes: where the first row's token is in SharedPrefixes::rows and in PrefixPartials; -1:
+  // its sequence shares none. In a tile of the prefix itself first_sub is set, the other fields about
+  // the first row are not used.
   std::int32_t prefix_row;
-  std::int32_t kv_chunk;
-  std::int32_t cost;  // of one head
+  std::int32_t kv_chunk;  // kv tiles; cuts are at multiples of it
+  std::int32_t cost;      // of one head
   // Keys that every row sees, as two spans; exact where all rows are of one token.
   std::int32_t common[4];
   // Keys between the rows' visible prefixes and their windows: no row sees them.
@@ -81,13 +83,14 @@ struct alignas(16) WorkTile {
   }
 };
 
-// Where a CTA's range work_ranges: at kv_tile `kv_tile` of an item (tile, head). The next CTA's start ends it.
+// Where the work range of a CTA begins: at the item's (tile, head) kv tile number `kv_tile`. It ends
+// where the next CTA's begins.
 struct alignas(16) WorkRange {
   std::int32_t tile = 0;
   std::int32_t head = 0;
   std::int32_t kv_tile = 0;
-  // Of an item that began in another CTA (kv_tile > 0): the num_partials that this CTA leaves of it, the first
-  // and last CTA that work on it, and how many of them leave anything.
+  // Where the item began in an earlier CTA (kv_tile > 0): the partials that this CTA leaves of it, the
+  // first and the last CTA that work on it, and how many of them do any work.
   std::int32_t num_partials = 0;
   std::int32_t first_cta = 0;
   std::int32_t last_cta = 0;
@@ -119,20 +122,20 @@ struct SharedPrefix {
 // Cascade: found by the plan kernel, see shared_prefix.h. Arrays of a value a sequence:
 struct SharedPrefixes {
   planning::PrefixRule rule;          // min_blocks 0: nothing is shared in this batch
-  std::int32_t* leader = nullptr;     // of its group; -1: it shares nothing
+  std::int32_t* leader = nullptr;     // the first sequence that shares its prefix; -1: none does
   std::int32_t* blocks = nullptr;     // that it has in common with its leader
-  std::int32_t* members = nullptr;    // leaders: sequences of the group
+  std::int32_t* members = nullptr;    // leaders: how many sequences share the prefix
   std::int32_t* least = nullptr;      // leaders: blocks that they all have in common
   std::int32_t* keys = nullptr;       // of its shared prefix; 0: none
   std::int32_t* first_row = nullptr;  // of its query, in `rows`
-  SharedPrefix* groups = nullptr;     // [kMaxSharedPrefixes]
-  SharedRow* rows = nullptr;          // [max_rows], group by group
+  SharedPrefix* list = nullptr;       // [kMaxSharedPrefixes]
+  SharedRow* rows = nullptr;          // [max_rows], prefix by prefix
   std::int32_t max_rows = 0;
 };
 
-// What the queries of SharedPrefixes::rows saw in their prefixes, unnormalised: [rows, num_heads]
-// times `pitch` floats, and for each of `passes` passes of `columns` of them a maximum and a sum.
-// Items of the same queries start from it.
+// What the rows of SharedPrefixes::rows saw in their prefixes, unnormalised: O is [rows, num_heads,
+// pitch], and for each of the `passes` passes of `columns` columns there are a maximum and a sum. The
+// tiles of the sequences themselves are combined with it.
 struct PrefixPartials {
   float* o = nullptr;
   float* max = nullptr;
@@ -145,15 +148,15 @@ struct PrefixPartials {
 struct ScheduleHeader {
   std::int32_t num_tiles = 0;
   std::int32_t num_ctas = 0;  // among which work is cut
-  // Items are not cut: CTAs take them one by one, and tiles lie in order of their cost, dearest
-  // first. cost_begin and work_ranges mean nothing then.
+  // Items are not cut: CTAs take them one by one, and tiles lie in order of their cost, the highest
+  // first. cost_begin and work_ranges are not set then.
   bool whole = false;
 };
 
-// For the plan kernel: tiles by cost, dearest first.
+// For the plan kernel: tiles by cost, the highest first.
 struct CostBuckets {
   std::int32_t next[kCostBuckets];  // tiles in the bucket; then where its next tile goes
-  std::int32_t dearest;
+  std::int32_t highest;             // cost of a tile
   std::int32_t makespan;
 };
 
@@ -163,28 +166,28 @@ struct ScheduleView {
   const WorkTile* tiles = nullptr;
   const WorkRange* work_ranges = nullptr;  // [grid + 1]
   std::int32_t* arrivals = nullptr;        // [ctas], all 0 between launches
-  std::int32_t* taken = nullptr;  // whole items that CTAs took beyond their first, likewise
+  std::int32_t* taken = nullptr;           // whole items taken beyond each CTA's first, likewise
   float* partials = nullptr;
   std::int64_t partial_floats = 0;
-  // Slot 0 of a CTA holds an item's beginning, the others what follows someone else's beginning.
+  // A CTA's partial 0 is of the item that it begins, the others are of the one that it found begun.
   std::int32_t partials_per_cta = 2;
   std::int32_t heads = 0;  // kv heads times column passes
   PrefixPartials prefix_partials;
-  // Not null: these are tiles of shared prefixes, of these rows. Results become prefix_partials.
+  // Not null: these are tiles of shared prefixes, of these rows. Results go to prefix_partials.
   const SharedRow* shared_rows = nullptr;
 };
 
-// How the plan kernel cuts requests for one attention kernel.
+// How the plan kernel cuts sequences into tiles for one family of attention kernels.
 struct TileRule {
   TilePolicy policy;          // no rows: this rule is not used
   std::int32_t max_rows = 0;  // KernelKey::max_rows
-  std::int32_t heads = 0;
+  std::int32_t heads = 0;     // items of a tile: kv heads times column passes
   std::int32_t grid = 0;
   std::int32_t max_tiles = 0;
-  // Of which requests: with more query rows than this, up to that.
+  // Of which sequences: with more query rows than this, up to that.
   std::int32_t above_rows = 0;
   std::int32_t up_to_rows = 0x7FFFFFFF;
-  // Batch-invariant mode: keys may be cut at kv_chunks of the request's own; else not at all.
+  // Batch-invariant mode: items may be cut, at kv_chunks of the sequence's own; else not at all.
   bool kv_chunks = false;
   CostBuckets* buckets = nullptr;  // null: the kernel does not know ScheduleHeader::whole
   ScheduleHeader* header = nullptr;
@@ -193,17 +196,18 @@ struct TileRule {
   std::int32_t* seq_tiles = nullptr;  // [num_seqs + 1]
 };
 
-inline constexpr int kNumRules = 3;  // for requests of few rows, of some, of many
+inline constexpr int kNumRules = 3;  // most families of a layer, from few rows to any number
 
 struct PlanArgs {
   LayerParams layer;
   BatchParams batch;
   TileRule rules[kNumRules];
-  TileRule shared;  // shared prefixes, for the kernel of many; no rows: no room for them
+  TileRule
+      shared;  // of shared prefixes, for the last family; no rows: nothing is allocated for them
   SharedPrefixes prefixes;
 };
 
-// Shares requests out by their rows among the first `num_used` rules, as far as these are used.
+// Gives each sequence, by its rows, to one of the first `num_used` rules.
 inline void share_out(TileRule (&rules)[kNumRules], int num_used) {
   std::int32_t above = 0;
   TileRule* last = nullptr;

@@ -1,7 +1,7 @@
 // Cascade, the planning part: which sequences share a prefix, and the list of their query rows.
 //
-//   a warp a sequence: leader (the first sequence whose table work_ranges alike), blocks in common
-//   the plan's CTA:    groups (a leader and who follows it), prefix of each, rows group by group
+//   a warp a sequence: leader (the first sequence whose table starts alike), blocks in common
+//   the plan's CTA:    the list of prefixes, the keys of each, rows prefix by prefix
 //
 // `Lanes` and `Team` are the threads that work together; tests run all this on the host with one.
 // Integers only, in fixed order: a batch always gets the same plan.
@@ -19,7 +19,7 @@ QUIRE_HOST_DEVICE bool prefix_pays(const planning::PrefixRule& rule, std::int64_
   return num_seqs >= 2 && (rule.announced || (num_seqs - 1) * keys >= kMinSavedKeys);
 }
 
-namespace prefix {
+namespace cascade {
 
 // Table entries that a lane asks for together: one after the other, latency would add up.
 inline constexpr int kAhead = 8;
@@ -101,14 +101,14 @@ QUIRE_DEVICE void find_partner(const Lanes& lanes, const PlanArgs& args, std::in
   prefixes.first_row[s] = 0;
 }
 
-// The rows of a group's sequences, in their order. Sequences that find no more room stay without a
+// The rows of the sequences that share a prefix, in their order. Sequences that find no more room stay without a
 // shared prefix. Returns the number of rows that are taken afterwards.
 template <class Team>
-QUIRE_DEVICE std::int64_t list_rows(const Team& team, const PlanArgs& args, SharedPrefix* group,
+QUIRE_DEVICE std::int64_t list_rows(const Team& team, const PlanArgs& args, SharedPrefix* prefix,
                                     std::int64_t first_row) {
   const SharedPrefixes& prefixes = args.prefixes;
-  const std::int32_t leader = group->seq;
-  const std::int32_t keys = group->keys;
+  const std::int32_t leader = prefix->seq;
+  const std::int32_t keys = prefix->keys;
   std::int64_t next = first_row;
   for (std::int32_t base = 0; base < args.batch.num_seqs; base += team.size()) {
     const std::int32_t s = base + team.thread();
@@ -125,12 +125,12 @@ QUIRE_DEVICE std::int64_t list_rows(const Team& team, const PlanArgs& args, Shar
       prefixes.rows[row + i] = {static_cast<std::int32_t>(seq.first_row + i),
                                 static_cast<std::int32_t>(seq.first_pos + i)};
     }
-    team.raise(&group->end_row, static_cast<std::int32_t>(row + seq.query_len));
+    team.raise(&prefix->end_row, static_cast<std::int32_t>(row + seq.query_len));
   }
   return semantics::min_of(next, prefixes.max_rows);
 }
 
-// After find_partner() of all sequences. Returns how many groups there are.
+// After find_partner() of all sequences. Returns how many shared prefixes there are.
 template <class Team>
 QUIRE_DEVICE std::int32_t form_shared_prefixes(const Team& team, const PlanArgs& args) {
   const SharedPrefixes& prefixes = args.prefixes;
@@ -151,7 +151,7 @@ QUIRE_DEVICE std::int32_t form_shared_prefixes(const Team& team, const PlanArgs&
     std::int64_t total = 0;
     const std::int64_t at = num_shared + team.scan(pays ? 1 : 0, &total);
     if (pays && at < kMaxSharedPrefixes) {
-      prefixes.groups[at] = {s, static_cast<std::int32_t>(keys), 0, 0};
+      prefixes.list[at] = {s, static_cast<std::int32_t>(keys), 0, 0};
     }
     num_shared += total;
   }
@@ -159,20 +159,20 @@ QUIRE_DEVICE std::int32_t form_shared_prefixes(const Team& team, const PlanArgs&
   team.sync();
   std::int64_t row = 0;
   for (std::int64_t g = 0; g < num_shared; ++g) {
-    SharedPrefix* group = prefixes.groups + g;
+    SharedPrefix* prefix = prefixes.list + g;
     const std::int64_t first_row = row;
-    row = list_rows(team, args, group, first_row);
-    if (team.thread() == 0) group->first_row = static_cast<std::int32_t>(first_row);
+    row = list_rows(team, args, prefix, first_row);
+    if (team.thread() == 0) prefix->first_row = static_cast<std::int32_t>(first_row);
   }
   team.sync();
   return static_cast<std::int32_t>(num_shared);
 }
 
-QUIRE_DEVICE std::int64_t tiles_of(const PlanArgs& args, const SharedPrefix& group) {
+QUIRE_DEVICE std::int64_t tiles_of(const PlanArgs& args, const SharedPrefix& prefix) {
   const std::int64_t rows =
-      semantics::max_of(group.end_row - group.first_row, 0) * args.layer.group;
+      semantics::max_of(prefix.end_row - prefix.first_row, 0) * args.layer.group;
   return (rows + args.shared.policy.rows - 1) / args.shared.policy.rows;
 }
 
-}  // namespace prefix
+}  // namespace cascade
 }  // namespace quire::cuda

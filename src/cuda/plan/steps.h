@@ -1,8 +1,8 @@
-// The steps of the plan kernel, for a team of threads that work on one batch: a CTA on the device;
-// tests run them on the host with a team of one.
+// The steps of the plan kernel, for a team of threads that work on one batch: a CTA on the device,
+// host threads in tests.
 //
-//   lengths -> tiles per request -> (scan) -> tile records with their cost -> (scan) -> where each
-//   CTA of the attention grid work_ranges
+//   lengths -> tiles per sequence -> (scan) -> work tiles with their cost -> (scan) -> where the work
+//   range of each CTA of the attention grid begins
 #pragma once
 
 #include <cstdint>
@@ -101,26 +101,26 @@ QUIRE_DEVICE WorkTile make_tile(const PlanArgs& args, const TileRule& rule, std:
   return tile;
 }
 
-// The `index`-th tile over the prefix of a group.
-QUIRE_DEVICE WorkTile make_shared_tile(const PlanArgs& args, const SharedPrefix& group,
+// The `index`-th tile over a shared prefix.
+QUIRE_DEVICE WorkTile make_shared_tile(const PlanArgs& args, const SharedPrefix& prefix,
                                        std::int64_t index) {
   const TileRule& rule = args.shared;
-  const std::int64_t rows = std::int64_t{group.end_row - group.first_row} * args.layer.group;
+  const std::int64_t rows = std::int64_t{prefix.end_row - prefix.first_row} * args.layer.group;
   const std::int64_t first = index * rule.policy.rows;
   const std::int64_t first_token = first / args.layer.group;
   WorkTile tile{};
-  tile.seq = group.seq;
+  tile.seq = prefix.seq;
   tile.rows = static_cast<std::int32_t>(semantics::min_of(rows - first, rule.policy.rows));
   tile.first_sub = static_cast<std::int32_t>(first - first_token * args.layer.group);
-  tile.prefix_row = static_cast<std::int32_t>(group.first_row + first_token);
-  tile.kv_len = group.keys;
-  tile.context_len = group.keys;  // query-query bias is about keys behind every shared prefix
-  tile.common[3] = group.keys;
-  set_kv_tiles(args.layer, rule, {{0, 0}, {0, group.keys}}, &tile);
+  tile.prefix_row = static_cast<std::int32_t>(prefix.first_row + first_token);
+  tile.kv_len = prefix.keys;
+  tile.context_len = prefix.keys;  // query-query bias is about keys behind every shared prefix
+  tile.common[3] = prefix.keys;
+  set_kv_tiles(args.layer, rule, {{0, 0}, {0, prefix.keys}}, &tile);
   return tile;
 }
 
-// The cut at a cost position. Cuts inside an item are rounded to whole kv_chunks.
+// The cut at a cost position. Cuts inside an item are rounded to multiples of its kv_chunk.
 QUIRE_DEVICE WorkRange start_at(const TileRule& rule, std::int32_t num_tiles,
                                 std::int64_t position) {
   if (num_tiles == 0) return {};
@@ -146,8 +146,8 @@ QUIRE_DEVICE WorkRange start_at(const TileRule& rule, std::int32_t num_tiles,
   return start;
 }
 
-// For CTAs that start inside an item: who else works on it. In batch-invariant mode a CTA leaves a
-// part for each chunk, else one.
+// For CTAs that start inside an item: which others work on it. In batch-invariant mode a CTA leaves a
+// partial for each kv chunk, else one.
 template <class Team>
 QUIRE_DEVICE void link_starts(const Team& team, const TileRule& rule, std::int32_t num_ctas,
                               bool one_partial) {
@@ -186,10 +186,10 @@ QUIRE_DEVICE void link_starts(const Team& team, const TileRule& rule, std::int32
 
 QUIRE_DEVICE std::int32_t bucket_of(const CostBuckets& buckets, std::int32_t cost) {
   return kCostBuckets - 1 -
-         static_cast<std::int32_t>(std::int64_t{cost} * (kCostBuckets - 1) / buckets.dearest);
+         static_cast<std::int32_t>(std::int64_t{cost} * (kCostBuckets - 1) / buckets.highest);
 }
 
-// Whether CTAs that take whole items, dearest first, are about as soon done as with equal ranges,
+// Whether CTAs that take whole items, the costliest first, are about as soon done as with equal ranges,
 // where each pays for the items that are cut at its ends, and where no two CTAs are at the same
 // keys at the same time, which the L2 cache feels. Leaves where each bucket's tiles begin.
 template <class Team>
@@ -197,39 +197,39 @@ QUIRE_DEVICE bool whole_items_balance(const Team& team, const TileRule& rule,
                                       std::int64_t num_tiles, std::int64_t total_cost) {
   CostBuckets& buckets = *rule.buckets;
   for (std::int32_t b = team.thread(); b < kCostBuckets; b += team.size()) buckets.next[b] = 0;
-  if (team.thread() == 0) buckets.dearest = buckets.makespan = 1;
+  if (team.thread() == 0) buckets.highest = buckets.makespan = 1;
   team.sync();
   for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
-    team.raise(&buckets.dearest, rule.tiles[t].cost);
+    team.raise(&buckets.highest, rule.tiles[t].cost);
   }
   team.sync();
   for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
     team.add(&buckets.next[bucket_of(buckets, rule.tiles[t].cost)], 1);
   }
   team.sync();
-  std::int64_t dearer = 0;
+  std::int64_t before_bucket = 0;
   for (std::int32_t base = 0; base < kCostBuckets; base += team.size()) {
     const std::int32_t b = base + team.thread();
     const std::int32_t count = b < kCostBuckets ? buckets.next[b] : 0;
     std::int64_t total = 0;
-    const std::int64_t before = dearer + team.scan(count, &total);
+    const std::int64_t before = before_bucket + team.scan(count, &total);
     if (b < kCostBuckets) buckets.next[b] = static_cast<std::int32_t>(before);
     if (count > 0) {
       // Some CTA gets as many of the items so far as an equal share of them, rounded up.
       const std::int64_t rounds = ((before + count) * rule.heads + rule.grid - 1) / rule.grid;
       const std::int64_t cost =
-          std::int64_t{kCostBuckets - 1 - b} * buckets.dearest / (kCostBuckets - 1);
+          std::int64_t{kCostBuckets - 1 - b} * buckets.highest / (kCostBuckets - 1);
       team.raise(&buckets.makespan,
                  static_cast<std::int32_t>(semantics::min_of(rounds * cost, kAnyKvTokens)));
     }
-    dearer += total;
+    before_bucket += total;
   }
   team.sync();
   const std::int64_t share = total_cost / rule.grid;
   return buckets.makespan <= share + share / 32 + rule.policy.cut_cost;
 }
 
-// WorkTile records, and where each CTA work_ranges. make(t) is tile t without its place in the line.
+// Work tiles, and where each CTA's work range begins. make(t) is tile t without its place in the line.
 template <class Team, class Make>
 QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_partial,
                           std::int64_t num_tiles, const Make& make) {
@@ -270,7 +270,7 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_parti
   link_starts(team, rule, num_ctas, one_partial);
 }
 
-// The tiles of a rule's requests. Also where it has none: a graph may read the result.
+// The tiles of a rule's sequences. Also where it has none: a graph may read the result.
 template <class Team>
 QUIRE_DEVICE void schedule(const Team& team, const PlanArgs& args, const TileRule& rule) {
   if (rule.up_to_rows <= rule.above_rows) {
@@ -305,18 +305,18 @@ QUIRE_DEVICE void schedule(const Team& team, const PlanArgs& args, const TileRul
 template <class Team>
 QUIRE_DEVICE void schedule_shared(const Team& team, const PlanArgs& args) {
   const bool shares = args.prefixes.rule.min_blocks > 0;
-  const std::int32_t num_shared = shares ? prefix::form_shared_prefixes(team, args) : 0;
-  const SharedPrefix* groups = args.prefixes.groups;
+  const std::int32_t num_shared = shares ? cascade::form_shared_prefixes(team, args) : 0;
+  const SharedPrefix* list = args.prefixes.list;
   std::int64_t num_tiles = 0;
-  for (std::int32_t g = 0; g < num_shared; ++g) num_tiles += prefix::tiles_of(args, groups[g]);
+  for (std::int32_t g = 0; g < num_shared; ++g) num_tiles += cascade::tiles_of(args, list[g]);
   lay_out(team, args.shared, true, num_tiles, [&](std::int64_t t) {
-    const SharedPrefix* group = groups;
-    for (; t >= prefix::tiles_of(args, *group); ++group) t -= prefix::tiles_of(args, *group);
-    return make_shared_tile(args, *group, t);
+    const SharedPrefix* prefix = list;
+    for (; t >= cascade::tiles_of(args, *prefix); ++prefix) t -= cascade::tiles_of(args, *prefix);
+    return make_shared_tile(args, *prefix, t);
   });
 }
 
-// Everything, after prefix::find_partner() of each sequence.
+// Everything, after cascade::find_partner() of each sequence.
 template <class Team>
 QUIRE_DEVICE void make_plan(const Team& team, const PlanArgs& args) {
   if (args.shared.policy.rows > 0) schedule_shared(team, args);

@@ -42,6 +42,18 @@ __device__ __forceinline__ std::uint32_t b_base(std::uint32_t tile, int row, int
 // and, for load_matrices_transposed, 16 keys x 16 columns of V as two B operands (columns 0-7: b[0],
 // b[1]; 8-15: b[2], b[3]): the same base as A's.
 
+// Where the elements of a 16 x 8 tile of sums are (C and D of mma.m16n8k16): a lane has two neighbours of
+// row fragment_row() and, as elements 2 and 3, two of the row 8 below. Lanes 4 i to 4 i + 3 share a row.
+__device__ __forceinline__ int fragment_row(int lane) { return lane / 4; }
+__device__ __forceinline__ int fragment_column(int lane) { return lane % 4 * 2; }
+__device__ __forceinline__ int fragment_row(int lane, int element) {
+  return lane / 4 + element / 2 * 8;
+}
+__device__ __forceinline__ int fragment_column(int lane, int element) {
+  return lane % 4 * 2 + element % 2;
+}
+__device__ __forceinline__ bool is_first_of_row(int lane) { return lane % 4 == 0; }
+
 // Copies up to 16 bytes of a row whose start is aligned to `alignment` bytes. From 4 bytes on the
 // copy is asynchronous.
 __device__ __forceinline__ void copy_piece(std::uint32_t to, const char* from, int valid,
@@ -61,7 +73,7 @@ __device__ __forceinline__ void copy_piece(std::uint32_t to, const char* from, i
       copy_async<4>(to + i, part > 0 ? from + i : from, part);
     }
   } else {
-    // Rare, so in few registers rather than fast.
+    // Rare, so written for few registers rather than for speed.
 #pragma unroll 1
     for (int i = 0; i < 16; i += 4) {
       std::uint32_t word = 0;

@@ -1,4 +1,4 @@
-// What the translation kv_tile of an instance consists of: CMake writes one for each line of
+// What the translation unit of an instance consists of: CMake writes one for each line of
 // instances.def, which includes this file and names the instance with one of the macros below.
 #pragma once
 

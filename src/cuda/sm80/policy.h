@@ -7,12 +7,12 @@ namespace quire::cuda::sm80 {
 
 inline constexpr int kKvTile = 64;
 
-// Fewer output columns have too few weights' roundings to average: such layers go to fp32.
+// Fewer output columns have too few roundings of weights to average out: such layers go to fp32.
 inline constexpr int kMinHeadSizeV = 16;
 
 // The costs of both kernels, in kv tiles of 64 keys: measured on an H100 (docs/experiments.md). An
 // item's queries and output take about as long as two tiles; a range of fewer than four tiles is not
-// worth its partial result; kv_chunks of batch-invariant mode have at least 512 keys.
+// worth its partial result; kv chunks of batch-invariant mode have at least 512 keys.
 template <class C>
 constexpr TilePolicy policy_of() {
   TilePolicy policy;

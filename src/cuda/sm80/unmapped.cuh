@@ -1,7 +1,7 @@
-// Keys whose block does not exist read as zeros: like a sink, they have weight but no value. In fp16
-// they must not set the maximum, or the weights of all other keys could vanish and the whole output
-// with them. So they get a state of their own, a maximum and a sum a row in shared memory, which is
-// merged at the end in fp32. (In bf16 weights have fp32's range.)
+// Unmapped keys, those whose block does not exist, read as zeros: like a sink, they have weight but no
+// value. In fp16 they must not set the maximum, or the weights of all other keys could underflow and the
+// whole output with them. So they get a state of their own, a maximum and a sum a row in shared memory,
+// which is combined with the row's at the end in fp32. (In bf16 weights have the range of fp32.)
 #pragma once
 
 #include "cuda/kernel/partial.cuh"
@@ -17,7 +17,7 @@ __device__ __forceinline__ void set_unmapped_apart(std::uint32_t unmapped, float
                                                    float (&s)[kTiles][kKeyTiles][4], float* max,
                                                    float* sum) {
   const auto lane = static_cast<int>(ptx::opaque(threadIdx.x) % 32);
-  const std::uint32_t mine = unmapped >> (lane % 4 * 2);
+  const std::uint32_t mine = unmapped >> ptx::fragment_column(lane);
 #pragma unroll
   for (int i = 0; i < kTiles * 2; ++i) {
     const int mt = i / 2;
@@ -43,8 +43,8 @@ __device__ __forceinline__ void set_unmapped_apart(std::uint32_t unmapped, float
     }
     weight += __shfl_xor_sync(~0U, weight, 1);
     weight += __shfl_xor_sync(~0U, weight, 2);
-    if (lane % 4 == 0) {
-      const int row = mt * 16 + h * 8 + lane / 4;
+    if (ptx::is_first_of_row(lane)) {
+      const int row = mt * 16 + h * 8 + ptx::fragment_row(lane);
       Combine combine{max[row], sum[row]};
       combine.add(top * to_natural, weight);
       max[row] = combine.max;

@@ -1,16 +1,19 @@
-// Attention for requests of few query rows (decode, speculative decoding): as fast as K and V come.
+// Attention for sequences of up to 16 or 32 query rows (decode, speculative decoding), limited by the
+// reading of K and V.
 //
-//   each warp: its 16 keys of every kv_tile of 64, by cp.async into a ring of its own (decode_stream)
+//   each warp: its 16 keys of every kv tile of 64, by cp.async into a ring of its own (stream.cuh)
 //   -> S = Q K^T -> mask, softmax in registers -> O += P V, with its own (m, l, O)
 //   at an item's end: the four warps' (m, l, O) -> shared memory -> combined -> output or a partial
 //
 // Warps wait for each other only at the end of an item. Copies for the next items go on meanwhile:
 // their queries and row tables are prepared an item ahead, in the other of two buffers. So an item's
-// end must have a barrier behind the last use of its row table: combine() has, folds get one in work().
+// end must have a barrier behind the last use of its row table: combine() has one, and work() has one
+// behind the combination of splits.
 // 8-bit caches: the lane that copied bytes widens them. A token's own K scale multiplies its column
 // of S in fp32 (rounded into K it would cost a bit of every logit). Its V scale multiplies P in
 // bf16, which holds every product; in fp16 tiny ones would be lost, so there it goes into V.
-// Bytes of a kv_tile at d128: 32 KiB; flops 4 * 64 * 128 * 16 for every 16 rows.
+// Why this tile: a kv tile at d128 is 32 KiB and, for 16 rows, 4 * 64 * 128 * 16 flops, 16 a byte: the
+// products are done in a tenth of the time of the reading. What counts is bytes in flight: see kMaxStages.
 #pragma once
 
 #include "cuda/kernel/score_mod.cuh"
@@ -42,10 +45,10 @@ class DecodeAttention : DecodeCombine<C> {
   }
 
   __device__ __forceinline__ void run() {
-    this->start_walk();
-    // From -1 on: the step before the first split only prepares. One loop for both, since code
-    // that runs for the first time is slow. Queries come before the first copies: everybody's copies
-    // together take microseconds, and so does whatever is read behind them, instructions too.
+    this->start();
+    // From -1 on: the step before the first split only prepares. One loop for both, since code that
+    // runs for the first time has to be loaded. Queries come before the first copies of K and V: these
+    // take microseconds together, and what is read behind them waits for them, instructions too.
     for (split_ = -1; split_ < 0 || this->knows(split_); ++split_) {
       this->find_next_if_idle();
       if (this->knows(split_ + 1)) prepare(split_ + 1);
@@ -77,10 +80,11 @@ class DecodeAttention : DecodeCombine<C> {
     epilogue.set_pass(0, p_.layer.head_size_v);
     DecodeCombiner<C> combiner(p_, epilogue, shared().combine);
     const auto cta = static_cast<std::int32_t>(blockIdx.x);
-    // One run in the free mode; one for each chunk where kv_chunks must not depend on who does them.
+    // In the free mode all kv tiles together. In batch-invariant mode one kv chunk after the other, each
+    // with a state of its own, so that bits do not depend on how chunks are spread over CTAs.
     const int chunk =
         p_.layer.batch_invariant ? split.tile.kv_chunk : split.kv_tile_end - split.kv_tile_begin;
-    const bool one_run = split.kv_tile_end - split.kv_tile_begin <= chunk;
+    const bool one_state = split.kv_tile_end - split.kv_tile_begin <= chunk;
     int num_partials = 0;
     int kv_tile = split.kv_tile_begin;
     do {
@@ -88,14 +92,14 @@ class DecodeAttention : DecodeCombine<C> {
       const int existing = min(end, split.stop);
       Rows rows;
       attend<C::kMTiles>(split, kv_tile, existing, rows);
-      // What was prepared for the next split has come with the ring's copies, unless this one was
+      // What was prepared for the next split has arrived with the ring's copies, unless this split was
       // too short for that.
-      if (existing - kv_tile <= p_.stages) {
+      if (existing - kv_tile <= p_.pipeline_stages) {
         ptx::commit_copies();
         ptx::wait_copies<0>();
       }
       Emit emit{Emit::kPartial, {}};
-      if (one_run && split.whole()) {
+      if (one_state && split.whole()) {
         emit.how = Emit::kWrite;
       } else if (split.kv_tile_begin > 0) {
         emit.partial = combiner.partial(cta, ++num_partials);
@@ -106,14 +110,14 @@ class DecodeAttention : DecodeCombine<C> {
       this->combine(epilogue, split, emit, rows);
       kv_tile = end;
     } while (kv_tile < split.kv_tile_end);
-    if (split.whole() && one_run) return;  // written between combine()'s barriers
+    if (split.whole() && one_state) return;  // written between combine()'s barriers
     if (split.whole()) {
       epilogue.write(split, combiner.partial(cta, 0));
     } else {
       combiner.combine_if_last(this->stream().iterator.item_ctas(split), split);
     }
-    // Warps that are done would prepare the split after the next one, whose row table takes the
-    // place of this one's, while others still store rows by it: rows went to other rows' places.
+    // Without it, warps that are done would prepare the split after the next one, whose row table takes
+    // the place of this one's, while others still store rows by it: rows went to other rows' places.
     __syncthreads();
   }
 
@@ -148,7 +152,7 @@ class DecodeAttention : DecodeCombine<C> {
       const int first = split.tile.kv_tile(kv_tile) * kKvTile + warp_ * C::kKeys;
       Scores<kTiles> s;
       this->wait_oldest();
-      // Read before fetch() writes down the same of the stage's next kv_tile.
+      // Read before fetch() sets it for the stage's next kv tile.
       const std::uint32_t unmapped = C::kUnmappedApart ? shared().unmapped[warp_][stage_] : 0U;
       multiply_keys<kTiles>(ready<0>(), s);
       __syncwarp();
@@ -165,16 +169,16 @@ class DecodeAttention : DecodeCombine<C> {
       __syncwarp();
       this->template fetch<1>();
       ++consumed_;
-      if (++stage_ == p_.stages) stage_ = 0;
+      if (++stage_ == p_.pipeline_stages) stage_ = 0;
     }
   }
 
-  // Where the kv_tile's K or V is to be multiplied from.
+  // Where the kv tile's K or V is to be multiplied from.
   template <int kSide>
   __device__ __forceinline__ std::uint32_t ready() {
     const std::uint32_t stored = this->stage_at(stage_, kSide);
     if constexpr (!C::kKv8) return stored;
-    __syncwarp();  // nobody reads the last one any more
+    __syncwarp();  // no lane reads the previous one any more
     const KvParams& kv = kSide == 0 ? p_.k : p_.v;
     if (kv.dtype == DType::kFloat8E4M3) {
       widen<kSide, ptx::E4M3>(kv, stored);
@@ -239,7 +243,8 @@ class DecodeAttention : DecodeCombine<C> {
   __device__ __forceinline__ void scale_columns(const float* scales, Scores<kTiles>& s) const {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float2 scale = *reinterpret_cast<const float2*>(scales + lane_ % 4 * 2 + n * 8);
+      const float2 scale =
+          *reinterpret_cast<const float2*>(scales + ptx::fragment_column(lane_) + n * 8);
 #pragma unroll
       for (int mt = 0; mt < kTiles; ++mt) {
 #pragma unroll
@@ -248,7 +253,7 @@ class DecodeAttention : DecodeCombine<C> {
     }
   }
 
-  // S -> P in place; updates and rescales `rows`. Maxima are in kv_tiles of S: raw dot
+  // S -> P in place; updates and rescales `rows`. Maxima are in units of S: raw dot
   // products, or natural logits where scores are modified.
   template <int kTiles>
   __device__ __forceinline__ void softmax(const Split& split, int first, std::uint32_t unmapped,
@@ -317,7 +322,7 @@ class DecodeAttention : DecodeCombine<C> {
         rows.sum[mt][h] = fmaf(rows.sum[mt][h], alpha[mt][h], (p[0] + p[1]) + (p[2] + p[3]));
       }
     }
-    if (__any_sync(~0U, rescale)) {  // rarely, after a row's first few kv_tiles
+    if (__any_sync(~0U, rescale)) {  // rarely, after a row's first few kv tiles
 #pragma unroll
       for (int mt = 0; mt < kTiles; ++mt) {
 #pragma unroll
@@ -336,8 +341,8 @@ class DecodeAttention : DecodeCombine<C> {
     for (int mt = 0; mt < kTiles; ++mt) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int row = mt * 16 + lane_ / 4 + i % 4 / 2 * 8;
-        const int key = first + lane_ % 4 * 2 + i / 4 * 8 + i % 2;
+        const int row = mt * 16 + ptx::fragment_row(lane_, i % 4);
+        const int key = first + ptx::fragment_column(lane_, i % 4) + i / 4 * 8;
         s[mt][i / 4][i % 4] = modify_score<FloatOps>(p_, table, split.tile, row, key,
                                                      s[mt][i / 4][i % 4] * score_scale_);
       }
@@ -349,11 +354,11 @@ class DecodeAttention : DecodeCombine<C> {
                                        Scores<kTiles>& s) {
 #pragma unroll
     for (int mt = 0; mt < kTiles; ++mt) {
-      const int4 low = table.visible[mt * 16 + lane_ / 4];
-      const int4 high = table.visible[mt * 16 + lane_ / 4 + 8];
+      const int4 low = table.visible[mt * 16 + ptx::fragment_row(lane_)];
+      const int4 high = table.visible[mt * 16 + ptx::fragment_row(lane_) + 8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int key = first + lane_ % 4 * 2 + i / 4 * 8 + i % 2;
+        const int key = first + ptx::fragment_column(lane_, i % 4) + i / 4 * 8;
         if (!sees(i % 4 < 2 ? low : high, key)) s[mt][i / 4][i % 4] = -INFINITY;
       }
     }

@@ -35,7 +35,7 @@ class DecodeCombine : protected DecodeStream<C> {
 
   struct Emit {
     enum { kWrite, kPartial, kCombine } how;
-    Result partial;
+    PartialRows partial;
   };
 
   // The warps' states into one, in warp order, kCombineRows rows at a time, and on to where they
@@ -50,9 +50,10 @@ class DecodeCombine : protected DecodeStream<C> {
         float total = rows.sum[mt][h];
         total += __shfl_xor_sync(~0U, total, 1);
         total += __shfl_xor_sync(~0U, total, 2);
-        if (lane_ % 4 == 0) {
-          shared().max[warp_][mt * 16 + h * 8 + lane_ / 4] = rows.max[mt][h] * to_natural;
-          shared().sum[warp_][mt * 16 + h * 8 + lane_ / 4] = total;
+        if (ptx::is_first_of_row(lane_)) {
+          shared().max[warp_][mt * 16 + h * 8 + ptx::fragment_row(lane_)] =
+              rows.max[mt][h] * to_natural;
+          shared().sum[warp_][mt * 16 + h * 8 + ptx::fragment_row(lane_)] = total;
         }
       }
     }
@@ -82,10 +83,10 @@ class DecodeCombine : protected DecodeStream<C> {
   }
 
   __device__ __forceinline__ void spill_rows(const Rows& rows, int mt, int h, int first_row) {
-    const int r = mt * 16 + h * 8 + lane_ / 4 - first_row;
+    const int r = mt * 16 + h * 8 + ptx::fragment_row(lane_) - first_row;
     if (r < 0 || r >= C::kCombineRows) return;
-    float* row =
-        combine_memory() + (warp_ * C::kCombineRows + r) * C::kCombinePitch + lane_ % 4 * 2;
+    float* row = combine_memory() + (warp_ * C::kCombineRows + r) * C::kCombinePitch +
+                 ptx::fragment_column(lane_);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
       *reinterpret_cast<float2*>(row + n * 8) =
@@ -107,8 +108,8 @@ class DecodeCombine : protected DecodeStream<C> {
     if (mine) combine_warps(r, row, c, &max, &sum, o);
     if (emit.how == Emit::kWrite) {
       if (mine) {
-        epilogue.finish(split.tile, row, c, max, sum, make_float4(o[0], o[1], o[2], o[3]),
-                        make_float4(o[4], o[5], o[6], o[7]));
+        epilogue.normalise(split.tile, row, c, max, sum, make_float4(o[0], o[1], o[2], o[3]),
+                           make_float4(o[4], o[5], o[6], o[7]));
       }
       return;
     }

@@ -23,22 +23,22 @@ struct DecodeConfig {
   static constexpr int kHeadSizeV = kHeadSize_;
   static constexpr int kRows = kRows_;
   static constexpr int kMTiles = kRows / 16;
-  // CTAs of a multiprocessor. More of them cover for each other's latencies: with 16 rows of head
+  // CTAs of a multiprocessor. More of them hide each other's latencies: with 16 rows of head
   // size 128 three took 109 us where two took 134 (16 sequences of 4k).
   static constexpr int kMinCtas = kRows > 16 || kHeadSize > 128 ? 2 : (kHeadSize == 64 ? 4 : 3);
-  static constexpr int kKeys = kKvTile / kDecodeWarps;  // of a warp in a kv_tile
+  static constexpr int kKeys = kKvTile / kDecodeWarps;  // of a warp in a kv tile
   static constexpr int kPitch = kHeadSize * 2;          // bytes of a row that is multiplied
   static constexpr int kStoredPitch = kKv8 ? kHeadSize : kHeadSize * 2;
   static constexpr int kPieces = kStoredPitch / 16;  // 16-byte pieces of a stored row
   static constexpr int kTileBytes = kKeys * kPitch;  // K or V of a warp's keys
   static constexpr int kStageBytes = kKeys * kStoredPitch;
-  // Units under way in each CTA: some 96 KiB of K and V a multiprocessor.
+  // Kv tiles in flight in each CTA: some 96 KiB of K and V a multiprocessor.
   static constexpr int kMaxStages =
       (kHeadSize == 64 ? 2 : 1) * (kRows > 16 ? 2 : 1) * (kKv8 ? 2 : 1);
   static constexpr int kQueryBytes = kRows * kPitch;
   static constexpr bool kUnmappedApart = std::is_same_v<Type, ptx::Half>;
   static constexpr int kStates = kDecodeWarps * (kUnmappedApart ? 2 : 1);
-  // Rows that are merged in one go: a thread has eight columns.
+  // Rows that are combined together: a thread has eight columns.
   static constexpr int kCombineRows = kHeadSize == 64 ? 8 : kHeadSize == 128 ? 4 : 2;
   static constexpr int kCombinePitch = kHeadSize + 4;  // floats
   static constexpr int kCombineBytes = kDecodeWarps * kCombineRows * kCombinePitch * 4;
@@ -50,14 +50,14 @@ inline constexpr int kSplitsAhead = 4;
 struct WarpStream {
   WorkIterator iterator;
   Split splits[kSplitsAhead];  // a ring
-  int num_walked;              // splits known so far
-  bool walk_ended;
-  // The next kv_tile to be loaded and the split that it is in; `left`: as many kv_tiles follow each
+  int num_known;               // splits known so far
+  bool all_known;
+  // The next kv tile to be loaded and the split that it is in; `left`: as many kv tiles follow each
   // other from it on, 0: there is nothing to load (yet).
   int split;
   int kv_tile;
   int left;
-  int key;  // the warp's first of the kv_tile
+  int key;  // the warp's first of the kv tile
   // Of that split. All keys in [full_begin, full_end) may be read.
   int full_begin;
   int full_end;
@@ -67,8 +67,8 @@ struct WarpStream {
   int first_kv_row;           // of direct attention
 };
 
-// Parts ahead: 48 registers' worth, or 24 where four CTAs leave a thread 128. With more, the loop over
-// keys spills.
+// Partials loaded together when splits are combined: 48 registers' worth, or 24 where four CTAs leave a
+// thread 128. With more, the loop over keys spills.
 template <class C>
 using DecodeCombiner = SplitCombiner<DecodeTeam, C::kRows, C::kMinCtas == 4 ? 6 : 12>;
 
@@ -79,9 +79,8 @@ struct DecodeShared {
   // Of each warp's keys; from [kDecodeWarps] on, of those that are unmapped (see set_unmapped_apart).
   float max[C::kStates][C::kRows];
   float sum[C::kStates][C::kRows];
-  std::uint32_t unmapped[kDecodeWarps]
-                        [C::kMaxStages];  // keys of a kv_tile whose block does not exist
-  WarpStream stream[kDecodeWarps];  // every warp walks by itself, so that none waits for another
+  std::uint32_t unmapped[kDecodeWarps][C::kMaxStages];  // keys whose block does not exist
+  WarpStream stream[kDecodeWarps];  // every warp iterates by itself, so that none waits for another
   float scale[C::kKv8 ? kDecodeWarps : 1][C::kMaxStages][2][C::kKeys];  // of tokens
 };
 

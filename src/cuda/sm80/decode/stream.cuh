@@ -1,9 +1,9 @@
-// The loading side of the decode kernel. Each warp loads what it will multiply itself: of every kv_tile
-// of 64 keys its own 16, in the order of the CTA's splits and running ahead into the next ones, so
-// that memory never waits for an item's end.
+// The loading side of the decode kernel. Each warp loads what it will multiply itself: of every kv tile
+// of 64 keys its own 16, in the order of the CTA's splits and running ahead into the next ones, so that
+// copies go on while an item ends.
 //
-//   seek (which kv_tile) -> look_up (its block table entry, a kv_tile ahead) -> fetch<K>, fetch<V>
-//   (cp.async into a ring of `stages` kv_tiles, one group each)
+//   seek (which kv tile) -> look_up (its block table entry, a kv tile ahead) -> fetch<K>, fetch<V>
+//   (cp.async into a ring of `stages` kv tiles, a commit group each)
 //
 // Few instructions matter here, and few registers: a few warps a scheduler must keep up with memory.
 // No call to a function that is not inlined: around one, registers are set aside in the whole loop.
@@ -19,10 +19,10 @@ namespace quire::cuda::sm80 {
 // ---- what happens once an item, by a whole warp ------------------------------------------------
 
 // Makes split `n` known, if there is one.
-static __device__ __forceinline__ bool walk_to(const KernelParams& p, WarpStream& s, int n,
-                                               int lane) {
-  while (s.num_walked <= n && !s.walk_ended) {
-    const int number = s.num_walked;
+static __device__ __forceinline__ bool know_split(const KernelParams& p, WarpStream& s, int n,
+                                                  int lane) {
+  while (s.num_known <= n && !s.all_known) {
+    const int number = s.num_known;
     WorkIterator iterator = s.iterator;
     std::int32_t head = 0;
     std::int32_t begin = 0;
@@ -39,9 +39,9 @@ static __device__ __forceinline__ bool walk_to(const KernelParams& p, WarpStream
     if (lane == 0) {
       s.iterator = iterator;
       if (tile == nullptr) {
-        s.walk_ended = true;
+        s.all_known = true;
       } else {
-        s.num_walked = number + 1;
+        s.num_known = number + 1;
         split.head = head;
         split.kv_tile_begin = begin;
         split.kv_tile_end = end < 0 ? split.tile.num_kv_tiles() : end;
@@ -50,7 +50,7 @@ static __device__ __forceinline__ bool walk_to(const KernelParams& p, WarpStream
     }
     __syncwarp();
   }
-  return n < s.num_walked;
+  return n < s.num_known;
 }
 
 // What belongs to the split that is loaded from now on. For one lane.
@@ -67,12 +67,12 @@ static __device__ __forceinline__ void enter(const KernelParams& p, WarpStream& 
   s.first_kv_row = static_cast<std::int32_t>(split.tile.first_kv_row);
 }
 
-// To the next kv_tile from `s.kv_tile` of `s.split` on, before split `end`.
+// To the next kv tile from `s.kv_tile` of `s.split` on, before split `end`.
 static __device__ __forceinline__ void seek(const KernelParams& p, WarpStream& s, int end, int warp,
                                             int lane) {
   for (;;) {
     const int number = s.split;
-    const bool known = number < end && walk_to(p, s, number, lane);
+    const bool known = number < end && know_split(p, s, number, lane);
     const Split& split = s.splits[number % kSplitsAhead];
     const WorkTile& tile = split.tile;
     __syncwarp();
@@ -167,34 +167,34 @@ class DecodeStream {
     return tiles_ + 2 * C::kQueryBytes;
   }
   __device__ __forceinline__ int warp_bytes() const {
-    return p_.stages * 2 * C::kStageBytes + (C::kKv8 ? C::kTileBytes : 0);
+    return p_.pipeline_stages * 2 * C::kStageBytes + (C::kKv8 ? C::kTileBytes : 0);
   }
   __device__ __forceinline__ std::uint32_t stage_at(int stage, int side) const {
     return ring_ + static_cast<std::uint32_t>((stage * 2 + side) * C::kStageBytes);
   }
-  // 8-bit caches: K, then V of a kv_tile in 16 bits.
-  __device__ __forceinline__ std::uint32_t wide() const { return stage_at(p_.stages, 0); }
+  // 8-bit caches: K, then V of a kv tile in 16 bits.
+  __device__ __forceinline__ std::uint32_t wide() const { return stage_at(p_.pipeline_stages, 0); }
 
   // ---- splits -------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void start_walk() {
+  __device__ __forceinline__ void start() {
     if (lane_ == 0) {
       WarpStream& s = stream();
       s.iterator = WorkIterator(p_.schedule, static_cast<int>(blockIdx.x));
-      s.num_walked = 0;
-      s.walk_ended = false;
+      s.num_known = 0;
+      s.all_known = false;
       s.split = 0;
       s.kv_tile = -1;
     }
     const int shorter = min(p_.layer.head_size, p_.layer.head_size_v) * (C::kKv8 ? 1 : 2);
-    for (int i = lane_ * 16; shorter < C::kStoredPitch && i < p_.stages * 2 * C::kStageBytes;
-         i += 512) {
+    for (int i = lane_ * 16;
+         shorter < C::kStoredPitch && i < p_.pipeline_stages * 2 * C::kStageBytes; i += 512) {
       ptx::store_piece(ring_ + static_cast<std::uint32_t>(i), 0, 0, 0, 0);
     }
     __syncwarp();
   }
 
-  __device__ __forceinline__ bool knows(int n) { return walk_to(p_, stream(), n, lane_); }
+  __device__ __forceinline__ bool knows(int n) { return know_split(p_, stream(), n, lane_); }
 
   // Queries into shared memory; from 16-byte aligned rows asynchronously.
   __device__ __forceinline__ void load_queries(const Split& split, std::uint32_t to,
@@ -219,20 +219,20 @@ class DecodeStream {
     }
   }
 
-  // ---- kv_tiles ----------------------------------------------------------------------------------
+  // ---- kv tiles ----------------------------------------------------------------------------------
 
-  // Starts the copy of K (side 0), then V (side 1) of the next kv_tile into the stage that was just
+  // Starts the copy of K (side 0), then V (side 1) of the next kv tile into the stage that was just
   // used. Always ends a group, so that groups can be counted.
   template <int kSide>
   __device__ __forceinline__ void fetch() {
-    if (left_ > 0 && fetched_ == consumed_ + p_.stages) fetch_into<kSide>(stage_);
+    if (left_ > 0 && fetched_ == consumed_ + p_.pipeline_stages) fetch_into<kSide>(stage_);
     ptx::commit_copies();
   }
 
-  // If the ring has room and nothing is left to load of what is known: the next kv_tile, and asks where
+  // If the ring has room and nothing is left to load of what is known: finds the next kv tile and asks where
   // its keys are.
   __device__ __forceinline__ void find_next_if_idle() {
-    if (left_ > 0 || fetched_ - consumed_ == p_.stages) return;
+    if (left_ > 0 || fetched_ - consumed_ == p_.pipeline_stages) return;
     go_on();
     look_up();
   }
@@ -241,9 +241,10 @@ class DecodeStream {
   // could not be kept full across them.
   __device__ __forceinline__ void refill() {
 #pragma unroll 1
-    for (int n = fetched_ - consumed_; n < p_.stages; ++n) {
+    for (int n = fetched_ - consumed_; n < p_.pipeline_stages; ++n) {
       const bool live = left_ > 0;
-      const int stage = stage_ + n < p_.stages ? stage_ + n : stage_ + n - p_.stages;
+      const int stage =
+          stage_ + n < p_.pipeline_stages ? stage_ + n : stage_ + n - p_.pipeline_stages;
       if (live) fetch_into<0>(stage);
       ptx::commit_copies();
       if (live) fetch_into<1>(stage);
@@ -358,7 +359,7 @@ class DecodeStream {
 
   // Until the oldest of the ring's groups is there.
   __device__ __forceinline__ void wait_oldest() const {
-    switch (C::kMaxStages == 1 ? 1 : p_.stages) {
+    switch (C::kMaxStages == 1 ? 1 : p_.pipeline_stages) {
       case 2: ptx::wait_copies<3>(); break;
       case 4: ptx::wait_copies<7>(); break;
       case 8: ptx::wait_copies<15>(); break;
@@ -370,15 +371,16 @@ class DecodeStream {
   const KernelParams& p_;
   const int lane_;
   const int warp_;
-  const std::uint32_t tiles_;  // two query buffers, the merge area, each warp's ring
+  const std::uint32_t
+      tiles_;  // two query buffers, the area where warps are combined, each warp's ring
   const std::uint32_t ring_;
   int split_ = -1;    // at work
-  int consumed_ = 0;  // kv_tiles
+  int consumed_ = 0;  // kv tiles
   int stage_ = 0;     // consumed_ % stages
 
  private:
-  int fetched_ = 0;  // kv_tiles
-  // The kv_tile to be loaded next: kv_tiles left, see WarpStream; its first key; and of the lane's key
+  int fetched_ = 0;  // kv tiles
+  // The kv tile to be loaded next: kv tiles left, see WarpStream; its first key; and of the lane's key
   // (lane % 16) block and slot. Bits say which of its 16 keys may be read.
   int left_ = 0;
   int key_ = 0;

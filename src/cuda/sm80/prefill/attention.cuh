@@ -1,19 +1,21 @@
-// Attention for requests of many rows, on mma.sync tensor cores: FlashAttention-2's loop over a
+// Attention for sequences of many query rows, on mma.sync tensor cores: FlashAttention-2's loop over a
 // paged cache.
 //
-//   prepare (a split ahead) -> ring of key tiles' addresses -> cp.async K and V (`stages` deep)
+//   prepare (a split ahead) -> ring of kv tiles' addresses -> cp.async K and V (`stages` deep)
 //   -> S = Q K^T -> mask, softmax in registers -> O += P V -> output, straight from registers
 //
 // Each warp has its own 16 or 32 query rows and all keys of a tile; nothing is exchanged between
-// warps. One barrier a tile: tile i is there, and nobody uses tile i-1 any more, so that tile
-// i-1+stages can take its place. Copies run on into the next split while this one ends; after a
-// barrier at its end the next queries take the present ones' place.
+// warps. One barrier a tile: behind it tile i has arrived and no warp reads tile i-1 any more, so tile
+// i-1+stages can take its place. Copies run on into the next split while this one ends; after a barrier
+// at its end the next queries take the place of these.
 // Within a tile, operands are loaded from shared memory one step ahead of the products.
 // 8-bit caches: a thread widens the very bytes it copied, between two barriers. A token's
 // own K scale multiplies its column of S in fp32 (rounded into K it would cost a bit of every
 // logit). Its V scale multiplies P in bf16, which holds every product; in fp16 tiny ones would be
 // lost, so there it goes into the widened V.
-// Bytes per tile of 64 keys at d128: 32 KiB in; flops 4 * 64 * 128 * rows.
+// Why these tiles: 128 rows need 4 * 64 * 128 * 128 flops for the 32 KiB of a tile of 64 keys at d128,
+// 128 flops a byte from L2; with 64 rows the copies would be as slow as the products. config.cuh says
+// how rows are spread over warps and why.
 #pragma once
 
 #include "cuda/sm80/prefill/rows.cuh"
@@ -62,7 +64,7 @@ class PrefillAttention : PrefillRows<C> {
       }
       primed = attend(turn);
       if (primed && this->copies_queries()) this->copy_queries(shared_.task[turn ^ 1]);
-      finish(task);
+      store_results(task);
       __syncthreads();
       turn ^= 1;
     }
@@ -76,8 +78,9 @@ class PrefillAttention : PrefillRows<C> {
   __device__ __forceinline__ void prime(int turn) {
     const int count = shared_.task[turn].count;
 #pragma unroll 1
-    for (int i = 0; i < p_.stages - 1 && i < count; ++i) {
-      const int stage = stage_ + i < p_.stages ? stage_ + i : stage_ + i - p_.stages;
+    for (int i = 0; i < p_.pipeline_stages - 1 && i < count; ++i) {
+      const int stage =
+          stage_ + i < p_.pipeline_stages ? stage_ + i : stage_ + i - p_.pipeline_stages;
       this->start_copy(turn, i, stage);
     }
   }
@@ -87,7 +90,7 @@ class PrefillAttention : PrefillRows<C> {
   __device__ __forceinline__ bool attend(int turn) {
     this->clear();
     const int count = shared_.task[turn].count;
-    const int ahead = p_.stages - 1;
+    const int ahead = p_.pipeline_stages - 1;
     const int prepare_at = max(count - 1 - ahead, 0);
     bool runs_on = false;
     ptx::commit_copies();
@@ -109,21 +112,21 @@ class PrefillAttention : PrefillRows<C> {
       for (int first = 0; first < C::kKeys; first += C::kStepKeys) {
         if (step(turn, keys, first)) break;
       }
-      if (++stage_ == p_.stages) stage_ = 0;
+      if (++stage_ == p_.pipeline_stages) stage_ = 0;
     }
     if (count == 0 && warp() == 0) prepare(p_, shared_, turn ^ 1, false);
-    __syncthreads();  // nobody uses these queries any more
+    __syncthreads();  // no warp reads these queries any more
     return runs_on;
   }
 
-  // Ends with a barrier after which tile i is there and its predecessor is not needed any more.
+  // Ends with a barrier behind which tile i has arrived and no warp reads tile i-1 any more.
   __device__ __forceinline__ void wait_for_tile(int turn, int i) {
-    if (p_.stages == 1) {
+    if (p_.pipeline_stages == 1) {
       __syncthreads();
       this->start_copy(turn, i, 0);
       ptx::commit_copies();
     }
-    if (p_.stages == 3) {
+    if (p_.pipeline_stages == 3) {
       ptx::wait_copies<1>();
     } else {
       ptx::wait_copies<0>();
@@ -162,7 +165,7 @@ class PrefillAttention : PrefillRows<C> {
     return last;
   }
 
-  // Keys of the batch after the one that tile i is in.
+  // The addresses of the batch of tiles after the one that tile i is in.
   __device__ __forceinline__ void look_up_next(int turn, int i) {
     const int first = i / C::kBatch * C::kBatch + C::kBatch;
     if (first < shared_.task[turn].count) look_up(p_, shared_, turn, first);
@@ -173,7 +176,7 @@ class PrefillAttention : PrefillRows<C> {
     const bool here = i < count;
     if (here || runs_on) {
       this->start_copy(here ? turn : turn ^ 1, here ? i : i - count,
-                       stage_ > 0 ? stage_ - 1 : p_.stages - 1);
+                       stage_ > 0 ? stage_ - 1 : p_.pipeline_stages - 1);
     }
     ptx::commit_copies();
   }
@@ -273,7 +276,7 @@ class PrefillAttention : PrefillRows<C> {
 
   // ---- the end ------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void finish(const PrefillTask& task) {
+  __device__ __forceinline__ void store_results(const PrefillTask& task) {
     const float to_natural = C::kScoreMod ? 1.0F : score_scale_;
 #pragma unroll
     for (int i = 0; i < C::kMTiles * 2; ++i) {
@@ -292,7 +295,7 @@ class PrefillAttention : PrefillRows<C> {
       return;
     }
     PrefillCombiner<C> combiner(p_, epilogue, shared_.combine);
-    const Result result =
+    const PartialRows result =
         combiner.partial(static_cast<std::int32_t>(blockIdx.x), split.kv_tile_begin > 0 ? 1 : 0);
     store_partial(split, task.columns, result);
     __syncthreads();
@@ -307,7 +310,7 @@ class PrefillAttention : PrefillRows<C> {
   __device__ __forceinline__ void combine_unmapped() {
 #pragma unroll
     for (int i = 0; i < C::kMTiles * 2; ++i) {
-      const int r = warp_row() + i * 8 + lane() / 4;
+      const int r = warp_row() + i * 8 + ptx::fragment_row(lane());
       float& max = max_[i / 2][i % 2];
       float& sum = sum_[i / 2][i % 2];
       const float unmapped_max = shared_.unmapped_max[r];
@@ -324,17 +327,18 @@ class PrefillAttention : PrefillRows<C> {
     }
   }
 
-  // The result of a whole item, to its output rows.
+  // Registers -> output rows, of a whole item.
   __device__ __forceinline__ void write(const PrefillEpilogue<C>& epilogue,
                                         const Split& split) const {
 #pragma unroll
     for (int i = 0; i < C::kMTiles * 2; ++i) {
       const int mt = i / 2;
       const int h = i % 2;
-      const int r = warp_row() + mt * 16 + h * 8 + lane() / 4;
+      const int r = warp_row() + mt * 16 + h * 8 + ptx::fragment_row(lane());
       if (r >= split.tile.rows) continue;
-      const float scale = epilogue.output_scale_of(r, max_[mt][h], sum_[mt][h], lane() % 4 == 0);
-      std::uint32_t* row = epilogue.output_row(r) + lane() % 4;
+      const float scale =
+          epilogue.output_scale_of(r, max_[mt][h], sum_[mt][h], ptx::is_first_of_row(lane()));
+      std::uint32_t* row = epilogue.output_row(r) + ptx::fragment_column(lane()) / 2;
       const bool bf16 = p_.output_dtype == DType::kBFloat16;
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
@@ -347,18 +351,18 @@ class PrefillAttention : PrefillRows<C> {
 
   // Registers -> rows of a partial.
   __device__ __forceinline__ void store_partial(const Split& split, int columns,
-                                                const Result& to) const {
+                                                const PartialRows& to) const {
 #pragma unroll
     for (int i = 0; i < C::kMTiles * 2; ++i) {
       const int mt = i / 2;
       const int h = i % 2;
-      const int r = warp_row() + mt * 16 + h * 8 + lane() / 4;
+      const int r = warp_row() + mt * 16 + h * 8 + ptx::fragment_row(lane());
       if (r >= split.tile.rows) continue;
-      if (lane() % 4 == 0) {
+      if (ptx::is_first_of_row(lane())) {
         to.max[r] = max_[mt][h];
         to.sum[r] = sum_[mt][h];
       }
-      float* row = to.o + std::int64_t{r} * to.pitch + lane() % 4 * 2;
+      float* row = to.o + std::int64_t{r} * to.pitch + ptx::fragment_column(lane());
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
         if (n * 8 >= columns) break;

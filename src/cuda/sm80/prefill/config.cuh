@@ -1,7 +1,6 @@
 // What an instance of the prefill kernel is made of, and its shared memory.
 #pragma once
 
-#include <cstddef>
 #include <type_traits>
 
 #include "cuda/kernel/combine_splits.cuh"
@@ -20,8 +19,8 @@ struct PrefillConfig {
   static constexpr bool kUnmappedApart = std::is_same_v<Type, ptx::Half>;
   static constexpr int kHeadSizeK = kHeadSize_;
   static constexpr int kHeadSizeV = kHeadSize_ > 256 ? 256 : kHeadSize_;
-  // 32 rows a warp where O's registers allow: each K and V fragment read from shared memory then
-  // feeds two products. Else more warps, since two a scheduler are what hides latencies here.
+  // 32 rows a warp where O leaves registers for it: each K and V fragment read from shared memory then
+  // feeds two products. Else twice the warps, since two warps a scheduler hide latencies here.
   static constexpr int kMTiles = kHeadSize_ <= 128 ? 2 : 1;  // 16-row tiles of a warp
   static constexpr int kThreads = kHeadSize_ == 256 ? 256 : 128;
   static constexpr int kMinCtas = kHeadSize_ == 64 ? 3 : (kHeadSize_ == 128 ? 2 : 1);
@@ -41,7 +40,7 @@ struct PrefillConfig {
   static constexpr int kStageV = kKv8 ? kTileV / 2 : kTileV;
   static constexpr int kPiecesK = kStageK / kKeys / 16;  // 16-byte pieces of a stored row
   static constexpr int kPiecesV = kStageV / kKeys / 16;
-  // Key tiles that are looked up together, by one warp, and the ring they lie in.
+  // Kv tiles whose addresses are looked up together, by one warp, and the ring that they lie in.
   static constexpr int kBatch = 8;
   static constexpr int kRing = 2 * kBatch;
 };
@@ -67,7 +66,7 @@ enum class Copy : std::uint8_t {
   kRows      // anything: row by row
 };
 
-// Where the keys of a tile are. Rows of 16 keys that lie in one block follow each other.
+// Where the keys of a kv tile are. A strip is 16 keys in one block: its rows follow each other.
 template <class C>
 struct alignas(16) KvTile {
   const char* strip[2][C::kStrips];  // K and V: address of each strip's first row

@@ -37,10 +37,10 @@ class PrefillLoader {
   // Where things lie in shared memory; computed rather than kept in registers.
   __device__ __forceinline__ std::uint32_t stage_k() const { return query_ + C::kQueryBytes; }
   __device__ __forceinline__ std::uint32_t stage_v() const {
-    return stage_k() + static_cast<std::uint32_t>(p_.stages) * C::kStageK;
+    return stage_k() + static_cast<std::uint32_t>(p_.pipeline_stages) * C::kStageK;
   }
   __device__ __forceinline__ std::uint32_t wide_k() const {
-    return stage_v() + static_cast<std::uint32_t>(p_.stages) * C::kStageV;
+    return stage_v() + static_cast<std::uint32_t>(p_.pipeline_stages) * C::kStageV;
   }
   __device__ __forceinline__ std::uint32_t wide_v() const { return wide_k() + C::kTileK; }
 
@@ -56,7 +56,7 @@ class PrefillLoader {
     __syncthreads();
   }
   __device__ __forceinline__ void clear_stages() const {
-    clear(stage_k(), p_.stages * (C::kStageK + C::kStageV));
+    clear(stage_k(), p_.pipeline_stages * (C::kStageK + C::kStageV));
   }
 
   template <int kSide>

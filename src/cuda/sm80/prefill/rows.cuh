@@ -66,7 +66,8 @@ class PrefillRows : protected PrefillLoader<C> {
   __device__ __forceinline__ void scale_columns(const float* scales, Scores& s) const {
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
-      const float2 scale = *reinterpret_cast<const float2*>(scales + lane() % 4 * 2 + n * 8);
+      const float2 scale =
+          *reinterpret_cast<const float2*>(scales + ptx::fragment_column(lane()) + n * 8);
 #pragma unroll
       for (int mt = 0; mt < C::kMTiles; ++mt) {
 #pragma unroll
@@ -187,14 +188,14 @@ class PrefillRows : protected PrefillLoader<C> {
     }
 #pragma unroll
     for (int mt = 0; mt < C::kMTiles; ++mt) {
-      const int row = warp_row() + mt * 16 + lane() / 4;
+      const int row = warp_row() + mt * 16 + ptx::fragment_row(lane());
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
         float(&x)[4] = s[mt][n];
-        const float4 y =
-            modify_scores(p_, shared_.rows, split.tile, row, first + n * 8 + lane() % 4 * 2,
-                          make_float4(x[0] * score_scale_, x[1] * score_scale_, x[2] * score_scale_,
-                                      x[3] * score_scale_));
+        const float4 y = modify_scores(p_, shared_.rows, split.tile, row,
+                                       first + n * 8 + ptx::fragment_column(lane()),
+                                       make_float4(x[0] * score_scale_, x[1] * score_scale_,
+                                                   x[2] * score_scale_, x[3] * score_scale_));
         x[0] = y.x;
         x[1] = y.y;
         x[2] = y.z;
@@ -217,10 +218,11 @@ class PrefillRows : protected PrefillLoader<C> {
     for (int mt = 0; mt < C::kMTiles; ++mt) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int4 visible = shared_.rows.visible[warp_row() + mt * 16 + h * 8 + lane() / 4];
+        const int4 visible =
+            shared_.rows.visible[warp_row() + mt * 16 + h * 8 + ptx::fragment_row(lane())];
         const std::uint64_t seen = (key_bits(visible.x - first, visible.y - first) |
                                     key_bits(visible.z - first, visible.w - first)) >>
-                                   (lane() % 4 * 2);
+                                   ptx::fragment_column(lane());
 #pragma unroll
         for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
