@@ -68,12 +68,28 @@ struct AttentionConfig {
 };
 
 // How a batch is cut into work. Holds the workspace of the calls that use it, so one plan serves
-// one call at a time; plans are cheap to keep, and steady-state updates and calls allocate nothing.
+// one call at a time; plans are cheap to keep. Memory is taken by the first updates and calls that
+// need it, and by larger ones later; steady-state updates and calls allocate nothing.
+//
+// CUDA: a call lasts until the device has done its work, and the plan itself lies on the device. So
+// updates and calls of one plan go to one stream, or to several that wait for each other (events):
+// on two streams without that they would write the same workspace at the same time. Destroy a plan
+// when its work is done.
+//
+// CUDA graphs: update(), write_kv_cache(), attention() and merge_states() may be captured.
+//   - Warm up first: memory is never taken in a capture. The plan must have run an update and a
+//     call of this size and kind (block-scale output is one) before; else Error names "stream".
+//   - A graph keeps the addresses of its tensors and of the plan's workspace, and serves all
+//     batches up to the num_seqs (block_table's rows), num_actual_tokens and max_query_len that it
+//     was captured with. Shorter ones are padded to it (see CommonAttentionMetadata).
+//   - A captured update() plans what the tensors hold at each replay. If only calls were captured,
+//     update() the plan before each replay, with a batch of up to that size.
+//   - Shared prefixes are not used by a graph that has its update() in it.
 class QUIRE_API Plan {
  public:
-  // Validates the configuration and sets up the workspace. Throws Error if no backend of the device
-  // supports it: the error names the first member that does not fit, and its text lists the others
-  // too (see AttentionBackend::supports).
+  // Validates the configuration. Throws Error if no backend of the device supports it: the error
+  // names the first member that does not fit, and its text lists the others too (see
+  // AttentionBackend::supports).
   explicit Plan(const AttentionConfig& config);
   ~Plan();
   // Every function throws Error ("plan") on a plan that was moved from.
@@ -82,8 +98,10 @@ class QUIRE_API Plan {
 
   // Plans a batch. Keeps views of the batch's tensors. `common_prefix_len` > 0 announces that all
   // sequences' block tables start with the same blocks up to that many tokens (rounded down to
-  // whole blocks). CPU: reads the tensors now; under 0.2 us a sequence. CUDA: queues one kernel on
-  // ctx.stream and reads them there. Throws Error on wrong shapes, dtypes, devices.
+  // whole blocks); it must be 0 for attention without a cache. CPU: reads the tensors now; under
+  // 0.2 us a sequence. CUDA: queues one kernel on ctx.stream, two where it looks for shared
+  // prefixes, and reads the tensors there. Throws Error on wrong shapes, dtypes, devices, and on
+  // what the backend's capabilities lack; the plan then is what it was.
   void update(const CommonAttentionMetadata& batch, std::int64_t common_prefix_len = 0,
               const Context& ctx = {});
 
@@ -92,12 +110,21 @@ class QUIRE_API Plan {
   // The backend that serves it: "cpu", "cuda", "reference".
   const char* backend_name() const;
 
-  // Bytes of workspace held now. Bounded by threads x tile, whatever the sequence lengths; cascade
-  // adds num_tokens x num_heads x (head_size_v + 2) floats for the tokens that share a prefix. CUDA:
-  // for up to 2048 tokens, of sequences of few query rows, from the first batch on that may share.
+  // Bytes of workspace held now; the host's own lists of work are not counted. Whatever the
+  // sequence lengths, at most the sum of
+  //   - tiles of floats for each thread, on CUDA for each CTA that fits on the device at once;
+  //   - cascade: num_tokens x num_heads x (head_size_v + 2) floats for the tokens that share a
+  //     prefix. CUDA: for up to 2048 tokens, of sequences of few query rows, from the first batch
+  //     on that may share; and 4 bytes a sequence for AttentionMetadata's cascade tensors;
+  //   - output_block_scale: num_tokens x num_heads x head_size_v floats, from the first call on
+  //     that asks for it;
+  //   - CUDA: the plan itself, some bytes a sequence and a tile of query rows.
+  // CUDA sizes by num_seqs and num_tokens rounded up to powers of two, and once more for each size
+  // that a graph was captured with.
   std::int64_t workspace_bytes() const;
 
-  // One line per piece of work, for people and for tests.
+  // For people and for tests. CPU: one line for each work tile and each work range. CUDA, where the
+  // plan is not read back: one line for each kernel that may serve the layer. Reference: one line.
   std::string to_string() const;
 
   struct Impl;  // src/api
@@ -152,7 +179,8 @@ struct AttentionArgs {
 
 // Attention of one layer over the planned batch. CPU: done on return. CUDA: queued on ctx.stream.
 // Memory: reads query, the needed parts of the cache and the batch's tensors; writes output, lse,
-// output_block_scale and the plan's workspace. Throws Error before anything is written.
+// output_block_scale and the plan's workspace. Throws Error before anything is written; OutOfMemory
+// and std::runtime_error if a device fails.
 QUIRE_API void attention(const Plan& plan, const AttentionArgs& args, const Context& ctx = {});
 
 // Merges two attention results over disjoint keys, (o_a, lse_a) and (o_b, lse_b):
@@ -161,10 +189,14 @@ QUIRE_API void attention(const Plan& plan, const AttentionArgs& args, const Cont
 // head_size_v] fp16/bf16/fp32, one dtype for all three; lse: float32 [num_heads, num_tokens].
 // `output` may alias o_a or o_b, `lse` (optional) lse_a or lse_b. Attention sinks belong to exactly
 // one part. The result is attention over all the keys only if each part was computed with the
-// positions that keys and queries have in the whole sequence: where causality, windows or ALiBi go by
-// them, a part over the second half of a cache, or over every other key, needs
-// CommonAttentionMetadata's kv_offset, kv_stride and q_offset. (Section 2.2 of FlashInfer, Ye et al.,
-// 2025; vLLM's merge_attn_states.)
+// positions that keys and queries have in the whole sequence: where causality, windows or ALiBi go
+// by them, a part over the second half of a cache, or over every other key, needs
+// CommonAttentionMetadata's kv_offset, kv_stride and q_offset. (Section 2.2 of FlashInfer, Ye et
+// al., 2025; vLLM's merge_attn_states.)
+//
+// Runs on the device of o_a, on the backend that ctx.backend names. CPU: done on return. CUDA:
+// queued on ctx.stream. Reads the parts, writes output and lse, allocates nothing. Throws Error
+// before anything is written.
 QUIRE_API void merge_states(const ConstTensorView& o_a, const ConstTensorView& lse_a,
                             const ConstTensorView& o_b, const ConstTensorView& lse_b,
                             const TensorView& output, const TensorView& lse = {},

@@ -21,11 +21,11 @@ class AttentionImpl;
 class AttentionMetadataBuilder;
 class Backend;  // src/backend.h
 
-// What a backend can do, said by the backend itself. `quire info` prints it, and the library refuses
-// calls by it: whatever is not in here throws Error naming the argument, when the layer is planned
-// (members of AttentionConfig), when the batch is (those of CommonAttentionMetadata), or in the call
-// (those of AttentionArgs, caches to write, states to merge). Which kernel then serves the call is
-// looked up in another table: kernel_table().
+// What a backend can do, said by the backend itself. `quire info` prints it, and the library
+// refuses calls by it: whatever is not in here throws Error naming the argument, when the layer is
+// planned (members of AttentionConfig), when the batch is (those of CommonAttentionMetadata), or in
+// the call (those of AttentionArgs, caches to write, states to merge). Which kernel then serves the
+// call is looked up in another table: kernel_table().
 struct BackendCapabilities {
   std::vector<DType> dtypes;  // of the query
   std::vector<KvCacheDType> kv_cache_dtypes;
@@ -78,7 +78,8 @@ class QUIRE_API AttentionBackend {
   virtual std::vector<KernelInfo> kernel_table() const { return {}; }
 
   // Why this backend cannot serve the configuration; empty means it can. Each reason reads
-  // "<member>: expected <...>, got <...>", as an Error's text.
+  // "<member>: expected <...>, got <...>", as an Error's text. Shapes, dtypes and devices of the
+  // score's tensors are looked at when a plan or a layer is made of it.
   virtual std::vector<std::string> supports(const AttentionConfig& config) const = 0;
 
   // vLLM's get_supported_dtypes (of the query) and supported_kv_cache_dtypes.
@@ -126,17 +127,18 @@ class QUIRE_API AttentionMetadataBuilder {
   AttentionMetadata build(std::int64_t common_prefix_len, const CommonAttentionMetadata& common,
                           bool fast_build = false, const Context& ctx = {});
 
-  // Plans metadata whose fields the caller filled, and returns it complete: with the plans, and with
-  // those of the three cascade tensors that were absent. Plans in it are replaced. Throws Error on
-  // fields that contradict each other: use_cascade without a common_prefix_len, a prefix or cascade
-  // tensors without use_cascade, cascade tensors of another shape, dtype or device, and, with
-  // ctx.check_indices, of other content than AttentionMetadata says.
+  // Plans metadata whose fields the caller filled, and returns it complete: with the plans, and
+  // with those of the three cascade tensors that were absent. Plans in it are replaced. Throws
+  // Error on fields that contradict each other: use_cascade without a common_prefix_len, a prefix
+  // or cascade tensors without use_cascade, cascade tensors of another shape, dtype or device, and,
+  // with ctx.check_indices, of other content than AttentionMetadata says.
   AttentionMetadata plan(const AttentionMetadata& metadata, const Context& ctx = {});
 
-  // build() without cascade, in buffers whose addresses stay fixed, so that a graph captured with
-  // the result serves every later batch up to this one's padded size: build() that batch, then
-  // replay. The graph stays good; the metadata itself is valid until the next build(), as any. Throws
-  // Error on a backend without graph capture (BackendCapabilities): the CPU, the reference.
+  // build() without cascade, for a graph that is captured with the result afterwards and serves
+  // every later batch up to this one's num_seqs, num_actual_tokens and max_query_len: build() that
+  // batch, then replay. Plan has the rules. The graph stays good; the metadata itself is valid
+  // until the next build(), as any. Throws Error on a backend without graph capture
+  // (BackendCapabilities): the CPU, the reference.
   AttentionMetadata build_for_cudagraph_capture(const CommonAttentionMetadata& common,
                                                 const Context& ctx = {});
 
@@ -175,11 +177,11 @@ class QUIRE_API AttentionImpl {
   //             with 0, nothing else done
   //   output    [num_tokens, num_heads * head_size_v] or 3-D
   //   output_scale        with an fp8 output: static scale
-  //   output_block_scale  with an fp8 output: receives a scale per group of 128; at most one of both
-  //   lse       optional float32 [num_heads, num_tokens]
+  //   output_block_scale  with an fp8 output: receives a scale per group of 128; at most one of
+  //   both lse       optional float32 [num_heads, num_tokens]
   //
-  // Returns `output`. Errors, memory and stream behaviour as write_kv_cache() and attention():
-  // everything is checked before the cache is written.
+  // Returns `output`. Errors, memory and stream behaviour as write_kv_cache() and attention(), on
+  // the layer's backend: everything is checked before the cache is written.
   TensorView forward(const LayerScales& scales, const ConstTensorView& query,
                      const ConstTensorView& key, const ConstTensorView& value,
                      const PagedKvCache& kv_cache, const AttentionMetadata* metadata,

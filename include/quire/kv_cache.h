@@ -125,10 +125,12 @@ struct QUIRE_API PagedKvCache {
 //                 come from either.
 //
 // fp8 per tensor: stored = saturate(x / scale), NaN stays NaN. Per token and head, in float32:
-// scale = max(absmax * (1 / QMAX), 1e-6), stored = round-to-nearest-even(x * (1 / scale)), saturated:
-// vLLM's fp8 bytes and scales (its int8 codes are truncated, ours rounded). int8 has no NaN and
-// stores 0 for it; an infinity makes the whole vector NaN, by its scale.
-// Memory: reads key, value, slot_mapping; writes the cache; allocates nothing.
+// scale = max(absmax * (1 / QMAX), 1e-6), stored = round-to-nearest-even(x * (1 / scale)),
+// saturated: vLLM's fp8 bytes and scales (its int8 codes are truncated, ours rounded). int8 has no
+// NaN and stores 0 for it; an infinity makes the whole vector NaN, by its scale.
+// Runs on the device of kv_cache.key, on the backend that ctx.backend names. CPU: done on return.
+// CUDA: queued on ctx.stream.
+// Memory: reads key, value, slot_mapping and scales; writes the cache; allocates nothing.
 // Throws Error before anything is written if shapes, dtypes, devices or scales do not fit, or,
 // with ctx.check_indices, if a slot is past the cache or named twice.
 QUIRE_API void write_kv_cache(const ConstTensorView& key, const ConstTensorView& value,

@@ -1,4 +1,4 @@
-// How a score is made from a dot product. Value type; the arithmetic is in src/semantics/score.h.
+// How a score is made from a dot product. Value type.
 #pragma once
 
 #include "quire/types.h"

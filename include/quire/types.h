@@ -24,7 +24,8 @@ namespace quire {
 // Errors
 
 // Thrown by every public function for a mistake of the caller. By then nothing has been written
-// and no work has been queued. `what()` reads "<argument>: expected <...>, got <...>".
+// and no work has been queued (but see the rule for graphs at Plan: a capture that gets an Error is
+// of no use). `what()` reads "<argument>: expected <...>, got <...>".
 //
 // `argument()` names the parameter, or the member of a parameter's struct, as the public header
 // spells it, without the struct: "num_heads", "window_size", "query", "seq_lens", "softmax_scale".
@@ -46,8 +47,10 @@ class QUIRE_API Error : public std::invalid_argument {
 
 // Thrown where a device has no memory left for what a call needs of it: a workspace. `what()` says
 // how many bytes on which device. Nothing is lost but the call: a plan whose update() threw it
-// needs another update(). Memory of the host that runs out is std::bad_alloc itself; a device that
-// fails in another way is std::runtime_error.
+// needs another update(). Memory of the host that runs out is std::bad_alloc itself. A device that
+// fails in another way, a launch or what earlier work on it left, is std::runtime_error, whose
+// what() names the call or the kernel and its launch; what has been queued or written by then is
+// not known.
 class QUIRE_API OutOfMemory : public std::bad_alloc {
  public:
   // NOLINTNEXTLINE(bugprone-throw-keyword-missing): a member, not an exception to throw
@@ -129,10 +132,10 @@ class QUIRE_API ThreadPool {
 
 // Quire's pools and fork(): threads do not survive it, so a pool starts new ones at its first run
 // in the child (fewer, if the system starts no more), also where another thread was inside a run
-// at the time of the fork. Destroying a pool in the child ends nothing of the parent's. In the child
-// a task that forked must not return, a plan that another thread was using must not be used, and
-// the process's very first call of Quire must not have been under way on another thread. CUDA does
-// not survive a fork: a child of a process that used CUDA gets errors from it.
+// at the time of the fork. Destroying a pool in the child ends nothing of the parent's. In the
+// child a task that forked must not return, a plan that another thread was using must not be used,
+// and the process's very first call of Quire must not have been under way on another thread. CUDA
+// does not survive a fork: a child of a process that used CUDA gets errors from it.
 
 // The process-wide pool, started on first use with default_num_threads() threads. Where the system
 // cannot start so many, with half of those that it could, which leaves something to the rest of
@@ -160,8 +163,8 @@ struct Context {
   ThreadPool* threads = nullptr;
 
   // The backend of a call without a plan (write_kv_cache, merge_states): "" picks as
-  // AttentionConfig::backend does. A call with a plan, a layer's too, runs on the plan's backend and
-  // throws Error if this names another. Read during the call only.
+  // AttentionConfig::backend does. A call with a plan, a layer's too, runs on the plan's backend
+  // and throws Error if this names another. Read during the call only.
   std::string_view backend{};
 
   // Look at the *data* of index tensors and of scales in memory before running, and throw
@@ -174,6 +177,8 @@ struct Context {
   //                                   key of it; other entries (behind every window, past the
   //                                   sequence's end) may hold anything
   //   slot_mapping                    negative, or a slot of the cache that no other token has
+  //   kv_offset, kv_stride, q_offset  positions of keys and rows from 0 to 2^31 - 1, strides above
+  //   0 cu_prefix_query_lens and the other cascade tensors: what AttentionMetadata says of them
   //   Scale::data                     finite and above 0
   bool check_indices = false;
 };

@@ -95,7 +95,7 @@ const DeviceInfo& device_info(int index) {
   if (info.sm_count == 0) info = read_info(index);
   if (info.major < kMinMajor) {
     throw Error(
-        "config.device", "a GPU of compute capability 8.0 or newer",
+        "device", "a GPU of compute capability 8.0 or newer",
         info.name + " (sm_" + std::to_string(info.major) + std::to_string(info.minor) + ")");
   }
   return info;

@@ -14,7 +14,7 @@ DeviceBuffer::~DeviceBuffer() {
 
 void DeviceBuffer::allocate(std::size_t bytes, cudaStream_t stream) {
   if (is_capturing(stream)) {
-    throw Error("ctx.stream",
+    throw Error("stream",
                 "a plan that has run a batch of this size before the capture (warm up first)",
                 "a capture that would have to allocate " + std::to_string(bytes) + " bytes");
   }

@@ -215,6 +215,8 @@ TEST(InlineScales, WrongTensorsAreRefused) {
   EXPECT_EQ(combined(bytes({2, 2, 4, 2, 4}), int8), "kv_cache");   // no room for a row
   EXPECT_EQ(combined(bytes({2, 2, 4, 2, 21}), int8), "kv_cache");  // 17 elements before the scale
   EXPECT_EQ(combined(bytes({2, 2, 4, 2, 20}, 1), int8), "kv_cache");
+  const TensorView apart(memory, DType::kInt8, {2, 2, 4, 2, 20}, {352, 176, 44, 22, 1});
+  EXPECT_EQ(combined(apart, int8), "kv_cache");  // every other head's scale
   EXPECT_EQ(packed(bytes({2, 2, 4, 40}), 16), "(no error)");
   EXPECT_EQ(packed(bytes({2, 2, 4, 40}), 32), "head_size");
   EXPECT_EQ(packed(bytes({2, 2, 4, 40}), 0), "head_size");
