@@ -22,16 +22,20 @@ function(quire_set_shared_properties target)
   target_link_options(${target} PRIVATE "LINKER:--version-script=${map}")
 endfunction()
 
-# quire_add_test(name SOURCES a.cc... [LIBRARIES lib...] [SERIAL]): a GoogleTest program; each of its
-# cases is a test of its own in ctest. The library, the headers of src/ and tests/, and gtest_main
-# come with it. QUIRE_SOURCE_DIR is defined as the repository's root, for test data. SERIAL: never
-# beside another test (timings).
+# quire_add_test(name [SOURCES a.cc...] [INTERNAL_SOURCES b.cc...] [LIBRARIES lib...] [SERIAL]): a
+# GoogleTest program; each of its cases is a test of its own in ctest. The library, the headers of
+# src/ and tests/, and gtest_main come with it. QUIRE_SOURCE_DIR is defined as the repository's root,
+# for test data. INTERNAL_SOURCES call what libquire.so does not export and are left out where that is
+# what is built. SERIAL: never beside another test (timings).
 function(quire_add_test name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "SERIAL" "" "SOURCES;LIBRARIES")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "SERIAL" "" "SOURCES;INTERNAL_SOURCES;LIBRARIES")
   if(arg_UNPARSED_ARGUMENTS)
     message(FATAL_ERROR "quire_add_test(${name}): unknown arguments ${arg_UNPARSED_ARGUMENTS}")
   endif()
-  if(NOT QUIRE_BUILD_TESTS)
+  if(NOT BUILD_SHARED_LIBS)
+    list(APPEND arg_SOURCES ${arg_INTERNAL_SOURCES})
+  endif()
+  if(NOT QUIRE_BUILD_TESTS OR NOT arg_SOURCES)
     return()
   endif()
   add_executable(${name} ${arg_SOURCES})
