@@ -120,7 +120,6 @@ struct CacheWriteParams {
   std::int32_t num_kv_heads = 0;
   std::int32_t head_size = 0;
   std::int32_t head_size_v = 0;
-  KvCacheDType cache_dtype = KvCacheDType::kAuto;
   KvParams k;
   KvParams v;
 };

@@ -260,7 +260,6 @@ CacheWriteParams lower_cache_write(const BackendCapabilities& caps, const ConstT
   p.num_kv_heads = static_cast<std::int32_t>(cache.key.shape[2]);
   p.head_size = static_cast<std::int32_t>(cache.key.shape[3]);
   p.head_size_v = static_cast<std::int32_t>(cache.value.shape[3]);
-  p.cache_dtype = cache.dtype;
   return p;
 }
 
