@@ -43,9 +43,11 @@ std::set<std::string> kernels_of(cudaGraph_t graph) {
     const char* name = nullptr;
     check(cudaFuncGetName(&name, launch.func), "cudaFuncGetName");
     std::string text = demangled(name);
-    // One kernel to the table of kernels, compiled for three widths of V.
-    const std::size_t fp32 = text.find("attention_fp32<");
-    if (fp32 != std::string::npos) text.resize(text.find('<', fp32));
+    // One kernel each to the table of kernels, compiled for several widths or types.
+    for (const char* one : {"attention_fp32<", "cache_write_rows<"}) {
+      const std::size_t at = text.find(one);
+      if (at != std::string::npos) text.resize(text.find('<', at));
+    }
     names.insert(text);
   }
   return names;

@@ -48,7 +48,8 @@ class CudaBackend final : public Backend {
     list.push_back({"find_partners", "batches of auto_cascade, once a step"});
     list.push_back({"cascade_tensors", "AttentionMetadata with a common prefix, once a step"});
     list.push_back({"block_quantize", "fp8 outputs with block scales"});
-    list.push_back({"cache_write", "write_kv_cache"});
+    list.push_back({"cache_write_rows", "write_kv_cache of rows of whole aligned pieces"});
+    list.push_back({"cache_write_elements", "write_kv_cache of other rows"});
     list.push_back({"merge", "merge_states"});
     return list;
   }

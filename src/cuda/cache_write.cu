@@ -1,10 +1,14 @@
-// New K and V rows into the cache.
+// New K and V rows into the cache. Rows of whole aligned pieces go piece by piece
+// (cache_write_rows.cuh), others element by element:
 //
-//   slot_mapping -> (block, slot) | one warp a (token, head): K row, then V row
+//   slot_mapping -> (block, slot) | one warp a (token, head): K row, then V row, coalesced
 //
-// The same type: 16-byte pieces of K and V side by side over the lanes where rows are aligned (256
-// bytes each at head size 128: one piece a lane). Else element by element, coalesced; per-token-head
-// caches take the row's largest magnitude first (two passes over a row that is then in the L1).
+// where per-token-head caches take the row's largest magnitude first (two passes over a row that is
+// then in the L1).
+#include <algorithm>
+#include <initializer_list>
+
+#include "cuda/cache_write_rows.cuh"
 #include "cuda/check.h"
 #include "cuda/kernels.h"
 #include "semantics/kv_row.h"
@@ -40,7 +44,7 @@ __device__ Side side_of(const CacheWriteParams& p, const KvParams& kv, const voi
   return side;
 }
 
-__device__ void copy_elements(const CacheWriteParams& p, const KvParams& kv, const Side& side) {
+__device__ void write_elements(const CacheWriteParams& p, const KvParams& kv, const Side& side) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (kv.dtype == p.dtype) {
     // Bits, so that NaN payloads survive.
@@ -78,9 +82,8 @@ __device__ void copy_elements(const CacheWriteParams& p, const KvParams& kv, con
 }
 
 __global__ void __launch_bounds__(kThreads)
-    cache_write(const __grid_constant__ CacheWriteParams p, bool whole_pieces) {
+    cache_write_elements(const __grid_constant__ CacheWriteParams p) {
   const std::int64_t num_rows = p.num_slots * p.num_kv_heads;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t stride = std::int64_t{gridDim.x} * kWarps;
   for (std::int64_t row = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; row < num_rows;
        row += stride) {
@@ -88,55 +91,154 @@ __global__ void __launch_bounds__(kThreads)
     const auto head = static_cast<int>(row - token * p.num_kv_heads);
     const std::int64_t slot = p.slot_mapping[token];
     if (slot < 0 || slot >= p.num_blocks * p.block_size) continue;
-    const Side k = side_of(p, p.k, p.key, p.key_token_stride, p.key_head_stride, p.head_size, token,
-                           slot, head);
-    const Side v = side_of(p, p.v, p.value, p.value_token_stride, p.value_head_stride,
-                           p.head_size_v, token, slot, head);
-    if (!whole_pieces) {
-      copy_elements(p, p.k, k);
-      copy_elements(p, p.v, v);
-      continue;
-    }
-    const auto element = static_cast<int>(size_of(p.dtype));
-    const int k_pieces = k.size * element / 16;
-    const int pieces = k_pieces + v.size * element / 16;
-    for (int i = lane; i < pieces; i += 32) {
-      const Side& side = i < k_pieces ? k : v;
-      const int piece = i < k_pieces ? i : i - k_pieces;
-      reinterpret_cast<uint4*>(side.to)[piece] =
-          __ldcs(reinterpret_cast<const uint4*>(side.from) + piece);
-    }
+    write_elements(p, p.k,
+                   side_of(p, p.k, p.key, p.key_token_stride, p.key_head_stride, p.head_size, token,
+                           slot, head));
+    write_elements(p, p.v,
+                   side_of(p, p.v, p.value, p.value_token_stride, p.value_head_stride,
+                           p.head_size_v, token, slot, head));
   }
 }
 
-bool aligned(const void* data, std::int64_t a, std::int64_t b, std::int64_t c,
-             std::int64_t element) {
-  return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && a * element % 16 == 0 &&
-         b * element % 16 == 0 && c * element % 16 == 0;
+void launch_elements(const CacheWriteParams& params, cudaStream_t stream) {
+  constexpr std::int64_t kMaxGrid = 1 << 20;
+  const std::int64_t rows = params.num_slots * params.num_kv_heads;
+  const auto grid =
+      static_cast<unsigned>(semantics::min_of((rows + kWarps - 1) / kWarps, kMaxGrid));
+  cache_write_elements<<<grid, kThreads, 0, stream>>>(params);
+  check_launch("cache_write_elements", dim3(grid), kThreads, 0);
 }
 
-bool has_whole_pieces(const CacheWriteParams& p) {
-  const std::int64_t e = size_of(p.dtype);
-  const auto cache_ok = [&](const KvParams& kv) {
-    return kv.dtype == p.dtype &&
-           aligned(kv.data, kv.strides.block, kv.strides.slot, kv.strides.head, e);
+// A kernel for rows of whole pieces, and what it asks of them.
+struct RowKernel {
+  void (*kernel)(const RowParams) = nullptr;  // null: there is none
+  std::int64_t from_bytes = 0;                // of a piece
+  std::int64_t to_bytes = 0;
+  std::int64_t held = 0;  // pieces of a thread, at most
+};
+
+template <DType kFrom, DType kTo, bool kScaled = false>
+RowKernel row_kernel() {
+  // Bits are copied alike whatever they mean.
+  if constexpr (kFrom == kTo && kFrom != DType::kFloat32) {
+    return row_kernel<DType::kFloat32, DType::kFloat32>();
+  }
+  using P = Piece<kFrom, kTo>;
+  return {cache_write_rows<kFrom, kTo, kScaled>, P::kFromBytes, P::kToBytes, kHeld<kFrom, kTo>};
+}
+
+template <DType kFrom>
+RowKernel row_kernel_from(DType to, bool scaled) {
+  switch (to) {
+    case DType::kFloat32: return row_kernel<kFrom, DType::kFloat32>();
+    case DType::kFloat16: return row_kernel<kFrom, DType::kFloat16>();
+    case DType::kBFloat16: return row_kernel<kFrom, DType::kBFloat16>();
+    case DType::kFloat8E5M2: return row_kernel<kFrom, DType::kFloat8E5M2>();
+    case DType::kFloat8E4M3:
+      return scaled ? row_kernel<kFrom, DType::kFloat8E4M3, true>()
+                    : row_kernel<kFrom, DType::kFloat8E4M3>();
+    case DType::kInt8: return row_kernel<kFrom, DType::kInt8, true>();
+    default: return {};
+  }
+}
+
+RowKernel row_kernel_of(DType from, DType to, bool scaled) {
+  switch (from) {
+    case DType::kFloat32: return row_kernel_from<DType::kFloat32>(to, scaled);
+    case DType::kFloat16: return row_kernel_from<DType::kFloat16>(to, scaled);
+    case DType::kBFloat16: return row_kernel_from<DType::kBFloat16>(to, scaled);
+    default: return {};
+  }
+}
+
+bool are_multiples(std::int64_t of, std::initializer_list<std::int64_t> numbers) {
+  return std::all_of(numbers.begin(), numbers.end(),
+                     [&](std::int64_t number) { return number % of == 0; });
+}
+
+// Sets up one side; false if its rows are not whole aligned pieces, or have a scale and are too long.
+bool set_side(const RowKernel& kernel, const CacheWriteParams& p, const KvParams& kv,
+              const void* rows, std::int64_t token_stride, std::int64_t head_stride,
+              std::int64_t size, RowSide* side) {
+  const std::int64_t from = size_of(p.dtype);
+  const std::int64_t to = size_of(kv.dtype);
+  const auto in_bytes = [](const semantics::CacheStrides& strides, std::int64_t bytes) {
+    return semantics::CacheStrides{strides.block * bytes, strides.slot * bytes,
+                                   strides.head * bytes};
   };
-  return cache_ok(p.k) && cache_ok(p.v) && p.head_size * e % 16 == 0 &&
-         p.head_size_v * e % 16 == 0 &&
-         aligned(p.key, p.key_token_stride, p.key_head_stride, 0, e) &&
-         aligned(p.value, p.value_token_stride, p.value_head_stride, 0, e);
+  side->from = static_cast<const char*>(rows);
+  side->to = static_cast<char*>(kv.data);
+  side->from_token_stride = token_stride * from;
+  side->from_head_stride = head_stride * from;
+  side->to_strides = in_bytes(kv.strides, to);
+  side->scale = kv.scale;
+  side->token_scales = reinterpret_cast<char*>(kv.token_scales);
+  side->token_scale_strides = in_bytes(kv.token_scale_strides, sizeof(float));
+
+  const bool is_scaled = kv.token_scales != nullptr;
+  const auto to_is_aligned_to = [&](std::int64_t bytes) {
+    return are_multiples(bytes, {reinterpret_cast<std::intptr_t>(side->to), side->to_strides.block,
+                                 side->to_strides.slot, side->to_strides.head});
+  };
+  side->to_is_aligned = to_is_aligned_to(kernel.to_bytes);
+  if (!side->to_is_aligned && !(is_scaled && to_is_aligned_to(4))) return false;
+  if (!are_multiples(kernel.from_bytes, {size * from, reinterpret_cast<std::intptr_t>(side->from),
+                                         side->from_token_stride, side->from_head_stride})) {
+    return false;
+  }
+
+  const std::int64_t pieces = size * from / kernel.from_bytes;
+  side->pieces = static_cast<std::uint32_t>(pieces);
+  // Lanes: 4, so that even 8-byte pieces fill sectors of 32 bytes; then 2 pieces each up to 8 lanes,
+  // which read whole lines (with 4 lanes for head size 128, writes were 6 % slower); then up to
+  // `held` pieces each.
+  while ((1LL << side->lanes_log2) < 4 ||
+         ((1LL << side->lanes_log2) < 8 && 2LL << side->lanes_log2 < pieces) ||
+         kernel.held << side->lanes_log2 < pieces) {
+    ++side->lanes_log2;
+  }
+  return !is_scaled || side->lanes_log2 <= 5;
+}
+
+// False, and nothing is written, if rows are not whole aligned pieces (or too many pieces a token).
+bool launch_rows(const CacheWriteParams& p, cudaStream_t stream) {
+  const RowKernel kernel = row_kernel_of(p.dtype, p.k.dtype, p.k.token_scales != nullptr);
+  RowParams params;
+  if (kernel.kernel == nullptr ||
+      !set_side(kernel, p, p.k, p.key, p.key_token_stride, p.key_head_stride, p.head_size,
+                &params.sides[0]) ||
+      !set_side(kernel, p, p.v, p.value, p.value_token_stride, p.value_head_stride, p.head_size_v,
+                &params.sides[1])) {
+    return false;
+  }
+  params.num_slots = static_cast<std::uint64_t>(p.num_blocks * p.block_size);
+  params.heads = RowDivider(static_cast<std::uint32_t>(p.num_kv_heads));
+  params.block_size = SlotDivider(p.block_size);
+  const std::uint32_t lanes_log2 =
+      semantics::max_of(params.sides[0].lanes_log2, params.sides[1].lanes_log2);
+
+  // The kernels count threads in 31 bits.
+  const std::int64_t most_tokens = (1LL << 31 >> lanes_log2) / p.num_kv_heads;
+  if (most_tokens == 0) return false;
+  for (std::int64_t first = 0; first < p.num_slots; first += most_tokens) {
+    const std::int64_t rows = semantics::min_of(most_tokens, p.num_slots - first) * p.num_kv_heads;
+    RowParams part = params;
+    part.slot_mapping = p.slot_mapping + first;
+    part.num_rows = static_cast<std::uint32_t>(rows);
+    for (RowSide& side : part.sides) side.from += first * side.from_token_stride;
+    const std::int64_t threads = rows << lanes_log2;
+    const dim3 grid(static_cast<unsigned>((threads + kRowThreads - 1) / kRowThreads), 2);
+    kernel.kernel<<<grid, kRowThreads, 0, stream>>>(part);
+    check_launch("cache_write_rows", grid, kRowThreads, 0);
+  }
+  return true;
 }
 
 }  // namespace
 
 void launch_cache_write(const CacheWriteParams& params, cudaStream_t stream) {
-  constexpr std::int64_t kMaxGrid = 1 << 20;
-  const std::int64_t rows = params.num_slots * params.num_kv_heads;
-  if (rows == 0) return;
-  const auto grid =
-      static_cast<unsigned>(semantics::min_of((rows + kWarps - 1) / kWarps, kMaxGrid));
-  cache_write<<<grid, kThreads, 0, stream>>>(params, has_whole_pieces(params));
-  check_launch("cache_write", dim3(grid), kThreads, 0);
+  if (params.num_slots == 0 || params.num_kv_heads == 0) return;
+  if (!launch_rows(params, stream)) launch_elements(params, stream);
 }
 
 }  // namespace quire::cuda
