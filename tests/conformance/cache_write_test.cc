@@ -228,6 +228,55 @@ TEST_P(CacheWrite, EveryModelDTypeIntoEveryCache) {
   }
 }
 
+// What short ways of dividing and rounding get wrong, among plain numbers and in rows of whole
+// vectors: NaN, infinities, zeros of both signs, overflow, subnormals, and extreme scales.
+TEST_P(CacheWrite, OddValuesAndScalesInRowsOfVectors) {
+  const std::vector<float> odd{kNan,  kInfinity, -kInfinity, 0.0F,   -0.0F,    1e30F,   -3e38F,
+                               -kNan, 1e-38F,    -1e-40F,    65504,  -57344,   448.5F,  1e-7F,
+                               -1.5F, 0.875F,    2.125F,     -0.01F, 0x1p-17F, 0x1p-10F};
+  for (const DType model : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
+    for (int kind = 0; kind <= static_cast<int>(KvCacheDType::kFp8E4M3PerTokenHead); ++kind) {
+      const auto dtype = static_cast<KvCacheDType>(kind);
+      const DType storage = storage_dtype(dtype, model);
+      for (const float scale : {1.0F, 0.37F, 3e20F, 0x1p-70F, 1e-39F}) {
+        if (!is_per_tensor_fp8(dtype) && scale != 1.0F) break;
+        // Rows with all of them, with one of them, and with none.
+        for (std::size_t with = 0; with < odd.size() + 2; ++with) {
+          std::vector<float> row(64);
+          for (std::size_t d = 0; d < row.size(); ++d) {
+            row[d] = 0.37F * static_cast<float>(d) - 7.0F;
+            if (with == 0 && d % 3 == 0) row[d] = odd[d / 3 % odd.size()];
+          }
+          if (with > 1) row[11] = odd[with - 2];
+          const Written result = written(dtype, row, scale, model);
+          const Tensor source = make_tensor(model, {64});
+          for (std::int64_t d = 0; d < 64; ++d) source.set({d}, row[d]);
+          const Tensor wanted = make_tensor(storage, {64});
+          float own_scale = 0;
+          quantise_row(dtype, model, source.at({0}), 64, scale, storage, wanted.at({0}),
+                       &own_scale);
+          const std::vector<double> values = result.key(5);
+          for (std::int64_t d = 0; d < 64; ++d) {
+            // int8 has no NaN: those, and all of a row whose scale is infinite, are 0.
+            const double x = source.get({d});
+            const bool zero = storage == DType::kInt8 && (std::isnan(x) || std::isinf(own_scale));
+            const double want = zero ? 0.0 : wanted.get({d});
+            const bool same = std::isnan(want) ? std::isnan(values[d])
+                                               : values[d] == want &&
+                                                     std::signbit(values[d]) == std::signbit(want);
+            ASSERT_TRUE(same) << x << " as " << values[d] << ", not " << want << ": "
+                              << to_string(model) << " into " << to_string(dtype) << ", scale "
+                              << scale;
+          }
+          if (is_per_token_head(dtype)) {
+            ASSERT_EQ(result.key_scale(5), own_scale);
+          }
+        }
+      }
+    }
+  }
+}
+
 QUIRE_ON_EVERY_DEVICE(CacheWrite);
 
 }  // namespace
