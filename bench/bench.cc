@@ -35,9 +35,10 @@ std::string with_digits(double value, int digits) {
 // Where one workload's bytes go.
 struct MemoryNeed {
   std::int64_t cache_bytes = 0;  // one cache
+  std::int64_t write_bytes = 0;  // CUDA: new tokens of a cache of its own, and what the copy moves
   std::int64_t other_bytes = 0;  // query, output, new tokens
   std::int64_t num_caches = 1;
-  std::int64_t total() const { return cache_bytes * num_caches + other_bytes; }
+  std::int64_t total() const { return (cache_bytes + write_bytes) * num_caches + other_bytes; }
 };
 
 MemoryNeed memory_need(const Workload& workload, const Options& options,
@@ -50,6 +51,10 @@ MemoryNeed memory_need(const Workload& workload, const Options& options,
                      model.num_kv_heads * (model.head_size * element.kv + element.kv_scale);
   need.other_bytes =
       2 * tokens * (model.num_heads + model.num_kv_heads) * model.head_size * element.query;
+  if (options.device == DeviceType::kCuda) {
+    need.write_bytes = 2 * tokens * model.num_kv_heads * model.head_size * element.query +
+                       write_bytes(workload, element);
+  }
   const std::int64_t wanted = (rotation_bytes + need.cache_bytes - 1) / need.cache_bytes;
   need.num_caches = std::clamp<std::int64_t>(wanted, 1, kMaxCaches);
   while (need.num_caches > 1 && need.total() > budget) --need.num_caches;
@@ -90,6 +95,7 @@ Result measure(const Workload& workload, const Options& options, const MemoryNee
   result.workload = workload;
   result.flops = flops(workload);
   result.bytes = bytes(workload, element_bytes(options));
+  result.write_bytes = write_bytes(workload, element_bytes(options));
   result.num_caches = static_cast<int>(need.num_caches);
   result.cache_bytes = layer.cache_bytes();
 

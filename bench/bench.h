@@ -42,7 +42,9 @@ struct Result {
   std::int64_t workspace_bytes = 0;
   std::vector<double> attention_us;
   std::vector<double> plan_us;
+  std::int64_t write_bytes = 0;  // read and written by a cache write
   std::vector<double> write_us;
+  std::vector<double> copy_us;  // CUDA: of a device-to-device copy that moves as many bytes
   std::vector<double> host_us;  // CUDA: of the host, for an eager cache write and attention
 };
 

@@ -59,16 +59,29 @@ class CudaLayer {
     const std::int64_t tokens = std::max(batch_.num_tokens, kFillTokens);
     query_ = random({batch_.num_tokens, model.num_heads, model.head_size});
     output_ = random({batch_.num_tokens, model.num_heads, model.head_size});
-    key_ = random({tokens, model.num_kv_heads, model.head_size});
-    value_ = random({tokens, model.num_kv_heads, model.head_size});
-    for (std::int64_t i = 0; i < num_caches; ++i) add_cache(model);
+    keys_.push_back(random({tokens, model.num_kv_heads, model.head_size}));
+    values_.push_back(random({tokens, model.num_kv_heads, model.head_size}));
+    for (std::int64_t i = 0; i < num_caches; ++i) {
+      add_cache(model);
+      if (i == 0) continue;
+      keys_.push_back(duplicate(keys_[0]));
+      values_.push_back(duplicate(values_[0]));
+    }
+    add_copies(write_bytes(workload, element_bytes(options)) / 2, num_caches);
     check(cudaStreamSynchronize(stream_));
   }
   ~CudaLayer() { cudaStreamDestroy(stream_); }
 
   void plan() { plan_.update(common_, announced_prefix_, context_); }
   void write(std::size_t call) {
-    write_kv_cache(key_, value_, cache(call), common_.slot_mapping, context_);
+    const std::size_t i = call % caches_.size();
+    write_kv_cache(keys_[i], values_[i], caches_[i], common_.slot_mapping, context_);
+  }
+  // Moves as many bytes as write(), over as much memory in turn.
+  void copy(std::size_t call) {
+    const Copy& copy = copies_[call % copies_.size()];
+    check(cudaMemcpyAsync(copy.to, copy.from, static_cast<std::size_t>(copy_bytes_),
+                          cudaMemcpyDeviceToDevice, stream_));
   }
   void attend(std::size_t call) {
     AttentionArgs args;
@@ -119,6 +132,35 @@ class CudaLayer {
     return uploaded(view);
   }
 
+  TensorView duplicate(const TensorView& view) {
+    const std::int64_t bytes = view.num_elements() * size_of(view.dtype);
+    TensorView copy = view;
+    copy.data = allocate(bytes);
+    check(cudaMemcpy(copy.data, view.data, static_cast<std::size_t>(bytes),
+                     cudaMemcpyDeviceToDevice));
+    return copy;
+  }
+
+  struct Copy {
+    char* from = nullptr;
+    char* to = nullptr;
+  };
+
+  void add_copies(std::int64_t bytes, std::int64_t count) {
+    copy_bytes_ = bytes;
+    const TensorView& key = keys_[0];
+    const std::int64_t key_bytes = key.num_elements() * size_of(key.dtype);
+    for (std::int64_t i = 0; i < count; ++i) {
+      copies_.push_back({static_cast<char*>(allocate(bytes)), static_cast<char*>(allocate(bytes))});
+      for (std::int64_t begin = 0; begin < bytes;
+           begin += key_bytes) {  // no zeros: they are cheaper
+        check(cudaMemcpy(copies_.back().from + begin, key.data,
+                         static_cast<std::size_t>(std::min(key_bytes, bytes - begin)),
+                         cudaMemcpyDeviceToDevice));
+      }
+    }
+  }
+
   void add_cache(const Model& model) {
     const CacheLayout layout(model, options_, batch_.num_blocks);
     cache_bytes_ = layout.data_bytes + layout.scale_bytes;
@@ -131,7 +173,7 @@ class CudaLayer {
     std::iota(slots.begin(), slots.end(), 0);
     const TensorView all = uploaded(TensorView(slots.data(), DType::kInt64, {num_slots}));
     for (std::int64_t begin = 0; begin < num_slots; begin += kFillTokens) {
-      write_kv_cache(key_, value_, made,
+      write_kv_cache(keys_[0], values_[0], made,
                      all.slice(0, begin, std::min(begin + kFillTokens, num_slots)), context_);
     }
     check(cudaStreamSynchronize(stream_));
@@ -148,8 +190,11 @@ class CudaLayer {
   cudaStream_t stream_ = nullptr;
   CommonAttentionMetadata common_;
   Plan plan_;
-  TensorView query_, output_, key_, value_;
+  TensorView query_, output_;
+  std::vector<TensorView> keys_, values_;  // one of each a cache
   std::vector<PagedKvCache> caches_;
+  std::vector<Copy> copies_;
+  std::int64_t copy_bytes_ = 0;
   std::int64_t cache_bytes_ = 0;
 };
 
@@ -233,6 +278,7 @@ Result measure_cuda(const Workload& workload, const Options& options, std::int64
   result.workload = workload;
   result.flops = flops(workload);
   result.bytes = bytes(workload, element_bytes(options));
+  result.write_bytes = write_bytes(workload, element_bytes(options));
   result.num_caches = static_cast<int>(num_caches);
   result.cache_bytes = layer.cache_bytes();
   layer.plan();
@@ -242,7 +288,8 @@ Result measure_cuda(const Workload& workload, const Options& options, std::int64
   const auto calls = static_cast<std::size_t>(std::max<std::int64_t>(num_caches, 4));
   const double ms = options.min_time_ms;
   result.write_us =
-      time_graph(layer.stream(), calls, 2.0, 5, [&](std::size_t i) { layer.write(i); });
+      time_graph(layer.stream(), calls, 5.0, 5, [&](std::size_t i) { layer.write(i); });
+  result.copy_us = time_graph(layer.stream(), calls, 5.0, 5, [&](std::size_t i) { layer.copy(i); });
   result.attention_us = time_graph(layer.stream(), calls, ms, options.min_repeats,
                                    [&](std::size_t i) { layer.attend(i); });
   result.host_us = time_host(&layer);

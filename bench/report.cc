@@ -39,6 +39,10 @@ struct Figures {
   double gb_per_s;
   double gflop_per_s;
   bool memory_bound;
+  double write_us;
+  double write_gb_per_s;
+  double copy_us;  // 0: not measured
+  double write_fraction;
 };
 
 Figures figures_of(const Report& report, const Result& result) {
@@ -51,6 +55,12 @@ Figures figures_of(const Report& report, const Result& result) {
   f.gb_per_s = num_bytes / f.time_us * 1e6 / kGiga;
   f.gflop_per_s = num_flops / f.time_us * 1e6 / kGiga;
   f.memory_bound = is_memory_bound(report.limits, num_flops, num_bytes);
+  f.write_us = median(result.write_us);
+  f.write_gb_per_s = static_cast<double>(result.write_bytes) / f.write_us * 1e6 / kGiga;
+  if (!result.copy_us.empty()) {
+    f.copy_us = median(result.copy_us);
+    f.write_fraction = f.copy_us / f.write_us;
+  }
   return f;
 }
 
@@ -134,31 +144,53 @@ Json limits_json(const Report& report) {
           {"samples", samples}};
 }
 
+void append_writes(std::string* out, const Report& report) {
+  if (report.results.empty() || report.results.front().copy_us.empty()) return;
+  *out += "\nnew tokens into the cache, beside device-to-device copies of as many bytes\n";
+  append(out, "%-20s %6s %8s %9s %7s %9s %8s\n", "workload", "tokens", "MB", "time us", "TB/s",
+         "copy us", "fraction");
+  for (const Result& result : report.results) {
+    const Figures f = figures_of(report, result);
+    append(out, "%-20s %6lld %8.2f %9.2f %7.3f %9.2f %8.3f\n", result.workload.name.c_str(),
+           static_cast<long long>(result.workload.num_tokens()),
+           1e-6 * static_cast<double>(result.write_bytes), f.write_us, 1e-3 * f.write_gb_per_s,
+           f.copy_us, f.write_fraction);
+  }
+}
+
 Json result_json(const Report& report, const Result& result) {
   const Figures f = figures_of(report, result);
   Json batch = Json::array();
   for (const Sequence& s : result.workload.batch) batch.push_back({s.query_len, s.seq_len});
-  return {{"name", result.workload.name},
-          {"model", result.workload.model.name},
-          {"scale", result.workload.scale},
-          {"flops", result.flops},
-          {"bytes", result.bytes},
-          {"time_us", f.time_us},
-          {"limit_us", f.limit_us},
-          {"bound", f.memory_bound ? "memory" : "compute"},
-          {"fraction", f.fraction},
-          {"gb_per_s", f.gb_per_s},
-          {"gflop_per_s", f.gflop_per_s},
-          {"plan_us", median(result.plan_us)},
-          {"write_us", median(result.write_us)},
-          {"host_us", median(result.host_us)},
-          {"num_caches", result.num_caches},
-          {"cache_bytes", result.cache_bytes},
-          {"workspace_bytes", result.workspace_bytes},
-          {"batch", batch},
-          {"samples_us", result.attention_us},
-          {"plan_samples_us", result.plan_us},
-          {"write_samples_us", result.write_us}};
+  Json json = {{"name", result.workload.name},
+               {"model", result.workload.model.name},
+               {"scale", result.workload.scale},
+               {"flops", result.flops},
+               {"bytes", result.bytes},
+               {"time_us", f.time_us},
+               {"limit_us", f.limit_us},
+               {"bound", f.memory_bound ? "memory" : "compute"},
+               {"fraction", f.fraction},
+               {"gb_per_s", f.gb_per_s},
+               {"gflop_per_s", f.gflop_per_s},
+               {"plan_us", median(result.plan_us)},
+               {"write_bytes", result.write_bytes},
+               {"write_us", f.write_us},
+               {"write_gb_per_s", f.write_gb_per_s},
+               {"host_us", median(result.host_us)},
+               {"num_caches", result.num_caches},
+               {"cache_bytes", result.cache_bytes},
+               {"workspace_bytes", result.workspace_bytes},
+               {"batch", batch},
+               {"samples_us", result.attention_us},
+               {"plan_samples_us", result.plan_us},
+               {"write_samples_us", result.write_us}};
+  if (!result.copy_us.empty()) {
+    json["copy_us"] = f.copy_us;
+    json["write_fraction"] = f.write_fraction;
+    json["copy_samples_us"] = result.copy_us;
+  }
+  return json;
 }
 
 }  // namespace
@@ -188,12 +220,13 @@ std::string to_table(const Report& report) {
            result.workload.name.c_str(), result.workload.batch.size(),
            static_cast<long long>(result.workload.num_tokens()), f.time_us, f.gb_per_s,
            f.gflop_per_s, f.limit_us, f.memory_bound ? "memory" : "compute", f.fraction,
-           median(result.plan_us), median(result.write_us));
+           median(result.plan_us), f.write_us);
     if (on_cuda) {
       out.pop_back();
       append(&out, "  host %.1f us\n", median(result.host_us));
     }
   }
+  append_writes(&out, report);
   const Means means = fractions_of(report);
   out += "\ngeometric mean of the fractions\n";
   append_mean(&out, "all", means.all);

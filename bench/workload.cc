@@ -182,6 +182,12 @@ std::int64_t bytes(const Workload& workload, const ElementBytes& element) {
          2 * workload.num_tokens() * model.num_heads * query_row;
 }
 
+std::int64_t write_bytes(const Workload& workload, const ElementBytes& element) {
+  const Model& model = workload.model;
+  const std::int64_t row = model.head_size * (element.query + element.kv) + element.kv_scale;
+  return 2 * workload.num_tokens() * model.num_kv_heads * row;
+}
+
 std::vector<Workload> load_workloads(const std::string& path) {
   const Json file = parse_file(path);
   std::map<std::string, Model> models;

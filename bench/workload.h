@@ -55,6 +55,9 @@ std::int64_t flops(const Workload& workload);
 // Each needed K and V row once, the query and the output.
 std::int64_t bytes(const Workload& workload, const ElementBytes& element = {});
 
+// K and V of the new tokens: read in the query's dtype, written as the cache stores them.
+std::int64_t write_bytes(const Workload& workload, const ElementBytes& element = {});
+
 // Reads and checks a workload file (see bench/cases/workloads.json). Throws std::runtime_error that
 // names the file, the workload and the member that is wrong; stored flops and bytes that the
 // definitions above do not give are such an error.

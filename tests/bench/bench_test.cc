@@ -78,6 +78,8 @@ TEST_P(BenchOnDevice, MeasuresEveryWorkload) {
     EXPECT_GE(result.attention_us.size(), 3U);
     EXPECT_GE(result.plan_us.size(), 3U);
     EXPECT_GE(result.write_us.size(), 3U);
+    EXPECT_EQ(result.write_bytes, write_bytes(result.workload));
+    EXPECT_EQ(result.copy_us.empty(), GetParam() == DeviceType::kCpu);
     EXPECT_EQ(result.flops, flops(result.workload));
     EXPECT_GT(report.fraction(result), 0.0);
     EXPECT_GT(result.num_caches, 1);
@@ -152,6 +154,8 @@ Report made_up_report() {
   memory.attention_us = {150.0, 200.0, 1000.0};
   memory.plan_us = {1.5};
   memory.write_us = {2.5};
+  memory.write_bytes = 5'000'000;
+  memory.copy_us = {2.0, 1.0, 2.4};
   Result compute = memory;
   compute.workload = small_workloads()[1];
   compute.flops = 100'000'000;  // 1000 us
@@ -167,6 +171,7 @@ TEST(BenchReport, TableHoldsTheFigures) {
   EXPECT_THAT(table, testing::ContainsRegex("small_decode .* 200.0 .* memory +0.500 +1.5 +2.5"));
   EXPECT_THAT(table, testing::ContainsRegex("small_prefill .* 1250.0 .* compute +0.800"));
   EXPECT_THAT(table, testing::ContainsRegex("all +0.632"));
+  EXPECT_THAT(table, testing::ContainsRegex("small_decode +5 +5.00 +2.50 +2.000 +2.00 +0.800"));
 }
 
 TEST(BenchReport, SaysWhenTheMachineWasNotQuiet) {
@@ -188,6 +193,9 @@ TEST(BenchReport, JsonHoldsEverything) {
   EXPECT_DOUBLE_EQ(first.at("time_us").get<double>(), 200.0);
   EXPECT_DOUBLE_EQ(first.at("fraction").get<double>(), 0.5);
   EXPECT_EQ(first.at("bound"), "memory");
+  EXPECT_DOUBLE_EQ(first.at("write_gb_per_s").get<double>(), 2000.0);
+  EXPECT_DOUBLE_EQ(first.at("copy_us").get<double>(), 2.0);
+  EXPECT_DOUBLE_EQ(first.at("write_fraction").get<double>(), 0.8);
   EXPECT_EQ(first.at("batch").at(2), (nlohmann::json{3, 65}));
 }
 

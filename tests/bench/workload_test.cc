@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -66,6 +67,15 @@ TEST(Workload, SharedPrefixesCountOnce) {
   }
 }
 
+TEST(Workload, CacheWritesHaveThousandsOfTokens) {
+  const std::vector<Workload> workloads =
+      load_workloads(QUIRE_SOURCE_DIR "/bench/cases/cache_write.json");
+  std::set<std::int64_t> tokens;
+  for (const Workload& workload : workloads) tokens.insert(workload.num_tokens());
+  EXPECT_EQ(tokens.count(4096), 1U);
+  EXPECT_EQ(tokens.count(16384), 1U);
+}
+
 TEST(Workload, ElementSizesCount) {
   Workload workload;
   workload.model = {.name = "m", .num_heads = 4, .num_kv_heads = 2, .head_size = 8};
@@ -73,6 +83,8 @@ TEST(Workload, ElementSizesCount) {
   EXPECT_EQ(bytes(workload), 2 * 10 * 2 * 8 * 2 + 2 * 4 * 8 * 2);
   EXPECT_EQ(bytes(workload, {.query = 4, .kv = 1, .kv_scale = 4}),
             2 * 10 * 2 * (8 + 4) + 2 * 4 * 8 * 4);
+  EXPECT_EQ(write_bytes(workload), 2 * 2 * 8 * (2 + 2));
+  EXPECT_EQ(write_bytes(workload, {.query = 4, .kv = 1, .kv_scale = 4}), 2 * 2 * (8 * 5 + 4));
 }
 
 TEST(Workload, ScalingKeepsShapeAndHitsTheCost) {
