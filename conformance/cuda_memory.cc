@@ -44,7 +44,7 @@ std::set<std::string> kernels_of(cudaGraph_t graph) {
     check(cudaFuncGetName(&name, launch.func), "cudaFuncGetName");
     std::string text = demangled(name);
     // One kernel each to the table of kernels, compiled for several widths or types.
-    for (const char* one : {"attention_fp32<", "cache_write_rows<"}) {
+    for (const char* one : {"fp32::(anonymous namespace)::attention<", "cache_write_rows<"}) {
       const std::size_t at = text.find(one);
       if (at != std::string::npos) text.resize(text.find('<', at));
     }
