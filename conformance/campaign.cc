@@ -271,7 +271,8 @@ void run_wild(Case* c, const AttentionBackend& backend, Size size, Rng* rng) {
         &c->visible_prefix_lens, &c->kv_offset, &c->kv_stride, &c->q_offset}) {
     if (rng->chance(0.6)) scatter_garbage(*tensor, rng);
   }
-  c->spec.announced_prefix_len = rng->chance(0.3) ? rng->uniform(0, 5000) : 0;
+  const std::int64_t announced = rng->chance(0.3) ? rng->uniform(0, 5000) : 0;
+  c->spec.announced_prefix_len = c->spec.has_cache() ? announced : 0;  // without one it is refused
   c->spec.replan = false;
   DeviceCase on_device(*c, backend);
   const Actual actual = on_device.attend();
