@@ -91,7 +91,7 @@ class SplitCombiner {
     const int pieces = (epilogue_.columns() + 7) / 8 * 2;
     const int work = split.tile.rows * pieces;
 #pragma unroll 1
-    for (int i = Team::thread(); i - Team::thread() % 32 < work; i += Team::kSize) {
+    for (int i = Team::thread(); i - Team::lane() < work; i += Team::kSize) {
       const int r = i / pieces;
       const int c = i % pieces * 4;
       Combine combine;
@@ -105,10 +105,10 @@ class SplitCombiner {
   // are on their way its lanes find the weights together. Then each lane sums up its own columns.
   __device__ __forceinline__ void combine_rows(const Split& split, std::int32_t first,
                                                std::int32_t count) const {
-    const int lane = Team::thread() % 32;
+    const int lane = Team::lane();
     const int blocks = (epilogue_.columns() + 127) / 128;
 #pragma unroll 1
-    for (int i = Team::thread() / 32; i < split.tile.rows * blocks; i += Team::kSize / 32) {
+    for (int i = Team::warp(); i < split.tile.rows * blocks; i += Team::kSize / 32) {
       const int r = i / blocks;
       const int c = (i - r * blocks) * 128 + lane * 4;
       Combine combine;

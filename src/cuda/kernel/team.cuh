@@ -10,6 +10,8 @@ template <int kThreads>
 struct CtaTeam {
   static constexpr int kSize = kThreads;
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
+  static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / 32); }
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
 };
 
@@ -17,6 +19,8 @@ struct CtaTeam {
 struct WarpTeam {
   static constexpr int kSize = 32;
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x % 32); }
+  static __device__ __forceinline__ int warp() { return 0; }
+  static __device__ __forceinline__ int lane() { return thread(); }
   static __device__ __forceinline__ void sync() { __syncwarp(); }
 };
 

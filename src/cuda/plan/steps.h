@@ -229,6 +229,14 @@ QUIRE_DEVICE bool whole_items_balance(const Team& team, const TileRule& rule,
   return buckets.makespan <= share + share / 32 + rule.policy.cut_cost;
 }
 
+// As many ranges as `cost` is worth, at most the grid. Only small costs are divided, in 32 bits: all
+// threads wait for this number, and a division of 64 bits takes a hundred instructions.
+QUIRE_DEVICE std::int32_t num_ranges(const TileRule& rule, std::int64_t cost) {
+  const std::int32_t least = rule.policy.min_range_cost;
+  if (cost >= std::int64_t{rule.grid} * least) return rule.grid;
+  return (static_cast<std::int32_t>(cost) + least - 1) / least;
+}
+
 // Work tiles, and where each CTA's work range begins. make(t) is tile t without its place in the line.
 template <class Team, class Make>
 QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_partial,
@@ -256,8 +264,7 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_parti
     return;
   }
   // As many CTAs as there are items, if that is more: short ones side by side.
-  const std::int64_t wanted = semantics::max_of(
-      (cost + rule.policy.min_range_cost - 1) / rule.policy.min_range_cost, num_tiles * rule.heads);
+  const std::int64_t wanted = semantics::max_of(num_ranges(rule, cost), num_tiles * rule.heads);
   const auto num_ctas = static_cast<std::int32_t>(semantics::min_of(wanted, rule.grid));
   if (team.thread() == 0) {
     *rule.header = {static_cast<std::int32_t>(num_tiles), num_ctas, false};
