@@ -41,8 +41,10 @@ class CudaBackend final : public Backend {
 
   std::vector<KernelInfo> kernel_table() const override {
     std::vector<KernelInfo> list;
-    for (const AttentionKernel* kernel : quire::cuda::kernel_table()) {
-      list.push_back({kernel->name, describe(*kernel)});
+    for (const std::span<const AttentionKernel> architecture : quire::cuda::kernel_table()) {
+      for (const AttentionKernel& kernel : architecture) {
+        list.push_back({kernel.name, describe(kernel)});
+      }
     }
     list.push_back({"plan", "every batch, once a step"});
     list.push_back({"find_partners", "batches of auto_cascade, once a step"});

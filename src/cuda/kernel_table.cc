@@ -13,15 +13,12 @@ namespace quire::cuda {
 #include "cuda_architectures.inc"
 #undef X
 
-const std::vector<const AttentionKernel*>& kernel_table() {
-  static const std::vector<const AttentionKernel*> table = [] {
-    std::vector<const AttentionKernel*> rows;
-#define X(architecture) \
-  for (const AttentionKernel& kernel : architecture::kernels()) rows.push_back(&kernel);
+const KernelTable& kernel_table() {
+#define X(architecture) architecture::kernels(),
+  static const KernelTable table = {
 #include "cuda_architectures.inc"
+  };
 #undef X
-    return rows;
-  }();
   return table;
 }
 
@@ -98,23 +95,33 @@ KernelFamily family_of(const AttentionKernel& first,
 
 }  // namespace
 
-std::vector<KernelFamily> choose_kernels(const LayerParams& layer, const DeviceInfo& device) {
-  std::vector<const AttentionKernel*> candidates;
-  for (const AttentionKernel* kernel : kernel_table()) {
-    if (takes_layer(kernel->key, layer, device)) candidates.push_back(kernel);
-  }
+std::vector<KernelFamily> choose_kernels(const KernelTable& table, const LayerParams& layer,
+                                         const DeviceInfo& device) {
   std::vector<KernelFamily> families;
-  for (const AttentionKernel* kernel : candidates) {
-    const bool served = std::any_of(families.begin(), families.end(), [&](const KernelFamily& f) {
-      return f.first().key.max_rows == kernel->key.max_rows;
-    });
-    if (served) continue;
-    KernelFamily family = family_of(*kernel, candidates, layer, device);
-    if (!family.members.empty()) families.push_back(std::move(family));
+  std::int32_t served_rows = 0;  // by newer architectures
+  for (const std::span<const AttentionKernel> architecture : table) {
+    std::vector<const AttentionKernel*> candidates;
+    for (const AttentionKernel& kernel : architecture) {
+      if (takes_layer(kernel.key, layer, device)) candidates.push_back(&kernel);
+    }
+    const std::int32_t newer = served_rows;
+    for (const AttentionKernel* kernel : candidates) {
+      const std::int32_t rows = kernel->key.max_rows;
+      const bool is_served = std::any_of(
+          families.begin(), families.end(),
+          [&](const KernelFamily& family) { return family.first().key.max_rows == rows; });
+      if (rows <= newer || is_served) continue;
+      KernelFamily family = family_of(*kernel, candidates, layer, device);
+      if (family.members.empty()) continue;
+      families.push_back(std::move(family));
+      served_rows = std::max(served_rows, rows);
+    }
   }
   std::sort(families.begin(), families.end(), [](const KernelFamily& a, const KernelFamily& b) {
     return a.first().key.max_rows < b.first().key.max_rows;
   });
+  // Rows of a family that the plan has no rule for go to the next one, which takes them too.
+  while (families.size() > static_cast<std::size_t>(kMaxFamilies)) families.erase(families.begin());
   return families;
 }
 

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -60,8 +61,9 @@ struct AttentionKernel {
   bool (*takes)(const KernelParams& params) = nullptr;
 };
 
-// All of them, in the order of preference.
-const std::vector<const AttentionKernel*>& kernel_table();
+// The kernels of each architecture, in the order of preference: the newest first, fp32 last.
+using KernelTable = std::vector<std::span<const AttentionKernel>>;
+const KernelTable& kernel_table();
 // Which calls a kernel serves, for people.
 std::string describe(const AttentionKernel& kernel);
 
@@ -84,7 +86,9 @@ struct KernelFamily {
 inline constexpr int kMaxFamilies = kNumRules;
 
 // The families of a layer on the current device, which `device` is: by the rows that they are meant
-// for, from few to any number. Of several for the same rows the first in the table.
-std::vector<KernelFamily> choose_kernels(const LayerParams& layer, const DeviceInfo& device);
+// for, from few to any number. An architecture's kernels are used for the rows that no newer one has a
+// kernel for; of several of one architecture for the same rows the first in the table.
+std::vector<KernelFamily> choose_kernels(const KernelTable& table, const LayerParams& layer,
+                                         const DeviceInfo& device);
 
 }  // namespace quire::cuda

@@ -11,7 +11,7 @@ namespace quire::cuda {
 CudaPlan::CudaPlan(const LayerParams& layer)
     : layer_(layer), device_(device_info(layer.device.index)), workspace_(layer_, families_) {
   const DeviceScope scope(layer_.device);
-  families_ = choose_kernels(layer_, device_);
+  families_ = choose_kernels(kernel_table(), layer_, device_);
 }
 
 // How many of the families, from the first on, sequences of up to so many rows need.

@@ -1,5 +1,5 @@
-// The table of attention kernels of a build with CUDA. What the rows claim is tested on a GPU, by the
-// conformance suite; here, that each can be planned for and that no layer is left without a kernel.
+// The table of attention kernels of a build with CUDA, and which of them a layer gets. What the rows
+// claim is tested on a GPU, by the conformance suite; here the kernels are not launched.
 #include "cuda/kernel_table.h"
 
 #include <gtest/gtest.h>
@@ -7,48 +7,40 @@
 #include <algorithm>
 #include <set>
 #include <string>
+#include <vector>
 
 namespace quire::cuda {
 namespace {
 
+std::vector<AttentionKernel> all_rows() {
+  std::vector<AttentionKernel> rows;
+  for (const std::span<const AttentionKernel> architecture : kernel_table()) {
+    rows.insert(rows.end(), architecture.begin(), architecture.end());
+  }
+  return rows;
+}
+
 TEST(KernelTable, RowsCanBePlannedFor) {
   std::set<std::string> names;
-  for (const AttentionKernel* kernel : kernel_table()) {
-    SCOPED_TRACE(kernel->name);
-    EXPECT_TRUE(names.insert(kernel->name).second) << "twice";
-    const TilePolicy& policy = kernel->policy;
+  for (const AttentionKernel& kernel : all_rows()) {
+    SCOPED_TRACE(kernel.name);
+    EXPECT_TRUE(names.insert(kernel.name).second) << "twice";
+    const TilePolicy& policy = kernel.policy;
     EXPECT_GT(policy.rows, 0);
-    EXPECT_LE(policy.rows, kernel->key.max_rows);
+    EXPECT_LE(policy.rows, kernel.key.max_rows);
     EXPECT_GT(policy.kv_tile, 0);
     EXPECT_GT(policy.v_columns, 0);
     EXPECT_GT(policy.min_range_cost, policy.item_overhead) << "a range without a kv tile";
     EXPECT_GT(policy.min_chunk, 0);
-    EXPECT_TRUE(kernel->key.plain || kernel->key.score_mod) << "takes no call";
-    EXPECT_NE(kernel->prepare, nullptr);
-    EXPECT_NE(kernel->launch, nullptr);
-  }
-}
-
-// Both forms of a tile have the same plan: a family that lacks one is not used at all.
-TEST(KernelTable, EveryKernelIsOfACompleteFamily) {
-  for (const AttentionKernel* kernel : kernel_table()) {
-    SCOPED_TRACE(kernel->name);
-    for (bool KernelKey::*form : {&KernelKey::plain, &KernelKey::score_mod}) {
-      EXPECT_TRUE(std::any_of(kernel_table().begin(), kernel_table().end(), [&](const auto* other) {
-        return other->key.*form && other->takes == nullptr && other->policy == kernel->policy &&
-               other->key.compute == kernel->key.compute && other->key.kv8 == kernel->key.kv8 &&
-               other->key.max_rows == kernel->key.max_rows &&
-               other->whole_items == kernel->whole_items &&
-               other->shared_prefix == kernel->shared_prefix &&
-               other->kv_chunks == kernel->kv_chunks;
-      })) << "is the other form left out by QUIRE_CUDA_INSTANCES?";
-    }
+    EXPECT_TRUE(kernel.key.plain || kernel.key.score_mod) << "takes no call";
+    EXPECT_NE(kernel.prepare, nullptr);
+    EXPECT_NE(kernel.launch, nullptr);
   }
 }
 
 TEST(KernelTable, TheLastRowTakesEveryLayer) {
-  ASSERT_FALSE(kernel_table().empty());
-  const KernelKey& key = kernel_table().back()->key;
+  ASSERT_FALSE(all_rows().empty());
+  const KernelKey key = all_rows().back().key;
   EXPECT_EQ(key.compute, DType::kFloat32);
   EXPECT_LE(key.min_capability, 80);
   EXPECT_GE(key.max_capability, 120);
@@ -56,6 +48,144 @@ TEST(KernelTable, TheLastRowTakesEveryLayer) {
   EXPECT_EQ(key.min_head_size_v, 0);
   EXPECT_EQ(key.max_rows, kAnyRows);
   EXPECT_TRUE(key.plain && key.score_mod);
+}
+
+bool fits(const LayerParams&, const DeviceInfo&, Launch* launch) {
+  launch->ctas_per_sm = 2;
+  return true;
+}
+bool does_not_fit(const LayerParams&, const DeviceInfo&, Launch*) { return false; }
+
+// The table with kernels that are never launched: kernels for every dtype, head sizes 64 and 128, and
+// fp32; before them, where wanted, those of a newer architecture.
+class Table {
+ public:
+  Table() {
+    for (const std::int32_t head_size : {64, 128}) {
+      for (const std::int32_t rows : {16, 32, kAnyRows}) add(&old_, "old", head_size, rows, 80);
+    }
+    add(&fp32_, "fp32", 576, kAnyRows, 80);
+    for (AttentionKernel& kernel : fp32_) kernel.key.compute = DType::kFloat32;
+  }
+
+  // A plain kernel and one for modified scores.
+  void add(std::vector<AttentionKernel>* rows, const char* name, std::int32_t head_size,
+           std::int32_t max_rows, int capability) {
+    for (const bool score_mod : {false, true}) {
+      AttentionKernel kernel;
+      kernel.key.min_capability = capability;
+      kernel.key.compute = DType::kBFloat16;
+      kernel.key.max_head_size = head_size;
+      kernel.key.max_rows = max_rows;
+      kernel.key.plain = !score_mod;
+      kernel.key.score_mod = score_mod;
+      kernel.name = name;
+      kernel.policy.rows = std::min(max_rows, 128);
+      kernel.policy.v_columns = head_size;
+      kernel.prepare = fits;
+      rows->push_back(kernel);
+    }
+  }
+
+  // "name/rows/head size" of the families of a bf16 layer.
+  std::vector<std::string> chosen(std::int32_t head_size, int capability = 80,
+                                  DType dtype = DType::kBFloat16) const {
+    LayerParams layer;
+    layer.dtype = layer.kv_dtype = dtype;
+    layer.head_size = layer.head_size_v = head_size;
+    DeviceInfo device;
+    device.sm_count = 10;
+    device.major = capability / 10;
+    device.minor = capability % 10;
+    std::vector<std::string> names;
+    for (const KernelFamily& family : choose_kernels({new_, old_, fp32_}, layer, device)) {
+      EXPECT_EQ(family.members.size(), 2U);
+      EXPECT_EQ(family.grid, 20);
+      const KernelKey& key = family.first().key;
+      names.push_back(family.first().name + std::string("/") +
+                      (key.max_rows == kAnyRows ? "any" : std::to_string(key.max_rows)) + "/" +
+                      std::to_string(key.max_head_size));
+    }
+    return names;
+  }
+
+  std::vector<AttentionKernel> new_, old_, fp32_;
+};
+
+using Names = std::vector<std::string>;
+
+TEST(ChooseKernels, TheLeastHeadSizeThatHoldsTheLayer) {
+  const Table table;
+  EXPECT_EQ(table.chosen(40), (Names{"old/16/64", "old/32/64", "old/any/64"}));
+  EXPECT_EQ(table.chosen(65), (Names{"old/16/128", "old/32/128", "old/any/128"}));
+}
+
+TEST(ChooseKernels, Fp32TakesWhatIsLeft) {
+  const Table table;
+  EXPECT_EQ(table.chosen(129), Names{"fp32/any/576"});
+  EXPECT_EQ(table.chosen(64, 80, DType::kFloat32), Names{"fp32/any/576"});
+  EXPECT_EQ(table.chosen(64, 75), Names{});
+}
+
+TEST(ChooseKernels, AKernelThatDoesNotFitTheDeviceLeavesItsRowsToOthers) {
+  Table table;
+  for (AttentionKernel& kernel : table.old_) {
+    if (kernel.key.max_rows == kAnyRows) kernel.prepare = does_not_fit;
+  }
+  EXPECT_EQ(table.chosen(128), (Names{"old/16/128", "old/32/128", "fp32/any/576"}));
+}
+
+TEST(ChooseKernels, WithoutTheFormForModifiedScoresAFamilyIsNotUsed) {
+  Table table;
+  std::erase_if(table.old_, [](const AttentionKernel& kernel) {
+    return kernel.key.max_rows == 32 && kernel.key.score_mod;
+  });
+  EXPECT_EQ(table.chosen(64), (Names{"old/16/64", "old/any/64"}));
+}
+
+// Its decode kernel takes the rows of both older ones, whatever its number of rows is.
+TEST(ChooseKernels, ANewerArchitectureComesFirst) {
+  Table table;
+  table.add(&table.new_, "new", 128, 40, 90);
+  EXPECT_EQ(table.chosen(128, 90), (Names{"new/40/128", "old/any/128"}));
+  EXPECT_EQ(table.chosen(128, 89), (Names{"old/16/128", "old/32/128", "old/any/128"}));
+  table.add(&table.new_, "new", 128, kAnyRows, 90);
+  EXPECT_EQ(table.chosen(128, 90), (Names{"new/40/128", "new/any/128"}));
+}
+
+TEST(ChooseKernels, NoMoreFamiliesThanThePlanHasRulesFor) {
+  Table table;
+  table.add(&table.old_, "old", 64, 48, 80);
+  EXPECT_EQ(table.chosen(64), (Names{"old/32/64", "old/48/64", "old/any/64"}));
+}
+
+// Strides that a kernel does not take go to the other member; modified scores to theirs.
+TEST(ChooseKernels, CallsGoToTheFirstMemberThatTakesThem) {
+  Table table;
+  table.add(&table.new_, "strided", 64, kAnyRows, 80);
+  table.add(&table.new_, "any", 64, kAnyRows, 80);
+  for (int i = 0; i < 2; ++i) {
+    table.new_[static_cast<std::size_t>(i)].takes = [](const KernelParams& params) {
+      return params.query_token_stride == 64;
+    };
+  }
+  LayerParams layer;
+  layer.dtype = layer.kv_dtype = DType::kBFloat16;
+  layer.head_size = layer.head_size_v = 64;
+  DeviceInfo device;
+  device.sm_count = 1;
+  device.major = 8;
+  const std::vector<KernelFamily> families = choose_kernels({table.new_}, layer, device);
+  ASSERT_EQ(families.size(), 1U);
+  KernelParams params{};
+  const auto taker = [&] { return families[0].member_for(params).kernel; };
+  EXPECT_EQ(taker(), &table.new_[2]);
+  params.query_token_stride = 64;
+  EXPECT_EQ(taker(), &table.new_[0]);
+  params.layer.soft_cap = 30.0F;
+  EXPECT_EQ(taker(), &table.new_[1]);
+  params.query_token_stride = 128;
+  EXPECT_EQ(taker(), &table.new_[3]);
 }
 
 }  // namespace
