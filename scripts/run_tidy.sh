@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # Runs clang-tidy 14 over the compiled sources of src/, cli/ and examples/ (checks: .clang-tidy).
-# src/cpu/instances/ is left out: each is the same source compiled for one more instruction set.
 #
 # usage: scripts/run_tidy.sh BUILD_DIR [PATH_REGEX]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 build_dir=${1:?usage: run_tidy.sh BUILD_DIR [PATH_REGEX]}
-pattern=${2:-"^$PWD/(src/(?!cpu/instances/)|cli/|examples/llm/)"}
+pattern=${2:-"^$PWD/(src/|cli/|examples/llm/)"}
 command -v clang-tidy-14 > /dev/null && command -v run-clang-tidy-14 > /dev/null || {
   echo "run_tidy: error: no clang-tidy-14; run scripts/bootstrap.sh lint" >&2
   exit 1

@@ -56,6 +56,53 @@ bool fits(const LayerParams&, const DeviceInfo&, Launch* launch) {
 }
 bool does_not_fit(const LayerParams&, const DeviceInfo&, Launch*) { return false; }
 
+// Of this build's table, on a device where everything fits.
+TEST(KernelTable, EveryLayerHasKernelsForAllNumbersOfRows) {
+  std::vector<std::vector<AttentionKernel>> copies;
+  KernelTable table;
+  for (const std::span<const AttentionKernel> architecture : kernel_table()) {
+    copies.emplace_back(architecture.begin(), architecture.end());
+  }
+  for (std::vector<AttentionKernel>& rows : copies) {
+    for (AttentionKernel& kernel : rows) kernel.prepare = fits;
+    table.emplace_back(rows);
+  }
+  DeviceInfo device;
+  device.sm_count = 132;
+  device.major = 9;
+  for (const DType dtype :
+       {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat8E4M3}) {
+    for (const DType kv_dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32,
+                                 DType::kFloat8E4M3, DType::kFloat8E5M2, DType::kInt8}) {
+      for (const std::int32_t head_size : {8, 64, 65, 128, 200, 256, 257, 576}) {
+        SCOPED_TRACE(std::string(to_string(dtype)) + " over " + to_string(kv_dtype) + ", " +
+                     std::to_string(head_size));
+        LayerParams layer;
+        layer.dtype = dtype;
+        layer.kv_dtype = kv_dtype;
+        layer.head_size = layer.head_size_v = head_size;
+        const std::vector<KernelFamily> families = choose_kernels(table, layer, device);
+        ASSERT_FALSE(families.empty());
+        ASSERT_LE(families.size(), static_cast<std::size_t>(kMaxFamilies));
+        EXPECT_EQ(families.back().first().key.max_rows, kAnyRows);
+        for (std::size_t i = 1; i < families.size(); ++i) {
+          EXPECT_LT(families[i - 1].first().key.max_rows, families[i].first().key.max_rows);
+        }
+        // The least head size of those that hold the layer.
+        for (const KernelFamily& family : families) {
+          for (const AttentionKernel& other : all_rows()) {
+            const KernelKey& key = family.first().key;
+            if (other.key.compute == key.compute && other.key.kv8 == key.kv8 &&
+                other.key.max_rows == key.max_rows && other.key.max_head_size >= head_size) {
+              EXPECT_LE(key.max_head_size, other.key.max_head_size);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 // The table with kernels that are never launched: kernels for every dtype, head sizes 64 and 128, and
 // fp32; before them, where wanted, those of a newer architecture.
 class Table {
