@@ -1,5 +1,5 @@
 // A small blocking pool. Workers sleep on a condition variable between jobs and take indices from
-// an atomic counter during one; nobody spins.
+// an atomic counter during one; no thread spins.
 #include <pthread.h>
 #include <sched.h>
 

@@ -1,7 +1,7 @@
 // How K, V and queries get into shared memory, for the prefill kernel.
 //
 //   prepare / look_up (one warp: a split, where its keys are) -> start_copy (cp.async, two tiles
-//   later; it knows nothing of splits) -> wait_oldest -> widen (8-bit caches)
+//   later; by the tiles' addresses alone) -> wait_oldest -> widen (8-bit caches)
 #pragma once
 
 #include "cuda/ptx/fragment.cuh"
