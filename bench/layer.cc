@@ -32,7 +32,8 @@ AttentionConfig layer_config(const Model& model, const Options& options, const T
   config.block_size = options.block_size;
   config.kv_cache_dtype = options.kv_cache_dtype;
   config.batch_invariant = options.batch_invariant;
-  // Calls on CUDA are timed in graphs, as engines run them: prefixes are announced there or not used.
+  // Calls on CUDA are timed in graphs, as engines run them: prefixes are announced there or not
+  // used.
   config.auto_cascade = options.cascade && options.device == DeviceType::kCpu;
   config.backend = options.backend;
   return config;

@@ -25,9 +25,9 @@ struct PagedBatch {
   CommonAttentionMetadata metadata();
 };
 
-// Each sequence gets blocks of its own behind the shared prefix, all in random order. Blocks in front of every sliding
-// window are not allocated, as engines free them: their table entries name any other block.
-// Throws std::runtime_error if the batch is too large for 32-bit indices.
+// Each sequence gets blocks of its own behind the shared prefix, all in random order. Blocks in
+// front of every sliding window are not allocated, as engines free them: their table entries name
+// any other block. Throws std::runtime_error if the batch is too large for 32-bit indices.
 PagedBatch make_paged_batch(const Workload& workload, std::int64_t block_size, std::uint64_t seed);
 
 // The num_blocks of that batch.

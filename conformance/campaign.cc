@@ -22,7 +22,8 @@ void expect(const std::string& problem, const std::string& where = {}) {
 
 bool is_gpu(const AttentionBackend& backend) { return backend.device_type() == DeviceType::kCuda; }
 
-// On CUDA a warp writes a token's row of one head, K and V apart: in which order is nobody's promise.
+// On CUDA a warp writes a token's row of one head, K and V apart: in which order is nobody's
+// promise.
 SharedSlot promise_of(const AttentionBackend& backend) {
   return is_gpu(backend) ? SharedSlot::kAnything : SharedSlot::kLastWins;
 }
@@ -262,9 +263,9 @@ void run_write(Case* c, const AttentionBackend& backend, Rng* rng) {
   write_and_adopt(c, &on_device, backend, rng);
 }
 
-// Garbage in every index tensor: no crash, and nothing outside the rows of the output. The CPU takes
-// it as the reference does (docs/design/0003), so small cases are compared too; on CUDA two sequences
-// that claim one row both write it.
+// Garbage in every index tensor: no crash, and nothing outside the rows of the output. The CPU
+// takes it as the reference does (docs/design/0003), so small cases are compared too; on CUDA two
+// sequences that claim one row both write it.
 void run_wild(Case* c, const AttentionBackend& backend, Size size, Rng* rng) {
   for (const Tensor* tensor :
        {&c->block_table, &c->query_start_loc, &c->seq_lens, &c->kv_start_loc, &c->mm_prefix_range,

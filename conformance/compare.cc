@@ -32,11 +32,12 @@ double element_bound(double tolerance, double row_scale, double wanted) {
   return tolerance * (2 * row_scale + std::fabs(wanted));
 }
 
-// What a row may lose where blocks that are not there, read as zeros, outweigh all its keys: weights
-// below 2^-110 (CPU) or 2^-126 (CUDA) of the row's largest count as 0.
+// What a row may lose where blocks that are not there, read as zeros, outweigh all its keys:
+// weights below 2^-110 (CPU) or 2^-126 (CUDA) of the row's largest count as 0.
 constexpr double kVanished = 0x1p-106;
 
-// Where NaN is due only NaN will do; where an infinity is, it or NaN: 0 * Inf may have come on the way.
+// Where NaN is due only NaN will do; where an infinity is, it or NaN: 0 * Inf may have come on the
+// way.
 bool is_as_bad(double got, double wanted) {
   return std::isnan(got) || (std::isinf(wanted) && got == wanted);
 }

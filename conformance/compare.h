@@ -1,4 +1,5 @@
-// Compares what a backend wrote with what it should have written, in the tolerances of semantics.md.
+// Compares what a backend wrote with what it should have written, in the tolerances of
+// semantics.md.
 #pragma once
 
 #include <cstddef>

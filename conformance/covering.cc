@@ -10,8 +10,8 @@
 namespace quire::conformance {
 namespace {
 
-// Requests of 3, 9, 24 and 135 rows, one that several CTAs share, and padding: kernels of every kind
-// have work.
+// Requests of 3, 9, 24 and 135 rows, one that several CTAs share, and padding: kernels of every
+// kind have work.
 CaseSpec layer_spec(DType model, KvCacheDType cache, std::int64_t head_size) {
   CaseSpec spec;
   spec.seed = 11;
@@ -32,7 +32,8 @@ CaseSpec with_soft_cap(CaseSpec spec) {
   return spec;
 }
 
-// Every instance of the tensor-core kernels: dtype, storage, head bucket, plain and modified scores.
+// Every instance of the tensor-core kernels: dtype, storage, head bucket, plain and modified
+// scores.
 void add_instances(std::vector<CaseSpec>* specs) {
   for (const DType model : {DType::kBFloat16, DType::kFloat16}) {
     for (const KvCacheDType cache : {KvCacheDType::kAuto, KvCacheDType::kFp8E4M3}) {
@@ -120,8 +121,8 @@ void add_plans_and_outputs(std::vector<CaseSpec>* specs) {
 
 constexpr DType kMergeDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
 
-// The kernel that looks for shared prefixes runs outside graphs only, so a capture does not show it:
-// the plan says whether it ran.
+// The kernel that looks for shared prefixes runs outside graphs only, so a capture does not show
+// it: the plan says whether it ran.
 void add_uncaptured(const Plan& plan, std::set<std::string>* kernels) {
   if (plan.to_string().find("find_partners") != std::string::npos) kernels->insert("find_partners");
 }

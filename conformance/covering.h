@@ -14,8 +14,8 @@ namespace quire::conformance {
 // How many cases run_covering() runs.
 std::int64_t num_covering_cases();
 
-// Runs the cases, merge_states() among them; `tell` gets the verdict of each, "" or what is wrong. Returns the
-// names of the device's kernels that were launched.
+// Runs the cases, merge_states() among them; `tell` gets the verdict of each, "" or what is wrong.
+// Returns the names of the device's kernels that were launched.
 std::set<std::string> run_covering(const AttentionBackend& backend,
                                    const std::function<void(const std::string&)>& tell);
 

@@ -66,9 +66,10 @@ struct Graph {
   cudaGraphExec_t executable = nullptr;
 };
 
-// Buffers that were released and wait for their next use, by size. cudaMalloc and cudaFree take longer
-// than a small case, and processes beside each other wait for one another's. QUIRE_REUSE_DEVICE_MEMORY
-// asks for it: compute-sanitizer finds more where every buffer has its own end.
+// Buffers that were released and wait for their next use, by size. cudaMalloc and cudaFree take
+// longer than a small case, and processes beside each other wait for one another's.
+// QUIRE_REUSE_DEVICE_MEMORY asks for it: compute-sanitizer finds more where every buffer has its
+// own end.
 class SpareBuffers {
  public:
   static std::size_t rounded(std::size_t bytes) {

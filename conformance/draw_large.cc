@@ -1,6 +1,6 @@
 // Draws the specs of large cases: geometries of models that people serve, batches that fill the
-// device, contexts to 100,000 keys, within budgets of work and memory that keep a case to some tenths
-// of a second of one core.
+// device, contexts to 100,000 keys, within budgets of work and memory that keep a case to some
+// tenths of a second of one core.
 #include <algorithm>
 #include <cmath>
 

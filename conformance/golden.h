@@ -19,11 +19,13 @@ struct GoldenCase {
   double tolerance = 0;
 };
 
-// Throws std::runtime_error on files that are not what they should be. A case with a field, a tensor or
-// a dtype that this reader does not know has a `problem`: run without it, it would be another case.
+// Throws std::runtime_error on files that are not what they should be. A case with a field, a
+// tensor or a dtype that this reader does not know has a `problem`: run without it, it would be
+// another case.
 std::vector<GoldenCase> read_golden(const std::string& path);
 
-// Runs the stored cache write, where there is one, and attention. "" or what is wrong, `problem` first.
+// Runs the stored cache write, where there is one, and attention. "" or what is wrong, `problem`
+// first.
 std::string run_golden(const GoldenCase& golden, const AttentionBackend& backend);
 
 }  // namespace quire::conformance

@@ -1,4 +1,5 @@
-// Judging outputs too large to compute in float64: samples of the rows are, and all of it is scanned.
+// Judging outputs too large to compute in float64: samples of the rows are, and all of it is
+// scanned.
 #pragma once
 
 #include <cstdint>

@@ -88,7 +88,8 @@ class WriteCheck {
   std::vector<double> stored_;
 };
 
-// Copies what lies in a slot, K, V and scales of all heads, from one image of the caches to another.
+// Copies what lies in a slot, K, V and scales of all heads, from one image of the caches to
+// another.
 void copy_slot(const Case& c, std::int64_t slot, const std::vector<const Tensor*>& buffers,
                const std::vector<std::vector<std::byte>>& from) {
   const std::int64_t block_size = c.spec.config.block_size;

@@ -177,8 +177,8 @@ class QUIRE_API AttentionImpl {
   //             with 0, nothing else done
   //   output    [num_tokens, num_heads * head_size_v] or 3-D
   //   output_scale        with an fp8 output: static scale
-  //   output_block_scale  with an fp8 output: receives a scale per group of 128; at most one of
-  //   both lse       optional float32 [num_heads, num_tokens]
+  //   output_block_scale  with an fp8 output: receives a scale per group of 128; not both
+  //   lse       optional float32 [num_heads, num_tokens]
   //
   // Returns `output`. Errors, memory and stream behaviour as write_kv_cache() and attention(), on
   // the layer's backend: everything is checked before the cache is written.

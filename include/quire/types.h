@@ -177,8 +177,8 @@ struct Context {
   //                                   key of it; other entries (behind every window, past the
   //                                   sequence's end) may hold anything
   //   slot_mapping                    negative, or a slot of the cache that no other token has
-  //   kv_offset, kv_stride, q_offset  positions of keys and rows from 0 to 2^31 - 1, strides above
-  //   0 cu_prefix_query_lens and the other cascade tensors: what AttentionMetadata says of them
+  //   kv_offset, kv_stride, q_offset  positions of keys and rows from 0 to 2^31 - 1, strides from 1
+  //   cu_prefix_query_lens, prefix_kv_lens, suffix_kv_lens  what AttentionMetadata says of them
   //   Scale::data                     finite and above 0
   bool check_indices = false;
 };

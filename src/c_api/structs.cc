@@ -193,7 +193,8 @@ AttentionConfig to_config(const quire_attention_config* from) {
 
 namespace {
 
-// The batch's members of quire_batch and quire_attention_metadata_fields, which have the same names.
+// The batch's members of quire_batch and quire_attention_metadata_fields, which have the same
+// names.
 template <class Fields>
 void read_batch(const Fields& in, CommonAttentionMetadata* batch) {
   batch->query_start_loc = to_view(in.query_start_loc, "query_start_loc");

@@ -84,7 +84,8 @@ inline void attend_chunk(const WorkItem& item, std::int32_t kv_tile_begin, std::
   resolve_kv_tile(item, kv_tile_begin, &kv_tiles[kv_tile_begin & 1]);
   if (item.cold) prefetch_kv_tile(item, kv_tiles[kv_tile_begin & 1]);
   for (std::int32_t i = kv_tile_begin; i < kv_tile_end; ++i) {
-    // The kv tile after the chunk's last is prefetched too: mostly, this thread takes the next chunk.
+    // The kv tile after the chunk's last is prefetched too: mostly, this thread takes the next
+    // chunk.
     resolve_kv_tile(item, i + 1, &kv_tiles[(i + 1) & 1]);
     const KvTile& kv_tile = kv_tiles[i & 1];
     // Kv tiles ascend: behind the first without keys, all are without.

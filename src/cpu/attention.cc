@@ -180,8 +180,8 @@ class Call {
     }
   }
 
-  // The row of token i of the tile and of one head, all of its keys combined: to prefix partials or,
-  // normalised, to the output.
+  // The row of token i of the tile and of one head, all of its keys combined: to prefix partials
+  // or, normalised, to the output.
   void store_row(const WorkItem& item, std::int32_t i, std::int32_t head, const Partial& row,
                  bool shared) {
     if (shared) {
@@ -225,7 +225,8 @@ class Call {
            (row * p_.output_token_stride + head * p_.output_head_stride) * size_of(p_.output_dtype);
   }
 
-  // A group of 128 elements may hold elements of several heads, so this runs when all heads are done.
+  // A group of 128 elements may hold elements of several heads, so this runs when all heads are
+  // done.
   void quantize_blocks(ThreadPool& pool) {
     const std::vector<WorkTile>& tiles = workspace_.work().main.tiles;
     auto task = [&](std::int64_t i, int) {

@@ -64,8 +64,8 @@ class TokenWriter {
 
 std::uint64_t hash(std::int64_t x) { return static_cast<std::uint64_t>(x) * 0x9E3779B97F4A7C15U; }
 
-// Slots seen so far: a hash table of words of 64 slots, with a bit for each. The tokens of a prefill
-// have slots in sequence, so that most of them are in the word found last.
+// Slots seen so far: a hash table of words of 64 slots, with a bit for each. The tokens of a
+// prefill have slots in sequence, so that most of them are in the word found last.
 class SlotSet {
  public:
   explicit SlotSet(std::int64_t num_tokens)
@@ -129,8 +129,8 @@ void run_cache_write(const CacheWriteParams& p, ThreadPool& pool) {
   const TokenWriter writer(p);
   const std::int64_t tokens_per_task = pool.num_threads() == 1 ? p.num_slots : kTokensPerTask;
   if (p.num_slots > tokens_per_task && may_have_duplicates(p, writer)) {
-    // The last token of a slot must win: each task has slots of its own and goes through all tokens in
-    // order.
+    // The last token of a slot must win: each task has slots of its own and goes through all tokens
+    // in order.
     const auto num_tasks = static_cast<std::uint64_t>(pool.num_threads());
     auto task = [&](std::int64_t i, int) {
       for (std::int64_t token = 0; token < p.num_slots; ++token) {

@@ -1,5 +1,5 @@
-// Decode: few query rows of several kv heads, memory-bound. K and V straight from the cache, without
-// fp32 copies in memory.
+// Decode: few query rows of several kv heads, memory-bound. K and V straight from the cache,
+// without fp32 copies in memory.
 //
 //   S:    kRows x kKeys dot products at a time; each K vector is loaded and widened once and
 //         multiplied with every row; the lanes of all sums are added up at the end
@@ -7,9 +7,9 @@
 //
 // Two things decide the speed: instructions per byte of K and V, and whether the next kv tile is
 // being fetched meanwhile. For each cache line that is used, one line of the next kv tile is
-// prefetched, in memory order. Prefetching the whole kv tile at once fills the miss buffers, and then
-// each further prefetch stalls like a load.
-// Head sizes must be whole numbers of vectors; decode_widened-inl.h takes the others.
+// prefetched, in memory order. Prefetching the whole kv tile at once fills the miss buffers, and
+// then each further prefetch stalls like a load. Head sizes must be whole numbers of vectors;
+// decode_widened-inl.h takes the others.
 #if defined(QUIRE_CPU_DECODE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef QUIRE_CPU_DECODE_INL_H_
 #undef QUIRE_CPU_DECODE_INL_H_

@@ -1,5 +1,5 @@
-// Decode with head sizes that are not a whole number of vectors: K and V of all heads of the item are
-// first copied as fp32, padded with zeros. S by dot products, P V by panels as in prefill.
+// Decode with head sizes that are not a whole number of vectors: K and V of all heads of the item
+// are first copied as fp32, padded with zeros. S by dot products, P V by panels as in prefill.
 #if defined(QUIRE_CPU_DECODE_WIDENED_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef QUIRE_CPU_DECODE_WIDENED_INL_H_
 #undef QUIRE_CPU_DECODE_WIDENED_INL_H_
@@ -18,8 +18,8 @@
 HWY_BEFORE_NAMESPACE();
 namespace quire::cpu::HWY_NAMESPACE {
 
-// K as fp32 rows, [kv_heads][kv_tile][padded_k]. Reads in memory order: all heads of a key, then the
-// next key. Keys up to a whole vector are zeros.
+// K as fp32 rows, [kv_heads][kv_tile][padded_k]. Reads in memory order: all heads of a key, then
+// the next key. Keys up to a whole vector are zeros.
 HWY_INLINE void load_k_rows(const WorkItem& item, const KvTileRows& rows, std::int32_t count) {
   const Widener widen(item.params->k);
   const std::int64_t head_stride = std::int64_t{item.tile->kv_tile} * item.padded_k;

@@ -104,9 +104,9 @@ struct StoredRows {
   const char* prefetch[kMaxKvTile];  // a row of the next kv tile, to prefetch while row t is used
 };
 
-// The rows of the item's kv head h. This kv tile is used head by head, but `next` lies in memory key
-// by key, so the n-th row used prefetches the n-th of `next` in memory order. Rows behind the last,
-// up to a whole vector, are zeros; next_count 0: nothing to prefetch.
+// The rows of the item's kv head h. This kv tile is used head by head, but `next` lies in memory
+// key by key, so the n-th row used prefetches the n-th of `next` in memory order. Rows behind the
+// last, up to a whole vector, are zeros; next_count 0: nothing to prefetch.
 HWY_INLINE void stored_rows(const WorkItem& item, const KvParams& kv, const KvTileRows& rows,
                             std::int32_t count, const KvTileRows& next, std::int32_t next_count,
                             std::int32_t h, StoredRows* out) {

@@ -52,8 +52,8 @@ HWY_INLINE void load_k_panels(const WorkItem& item, const KvTileRows& rows, std:
   }
 }
 
-// V as fp32 in panels, [kv_heads][panel of head_size_v][kv_tile][kPanel]. Reads in memory order: all
-// heads of a key, then the next key.
+// V as fp32 in panels, [kv_heads][panel of head_size_v][kv_tile][kPanel]. Reads in memory order:
+// all heads of a key, then the next key.
 HWY_INLINE void load_v_panels(const WorkItem& item, const KvTileRows& rows, std::int32_t count) {
   const Widener widen(item.params->v);
   const std::int32_t size = item.params->layer.head_size_v;
@@ -69,9 +69,9 @@ HWY_INLINE void load_v_panels(const WorkItem& item, const KvTileRows& rows, std:
   }
 }
 
-// Dot products of long head sizes are summed in parts of at most this many products: rounding errors
-// grow with the length of a chain of additions, and what a logit is off by, its weight is off by as a
-// part of itself.
+// Dot products of long head sizes are summed in parts of at most this many products: rounding
+// errors grow with the length of a chain of additions, and what a logit is off by, its weight is
+// off by as a part of itself.
 constexpr std::int32_t kMostDepth = 128;
 
 HWY_INLINE void scores_by_panels(const WorkItem& item, std::int32_t count) {

@@ -48,7 +48,8 @@ void add_shared_prefix(const LayerParams& layer, const BatchParams& batch,
   }
 }
 
-// The prefix that the caller announced. A sequence whose table does not begin with it shares nothing.
+// The prefix that the caller announced. A sequence whose table does not begin with it shares
+// nothing.
 void add_announced(const LayerParams& layer, const BatchParams& batch, const PrefixRule& rule,
                    WorkPlan* plan) {
   const std::int64_t blocks = rule.min_blocks;

@@ -170,9 +170,9 @@ HWY_INLINE void softmax(const WorkItem& item, const KvTile& kv_tile, std::int32_
 //
 // A key that a row does not see has weight 0 there, and 0 * NaN is NaN: a value, or its scale, that
 // is not finite must be left out, not multiplied. Kv tiles that every row sees whole cannot have
-// such a key. In the others V is searched once for values that are not finite; only if there is one,
-// each row takes the keys that it sees alone (masked_values). That is slow, and gives every row the
-// same bits as the fast way wherever that gives numbers.
+// such a key. In the others V is searched once for values that are not finite; only if there is
+// one, each row takes the keys that it sees alone (masked_values). That is slow, and gives every
+// row the same bits as the fast way wherever that gives numbers.
 
 // Whether every row of the tile sees every key.
 HWY_INLINE bool seen_by_all(const WorkItem& item, const KvTile& kv_tile) {

@@ -8,8 +8,8 @@
 
 namespace quire::cpu {
 
-// How the queries and keys of one sequence are tiled. Depends on the layer and on the sequence's own
-// query length only (batch invariance).
+// How the queries and keys of one sequence are tiled. Depends on the layer and on the sequence's
+// own query length only (batch invariance).
 struct TilePolicy {
   std::int32_t tokens = 1;    // query tokens of a work tile; rows = tokens * group
   std::int32_t kv_tile = 64;  // keys of one step of the inner loop

@@ -156,7 +156,8 @@ bool are_multiples(std::int64_t of, std::initializer_list<std::int64_t> numbers)
                      [&](std::int64_t number) { return number % of == 0; });
 }
 
-// Sets up one side; false if its rows are not whole aligned pieces, or have a scale and are too long.
+// Sets up one side; false if its rows are not whole aligned pieces, or have a scale and are too
+// long.
 bool set_side(const RowKernel& kernel, const CacheWriteParams& p, const KvParams& kv,
               const void* rows, std::int64_t token_stride, std::int64_t head_stride,
               std::int64_t size, RowSide* side) {
@@ -189,9 +190,9 @@ bool set_side(const RowKernel& kernel, const CacheWriteParams& p, const KvParams
 
   const std::int64_t pieces = size * from / kernel.from_bytes;
   side->pieces = static_cast<std::uint32_t>(pieces);
-  // Lanes: 4, so that even 8-byte pieces fill sectors of 32 bytes; then 2 pieces each up to 8 lanes,
-  // which read whole lines (with 4 lanes for head size 128, writes were 6 % slower); then up to
-  // `held` pieces each.
+  // Lanes: 4, so that even 8-byte pieces fill sectors of 32 bytes; then 2 pieces each up to 8
+  // lanes, which read whole lines (with 4 lanes for head size 128, writes were 6 % slower); then up
+  // to `held` pieces each.
   while ((1LL << side->lanes_log2) < 4 ||
          ((1LL << side->lanes_log2) < 8 && 2LL << side->lanes_log2 < pieces) ||
          kernel.held << side->lanes_log2 < pieces) {

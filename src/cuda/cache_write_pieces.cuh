@@ -182,8 +182,8 @@ __device__ __forceinline__ bool all_finite(const float (&x)[kElements]) {
   return fabsf(sums[0]) < INFINITY;
 }
 
-// x / scale for many x and one scale. IEEE division takes a reciprocal and a branch for each x, which
-// cost as much as the copy; here the reciprocal is taken once.
+// x / scale for many x and one scale. IEEE division takes a reciprocal and a branch for each x,
+// which cost as much as the copy; here the reciprocal is taken once.
 class TensorScaleDivider {
  public:
   __device__ __forceinline__ explicit TensorScaleDivider(float scale)
@@ -200,8 +200,9 @@ class TensorScaleDivider {
 
  private:
   // q1 is within one unit in the last place and e2 exact, so q2 is x / scale rounded (Markstein,
-  // 1990), with two exceptions: q0 overflows, and q2 is not finite; or it is below 2^-40, where x or
-  // q may be subnormal and all fp8 codes are zero. The signs of e and inverse_ keep that of a zero.
+  // 1990), with two exceptions: q0 overflows, and q2 is not finite; or it is below 2^-40, where x
+  // or q may be subnormal and all fp8 codes are zero. The signs of e and inverse_ keep that of a
+  // zero.
   __device__ __forceinline__ float quotient(float x) const {
     const float q0 = __fmul_rn(x, inverse_);
     const float e1 = __fmaf_rn(q0, scale_, -x);

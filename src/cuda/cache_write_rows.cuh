@@ -2,10 +2,11 @@
 //
 //   slot_mapping, pieces of key | value -> registers -> pieces of the cache
 //
-// Each (token, head) row of K and of V has 4, 8, ... lanes with up to 4 pieces of 16 bytes each, 2 at
-// head size 128 in 16 bits. The loads do not wait for the slot, since only where a row goes depends
-// on it. A row with a scale of its own stays in registers from its largest magnitude to its codes, so
-// everything is read once: 4 bytes of traffic an element for 16-bit caches, 3 for 8-bit ones.
+// Each (token, head) row of K and of V has 4, 8, ... lanes with up to 4 pieces of 16 bytes each, 2
+// at head size 128 in 16 bits. The loads do not wait for the slot, since only where a row goes
+// depends on it. A row with a scale of its own stays in registers from its largest magnitude to its
+// codes, so everything is read once: 4 bytes of traffic an element for 16-bit caches, 3 for 8-bit
+// ones.
 #pragma once
 
 #include <cstdint>

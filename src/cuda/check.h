@@ -15,8 +15,8 @@ class CudaError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Throws OutOfMemory where the device has no memory left, else CudaError. The runtime's last error is
-// cleared: check_launch() would blame a later launch for it.
+// Throws OutOfMemory where the device has no memory left, else CudaError. The runtime's last error
+// is cleared: check_launch() would blame a later launch for it.
 [[noreturn]] void fail(const std::string& what, cudaError_t error);
 
 inline void check(cudaError_t error, const char* what) {

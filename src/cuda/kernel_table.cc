@@ -75,8 +75,8 @@ bool is_complete(const KernelFamily& family) {
   return any(&KernelKey::plain) && any(&KernelKey::score_mod);
 }
 
-// The family that the kernel `first` leads, of the rows `candidates`; no members if one of them does
-// not fit the device or calls are left that none of them takes.
+// The family that the kernel `first` leads, of the rows `candidates`; no members if one of them
+// does not fit the device or calls are left that none of them takes.
 KernelFamily family_of(const AttentionKernel& first,
                        const std::vector<const AttentionKernel*>& candidates,
                        const LayerParams& layer, const DeviceInfo& device) {

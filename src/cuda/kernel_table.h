@@ -1,6 +1,6 @@
 // The attention kernels of this build, of every architecture: one row a kernel, one table, and the
-// one place that chooses from it. An architecture is a folder (sm80/, fp32/) whose kernels() lists its
-// rows; CMake finds the folders.
+// one place that chooses from it. An architecture is a folder (sm80/, fp32/) whose kernels() lists
+// its rows; CMake finds the folders.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,9 +22,9 @@ inline constexpr std::int32_t kAnyRows = 0x7FFFFFFF;
 struct KernelKey {
   int min_capability = 80;  // compute capability, 80 for 8.0
   int max_capability = 999;
-  // What Q and K are multiplied in. fp16 and bf16: of queries in that dtype, over K and V stored in it
-  // or, with `kv8`, in 8 bits; fp16 with kv8 takes fp8 queries too, which it holds exactly. fp32:
-  // everything.
+  // What Q and K are multiplied in. fp16 and bf16: of queries in that dtype, over K and V stored in
+  // it or, with `kv8`, in 8 bits; fp16 with kv8 takes fp8 queries too, which it holds exactly.
+  // fp32: everything.
   DType compute = DType::kNone;
   bool kv8 = false;
   std::int32_t max_head_size = 0;  // of K and V
@@ -52,8 +52,8 @@ struct AttentionKernel {
   bool whole_items = false;    // knows ScheduleHeader::whole
   bool shared_prefix = false;  // may be given the tiles of shared prefixes
   bool kv_chunks = false;      // batch-invariant mode: leaves a partial for each kv chunk
-  // Pipeline depth, shared memory, CTAs of a multiprocessor for a layer, on the current device. False:
-  // the device has too little shared memory.
+  // Pipeline depth, shared memory, CTAs of a multiprocessor for a layer, on the current device.
+  // False: the device has too little shared memory.
   bool (*prepare)(const LayerParams& layer, const DeviceInfo& device, Launch* launch) = nullptr;
   void (*launch)(const Launch& launch, int grid, const KernelParams& params,
                  cudaStream_t stream) = nullptr;
@@ -73,8 +73,8 @@ struct FamilyMember {
   Launch launch;
 };
 
-// Kernels of a layer that work on the same tiles: the layer is planned once for all of them, and each
-// call goes to the first that takes it.
+// Kernels of a layer that work on the same tiles: the layer is planned once for all of them, and
+// each call goes to the first that takes it.
 struct KernelFamily {
   std::vector<FamilyMember> members;
   int grid = 0;  // CTAs of each launch
@@ -86,8 +86,8 @@ struct KernelFamily {
 inline constexpr int kMaxFamilies = kNumRules;
 
 // The families of a layer on the current device, which `device` is: by the rows that they are meant
-// for, from few to any number. An architecture's kernels are used for the rows that no newer one has a
-// kernel for; of several of one architecture for the same rows the first in the table.
+// for, from few to any number. An architecture's kernels are used for the rows that no newer one
+// has a kernel for; of several of one architecture for the same rows the first in the table.
 std::vector<KernelFamily> choose_kernels(const KernelTable& table, const LayerParams& layer,
                                          const DeviceInfo& device);
 

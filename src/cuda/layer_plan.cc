@@ -59,9 +59,9 @@ void CudaPlan::update(const BatchParams& batch, const Context& ctx) {
   args.batch = batch;
   std::copy(buffers_->rules, buffers_->rules + kMaxFamilies, args.rules);
   share_out(args.rules, end_used_);
-  // Sequences of one length are one kernel's: the others need not be launched. Not in a graph, which
-  // serves batches of any composition, nor where bits must not depend on padding, which can make
-  // other batches look like this.
+  // Sequences of one length are one kernel's: the others need not be launched. Not in a graph,
+  // which serves batches of any composition, nor where bits must not depend on padding, which can
+  // make other batches look like this.
   first_used_ = 0;
   if (!capturing && !layer_.batch_invariant &&
       batch.num_tokens == batch.num_seqs * batch.max_query_len) {

@@ -42,8 +42,8 @@ class CudaPlan final : public LayerPlan {
   std::vector<KernelFamily> families_;
   Workspace workspace_;
   CascadeTensors cascade_tensors_;
-  // Of the planned batch: its buffers, the families that have work in it, whether it may have shared
-  // prefixes.
+  // Of the planned batch: its buffers, the families that have work in it, whether it may have
+  // shared prefixes.
   BatchBuffers* buffers_ = nullptr;
   int first_used_ = 0;
   int end_used_ = 0;

@@ -68,8 +68,8 @@ void set_pointers(char* base, const RuleOffsets& at, bool whole_items, TileRule*
   rule->buckets = whole_items ? reinterpret_cast<CostBuckets*>(base + at.buckets) : nullptr;
 }
 
-// Partial results that a CTA may leave: one of the item that it begins, and of the item that it found
-// begun one, or in batch-invariant mode one for each chunk.
+// Partial results that a CTA may leave: one of the item that it begins, and of the item that it
+// found begun one, or in batch-invariant mode one for each chunk.
 int partials_per_cta(const LayerParams& layer, const AttentionKernel& kernel) {
   return layer.batch_invariant && kernel.kv_chunks ? 1 + planning::kMaxKvChunks : 2;
 }

@@ -1,6 +1,6 @@
-// How the keys of one work tile fall into kv tiles, and these into kv chunks. Every number depends on
-// the sequence's own lengths and the layer only, never on the rest of the batch: results that depend
-// on where keys were cut would else differ from batch to batch (batch invariance).
+// How the keys of one work tile fall into kv tiles, and these into kv chunks. Every number depends
+// on the sequence's own lengths and the layer only, never on the rest of the batch: results that
+// depend on where keys were cut would else differ from batch to batch (batch invariance).
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,9 @@ struct KvTiles {
   }
 };
 
-// The kv tiles of `kv_tile` keys that cover `visible`, each once. Keys are below 2^31, and divisions
-// by a number that is not known at compile time take a fifth of the instructions in 32 bits.
+// The kv tiles of `kv_tile` keys that cover `visible`, each once. Keys are below 2^31, and
+// divisions by a number that is not known at compile time take a fifth of the instructions in 32
+// bits.
 QUIRE_HOST_DEVICE KvTiles kv_tiles_of(const semantics::Spans& visible, std::int32_t kv_tile) {
   const auto divisor = static_cast<std::uint32_t>(kv_tile);
   const auto below = [divisor](std::int64_t key) {
@@ -50,12 +51,12 @@ QUIRE_HOST_DEVICE KvTiles kv_tiles_of(const semantics::Spans& visible, std::int3
   return kv_tiles;
 }
 
-// A work tile has at most this many kv chunks. Their partials are combined in order, whichever thread
-// or CTA computed them, so that results do not depend on how chunks are handed out.
+// A work tile has at most this many kv chunks. Their partials are combined in order, whichever
+// thread or CTA computed them, so that results do not depend on how chunks are handed out.
 inline constexpr std::int32_t kMaxKvChunks = 16;
 
-// The last chunk may have fewer. With fewer than `min_kv_tiles`, a partial would cost too much beside
-// the attention over its chunk.
+// The last chunk may have fewer. With fewer than `min_kv_tiles`, a partial would cost too much
+// beside the attention over its chunk.
 QUIRE_HOST_DEVICE std::int32_t kv_tiles_per_chunk(std::int32_t num_kv_tiles,
                                                   std::int32_t min_kv_tiles) {
   const std::int32_t size = (num_kv_tiles + kMaxKvChunks - 1) / kMaxKvChunks;

@@ -60,8 +60,8 @@ QUIRE_HOST_DEVICE std::int64_t floor_div(std::int64_t a, std::int64_t b) {
   return a >= 0 ? a / b : -((-a + b - 1) / b);
 }
 
-// The window of position p, in positions, without base mask, ranges and prefix. Neither end decreases
-// in p.
+// The window of position p, in positions, without base mask, ranges and prefix. Neither end
+// decreases in p.
 QUIRE_HOST_DEVICE std::int64_t window_begin(const SequenceMask& mask, std::int64_t p) {
   if (mask.window == WindowKind::kNone) return -kFarPosition;
   if (mask.window != WindowKind::kChunked) return p - mask.window_size + 1;
@@ -120,7 +120,8 @@ QUIRE_HOST_DEVICE Spans keys_at(const SequenceMask& mask, std::int64_t prefix_en
 // Exact for one position p: its window, cut by the base mask, contains p, and so does each of its
 // ranges, so their union is an interval of positions. (With clamp_ranges, base mask and ranges end
 // together, and window and prefix are cut at that end.) Later keys have larger positions, so an
-// interval of positions is an interval of keys. The keys that the visible prefix adds start at key 0.
+// interval of positions is an interval of keys. The keys that the visible prefix adds start at key
+// 0.
 QUIRE_HOST_DEVICE Spans union_spans(const SequenceMask& mask, std::int64_t first_p,
                                     std::int64_t last_p) {
   const Span window{detail::window_begin(mask, first_p), detail::window_end(mask, last_p)};

@@ -1,7 +1,7 @@
 // The running softmax of one row, (m, l): maximum logit and sum of exp(S - m). The empty state is
-// (-inf, 0). States over disjoint keys are combined with weights that scale their unnormalised outputs.
-// A NaN logit makes the sum NaN from then on; the maximum may miss it.
-// (Milakov & Gimelshein, 2018; FlashAttention.)
+// (-inf, 0). States over disjoint keys are combined with weights that scale their unnormalised
+// outputs. A NaN logit makes the sum NaN from then on; the maximum may miss it. (Milakov &
+// Gimelshein, 2018; FlashAttention.)
 #pragma once
 
 #include <cmath>
@@ -46,8 +46,8 @@ struct NormalisedRow {
   T lse;           // natural logarithm of the denominator
 };
 
-// The last step of a row: what divides its output by l. The sink, if there is one, enters the maximum
-// and the denominator here and nowhere else.
+// The last step of a row: what divides its output by l. The sink, if there is one, enters the
+// maximum and the denominator here and nowhere else.
 template <class T>
 QUIRE_HOST_DEVICE NormalisedRow<T> normalise(SoftmaxState<T> row, bool has_sink, T sink) {
   T weight = 1;

@@ -69,8 +69,8 @@ class Visits {
   std::vector<int> tiles_;
 };
 
-// Tiles of shared prefixes read the blocks of each row's sequence, and every prefix_row is used by the
-// sequence that it belongs to.
+// Tiles of shared prefixes read the blocks of each row's sequence, and every prefix_row is used by
+// the sequence that it belongs to.
 std::string wrong_blocks(const Batch& b, const PlanArgs& args, const WorkTile& tile) {
   const std::int64_t tokens = (tile.first_sub + tile.rows - 1) / b.layer.group + 1;
   for (std::int64_t i = tile.prefix_row; i < tile.prefix_row + tokens; ++i) {
@@ -249,7 +249,8 @@ TEST(CudaPlan, NoSharedPrefixesAtOtherPositions) {
   EXPECT_EQ(planning::prefix_rule(b.layer, b.params, 64, 64).min_blocks, 0);
 }
 
-// What kernels work through of an encoder's keys: those that the call brings, whatever the batch claims.
+// What kernels work through of an encoder's keys: those that the call brings, whatever the batch
+// claims.
 TEST(CudaPlan, KeysThatDoNotExistAreNotWorkedThrough) {
   for (const auto& [num_tokens, work_ranges] :
        std::vector<std::pair<std::int64_t, std::vector<std::int32_t>>>{

@@ -1,5 +1,5 @@
-// The CUDA plan on the host: batches at random, a team of host threads in the place of a CTA, and a plan
-// made by its steps in buffers of just the size that it may use.
+// The CUDA plan on the host: batches at random, a team of host threads in the place of a CTA, and a
+// plan made by its steps in buffers of just the size that it may use.
 #pragma once
 
 #include <algorithm>
@@ -233,8 +233,8 @@ class HostPlan {
     return {};
   }
 
-  // "" or what is wrong with how CTAs find their work: each kv_tile once, in order, and every CTA that
-  // works on part of an item knows the others.
+  // "" or what is wrong with how CTAs find their work: each kv_tile once, in order, and every CTA
+  // that works on part of an item knows the others.
   std::string badly_walked(const TileRule& rule) const {
     ScheduleView view;
     view.header = rule.header;

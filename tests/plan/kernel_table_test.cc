@@ -1,5 +1,5 @@
-// The table of attention kernels of a build with CUDA, and which of them a layer gets. What the rows
-// claim is tested on a GPU, by the conformance suite; here the kernels are not launched.
+// The table of attention kernels of a build with CUDA, and which of them a layer gets. What the
+// rows claim is tested on a GPU, by the conformance suite; here the kernels are not launched.
 #include "cuda/kernel_table.h"
 
 #include <gtest/gtest.h>
@@ -103,8 +103,8 @@ TEST(KernelTable, EveryLayerHasKernelsForAllNumbersOfRows) {
   }
 }
 
-// The table with kernels that are never launched: kernels for every dtype, head sizes 64 and 128, and
-// fp32; before them, where wanted, those of a newer architecture.
+// The table with kernels that are never launched: kernels for every dtype, head sizes 64 and 128,
+// and fp32; before them, where wanted, those of a newer architecture.
 class Table {
  public:
   Table() {

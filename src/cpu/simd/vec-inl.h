@@ -111,8 +111,8 @@ HWY_INLINE WidenRow widener(DType dtype) {
 
 // ---- narrowing: floats to one row of an output ---------------------------------------------
 
-// to[0, size) = from[0, size) * scale / divisor in `dtype`. Only 8-bit dtypes divide; for the others
-// the divisor must be 1.
+// to[0, size) = from[0, size) * scale / divisor in `dtype`. Only 8-bit dtypes divide; for the
+// others the divisor must be 1.
 inline void store_row(const float* from, std::int64_t size, float scale, float divisor, void* to,
                       DType dtype) {
   const Df d;
@@ -158,8 +158,8 @@ HWY_INLINE Vf even_lanes(Vf high, Vf low) { return hn::ConcatEven(Df(), high, lo
 HWY_INLINE Vf odd_lanes(Vf high, Vf low) { return hn::ConcatOdd(Df(), high, low); }
 #endif
 
-// Loops over arrays of vectors are unrolled by recursion and pragmas: left to the compiler, the arrays
-// went to memory instead of registers.
+// Loops over arrays of vectors are unrolled by recursion and pragmas: left to the compiler, the
+// arrays went to memory instead of registers.
 
 // The sums of kLanes vectors, in order, as one vector. Each step adds neighbours and halves the
 // number of vectors: kLanes - 1 steps of two shuffles and an addition.

@@ -129,8 +129,8 @@ __device__ void scores(const KernelParams& p, Shared& shared, const Split& split
   }
 }
 
-// A tile's products are summed up by themselves first: added one by one to sums over 90,000 keys, they
-// cost more than the 1e-5 that fp32 results are good to.
+// A tile's products are summed up by themselves first: added one by one to sums over 90,000 keys,
+// they cost more than the 1e-5 that fp32 results are good to.
 template <int kColumns>
 __device__ void add_values(const Shared& shared, const float* v, int pitch, int keys, int size,
                            float (&acc)[kRows][kColumns]) {

@@ -1,5 +1,6 @@
-// Where an item is cut, each CTA leaves its rows' (O, m, l) as a partial in global memory. The CTA that
-// comes last (one counter an item, put back to 0) combines all partials in key order and writes.
+// Where an item is cut, each CTA leaves its rows' (O, m, l) as a partial in global memory. The CTA
+// that comes last (one counter an item, put back to 0) combines all partials in key order and
+// writes.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@
 
 namespace quire::cuda {
 
-// `kPartialsAhead`: partials that combine_rows() loads together; as many as there are registers for.
+// `kPartialsAhead`: partials that combine_rows() loads together; as many as there are registers
+// for.
 template <class Team, int kRows, int kPartialsAhead = 8>
 class SplitCombiner {
  public:
@@ -101,8 +103,9 @@ class SplitCombiner {
     }
   }
 
-  // The same of many CTAs that left one partial each. A warp a row: while the first partials' columns
-  // are on their way its lanes find the weights together. Then each lane sums up its own columns.
+  // The same of many CTAs that left one partial each. A warp a row: while the first partials'
+  // columns are on their way its lanes find the weights together. Then each lane sums up its own
+  // columns.
   __device__ __forceinline__ void combine_rows(const Split& split, std::int32_t first,
                                                std::int32_t count) const {
     const int lane = Team::lane();
@@ -129,8 +132,8 @@ class SplitCombiner {
     }
   }
 
-  // Combines `count` partials from `base` on, of which lane i knows maximum and sum of the i-th. Leaves
-  // the sum spread over the lanes.
+  // Combines `count` partials from `base` on, of which lane i knows maximum and sum of the i-th.
+  // Leaves the sum spread over the lanes.
   __device__ __forceinline__ void combine_32(std::int32_t first, std::int32_t base, int count,
                                              int r, int c, float max, float sum, Combine* combine,
                                              float4* o) const {

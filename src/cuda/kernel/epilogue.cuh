@@ -1,6 +1,6 @@
-// The last step of a row, when all its keys have been seen: divided by l, scaled, written to output and
-// lse. Rows of a shared prefix's tile are stored as they are (O, m, l) in the prefix partials; rows of
-// the tiles behind it are first combined with these.
+// The last step of a row, when all its keys have been seen: divided by l, scaled, written to output
+// and lse. Rows of a shared prefix's tile are stored as they are (O, m, l) in the prefix partials;
+// rows of the tiles behind it are first combined with these.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@
 
 namespace quire::cuda {
 
-// All is inlined but normalise(): around a call registers are set aside, also in the loop over keys.
+// All is inlined but normalise(): around a call registers are set aside, also in the loop over
+// keys.
 template <class Team, int kRows>
 class Epilogue {
  public:
@@ -125,8 +126,8 @@ class Epilogue {
       out[0] = make_float4(values[0], values[1], values[2], values[3]);
       out[1] = make_float4(values[4], values[5], values[6], values[7]);
     } else {
-      // Element by element, and small: this code is in every kernel. Fp8 outputs come here: divided,
-      // for the inverse of a denormal scale is infinite.
+      // Element by element, and small: this code is in every kernel. Fp8 outputs come here:
+      // divided, for the inverse of a denormal scale is infinite.
       const float divisor = p_.has_output_scale ? value_of(p_.output_scale) : 1.0F;
 #pragma unroll 1
       for (int i = 0; i < count; ++i) semantics::store_element(to, dtype, i, values[i] / divisor);

@@ -19,8 +19,8 @@ struct PartialRows {
   int pitch = 0;
 };
 
-// Combines partials of a row in key order. Written out operation by operation, so that the result has
-// the same bits in whichever kernel it is computed.
+// Combines partials of a row in key order. Written out operation by operation, so that the result
+// has the same bits in whichever kernel it is computed.
 struct Combine {
   float max = -INFINITY;
   float sum = 0.0F;

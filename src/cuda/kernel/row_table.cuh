@@ -10,9 +10,10 @@
 namespace quire::cuda {
 
 // The keys of a tile that may be read: those below kv_len, but for [out_of_window_begin,
-// out_of_window_end). No row of the tile sees any other. Keys that no row of the sequence sees (before
-// every window, between a visible prefix and the windows, behind the last row's window) may lie in blocks
-// that have been freed and hold NaN, which a weight of 0 does not hide: they read as zeros.
+// out_of_window_end). No row of the tile sees any other. Keys that no row of the sequence sees
+// (before every window, between a visible prefix and the windows, behind the last row's window) may
+// lie in blocks that have been freed and hold NaN, which a weight of 0 does not hide: they read as
+// zeros.
 struct LoadableKeys {
   std::int32_t kv_len;
   std::int32_t out_of_window_begin;
@@ -51,8 +52,8 @@ __device__ __forceinline__ LoadableKeys loadable_keys(const KernelParams& p, con
 }
 
 // What becomes of the 16-bit elements of queries, two a word, where the factor of their scores is
-// below 0 (kernels multiply by its magnitude) or NaN (which in the factor would also turn the -inf of
-// keys that a row does not see into NaN).
+// below 0 (kernels multiply by its magnitude) or NaN (which in the factor would also turn the -inf
+// of keys that a row does not see into NaN).
 struct QueryChange {
   std::uint32_t flip = 0;
   std::uint32_t set = 0;
@@ -86,8 +87,8 @@ __device__ __forceinline__ int4 visible_keys(const semantics::Spans& spans) {
 }
 
 // Fills the table for a split; callers wait for this thread's copies (sinks) and synchronise after
-// it. Rows of a shared prefix are of several sequences: its keys come before all of their rows and there
-// is no window (CudaPlan::cascade_rule), so every row sees them all.
+// it. Rows of a shared prefix are of several sequences: its keys come before all of their rows and
+// there is no window (CudaPlan::cascade_rule), so every row sees them all.
 template <class Team, int kRows>
 __device__ __noinline__ void fill_rows(const KernelParams& p, const Split& split,
                                        std::int32_t kv_head, RowTable<kRows>& table) {

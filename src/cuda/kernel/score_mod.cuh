@@ -29,8 +29,8 @@ namespace score {
 #include "semantics/score.inc"
 }
 
-// Soft cap, ALiBi and query-query bias on the score in natural units of (row, key j). Masks come after.
-// Differences modulo 2^32: exact for all positions below 2^31.
+// Soft cap, ALiBi and query-query bias on the score in natural units of (row, key j). Masks come
+// after. Differences modulo 2^32: exact for all positions below 2^31.
 template <class Ops, int kRows>
 __device__ __forceinline__ float modify_score(const KernelParams& p, const RowTable<kRows>& table,
                                               const WorkTile& tile, int r, int j, float s) {

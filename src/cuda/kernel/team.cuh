@@ -1,6 +1,6 @@
 // Threads that work together. Shared device code takes a Team in place of threadIdx, a number of
-// threads and __syncthreads(): in a kernel whose warps have different roles, a barrier of the whole CTA
-// inside an epilogue that some warps run would never be passed.
+// threads and __syncthreads(): in a kernel whose warps have different roles, a barrier of the whole
+// CTA inside an epilogue that some warps run would never be passed.
 #pragma once
 
 namespace quire::cuda {

@@ -1,5 +1,5 @@
-// How a CTA finds its work: its range of kv tiles, one work item after the other. What it has of an item
-// is a split, which may be the whole item.
+// How a CTA finds its work: its range of kv tiles, one work item after the other. What it has of an
+// item is a split, which may be the whole item.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ struct Split {
     return kv_tile_begin == 0 && kv_tile_end == tile.num_kv_tiles();
   }
 
-  // The end of those of its kv tiles that have a key. Only the call knows how many keys direct attention
-  // has: a plan over wild lengths has more kv tiles, and they would be worked through.
+  // The end of those of its kv tiles that have a key. Only the call knows how many keys direct
+  // attention has: a plan over wild lengths has more kv tiles, and they would be worked through.
   QUIRE_HOST_DEVICE std::int32_t existing_end(std::int32_t num_keys, std::int32_t kv_tile) const {
     return static_cast<std::int32_t>(
         clamp_index(tile.kv_tiles_before(num_keys, kv_tile), kv_tile_begin, kv_tile_end));
@@ -51,8 +51,8 @@ class WorkIterator {
     after_ = {end.first_cta, end.last_cta, end.num_ctas_at_work};
   }
 
-  // The next split: kv tiles [begin, end) of head `head` of the tile that is returned (end -1: to its
-  // last); null when there is none left.
+  // The next split: kv tiles [begin, end) of head `head` of the tile that is returned (end -1: to
+  // its last); null when there is none left.
   QUIRE_HOST_DEVICE const WorkTile* next(const ScheduleView& schedule, std::int32_t* head,
                                          std::int32_t* begin, std::int32_t* end) {
     const bool last = tile_ == end_tile_ && head_ == end_head_;

@@ -1,11 +1,12 @@
-// The plan in device memory: work tiles, and how their cost is laid out in one line that work ranges of
-// equal length are cut from. Written by plan.cu, read by every attention kernel (work_iterator.cuh).
+// The plan in device memory: work tiles, and how their cost is laid out in one line that work
+// ranges of equal length are cut from. Written by plan.cu, read by every attention kernel
+// (work_iterator.cuh).
 //
 //   tile t, head h occupies cost positions [cost_begin + h * cost, + cost): item_overhead positions
 //   for queries and output, then one for each kv tile. CTA c of G takes [c T / G, (c+1) T / G).
 //
-// A cut inside an item is rounded to a multiple of its kv_chunk. In the free mode that is one kv tile.
-// In batch-invariant mode it depends on the sequence alone, so that its splits never change.
+// A cut inside an item is rounded to a multiple of its kv_chunk. In the free mode that is one kv
+// tile. In batch-invariant mode it depends on the sequence alone, so that its splits never change.
 #pragma once
 
 #include <cstdint>
@@ -36,9 +37,9 @@ struct TilePolicy {
   friend bool operator==(const TilePolicy&, const TilePolicy&) = default;
 };
 
-// Some query rows of one sequence and kv head, and the keys that they visit. Rows are packed: row q is
-// token q / group of the sequence, head q % group of the kv head.
-// No initialisers: tiles live in shared memory too.
+// Some query rows of one sequence and kv head, and the keys that they visit. Rows are packed: row q
+// is token q / group of the sequence, head q % group of the kv head. No initialisers: tiles live in
+// shared memory too.
 struct alignas(16) WorkTile {
   std::int32_t seq;
   std::int32_t rows;
@@ -56,9 +57,9 @@ struct alignas(16) WorkTile {
   std::int32_t main_count;
   std::int32_t kv_begin;  // keys outside [kv_begin, kv_len) are not this tile's
   std::int32_t kv_len;
-  // Shared prefixes: where the first row's token is in SharedPrefixes::rows and in PrefixPartials; -1:
-  // its sequence shares none. In a tile of the prefix itself first_sub is set, the other fields about
-  // the first row are not used.
+  // Shared prefixes: where the first row's token is in SharedPrefixes::rows and in PrefixPartials;
+  // -1: its sequence shares none. In a tile of the prefix itself first_sub is set, the other fields
+  // about the first row are not used.
   std::int32_t prefix_row;
   std::int32_t kv_chunk;  // kv tiles; cuts are at multiples of it
   std::int32_t cost;      // of one head
@@ -83,14 +84,14 @@ struct alignas(16) WorkTile {
   }
 };
 
-// Where the work range of a CTA begins: at the item's (tile, head) kv tile number `kv_tile`. It ends
-// where the next CTA's begins.
+// Where the work range of a CTA begins: at the item's (tile, head) kv tile number `kv_tile`. It
+// ends where the next CTA's begins.
 struct alignas(16) WorkRange {
   std::int32_t tile = 0;
   std::int32_t head = 0;
   std::int32_t kv_tile = 0;
-  // Where the item began in an earlier CTA (kv_tile > 0): the partials that this CTA leaves of it, the
-  // first and the last CTA that work on it, and how many of them do any work.
+  // Where the item began in an earlier CTA (kv_tile > 0): the partials that this CTA leaves of it,
+  // the first and the last CTA that work on it, and how many of them do any work.
   std::int32_t num_partials = 0;
   std::int32_t first_cta = 0;
   std::int32_t last_cta = 0;
@@ -134,8 +135,8 @@ struct SharedPrefixes {
 };
 
 // What the rows of SharedPrefixes::rows saw in their prefixes, unnormalised: O is [rows, num_heads,
-// pitch], and for each of the `passes` passes of `columns` columns there are a maximum and a sum. The
-// tiles of the sequences themselves are combined with it.
+// pitch], and for each of the `passes` passes of `columns` columns there are a maximum and a sum.
+// The tiles of the sequences themselves are combined with it.
 struct PrefixPartials {
   float* o = nullptr;
   float* max = nullptr;

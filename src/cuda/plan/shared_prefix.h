@@ -101,8 +101,8 @@ QUIRE_DEVICE void find_partner(const Lanes& lanes, const PlanArgs& args, std::in
   prefixes.first_row[s] = 0;
 }
 
-// The rows of the sequences that share a prefix, in their order. Sequences that find no more room stay without a
-// shared prefix. Returns the number of rows that are taken afterwards.
+// The rows of the sequences that share a prefix, in their order. Sequences that find no more room
+// stay without a shared prefix. Returns the number of rows that are taken afterwards.
 template <class Team>
 QUIRE_DEVICE std::int64_t list_rows(const Team& team, const PlanArgs& args, SharedPrefix* prefix,
                                     std::int64_t first_row) {

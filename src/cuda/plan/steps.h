@@ -146,8 +146,8 @@ QUIRE_DEVICE WorkRange start_at(const TileRule& rule, std::int32_t num_tiles,
   return start;
 }
 
-// For CTAs that start inside an item: which others work on it. In batch-invariant mode a CTA leaves a
-// partial for each kv chunk, else one.
+// For CTAs that start inside an item: which others work on it. In batch-invariant mode a CTA leaves
+// a partial for each kv chunk, else one.
 template <class Team>
 QUIRE_DEVICE void link_starts(const Team& team, const TileRule& rule, std::int32_t num_ctas,
                               bool one_partial) {
@@ -189,9 +189,9 @@ QUIRE_DEVICE std::int32_t bucket_of(const CostBuckets& buckets, std::int32_t cos
          static_cast<std::int32_t>(std::int64_t{cost} * (kCostBuckets - 1) / buckets.highest);
 }
 
-// Whether CTAs that take whole items, the costliest first, are about as soon done as with equal ranges,
-// where each pays for the items that are cut at its ends, and where no two CTAs are at the same
-// keys at the same time, which the L2 cache feels. Leaves where each bucket's tiles begin.
+// Whether CTAs that take whole items, the costliest first, are about as soon done as with equal
+// ranges, where each pays for the items that are cut at its ends, and where no two CTAs are at the
+// same keys at the same time, which the L2 cache feels. Leaves where each bucket's tiles begin.
 template <class Team>
 QUIRE_DEVICE bool whole_items_balance(const Team& team, const TileRule& rule,
                                       std::int64_t num_tiles, std::int64_t total_cost) {
@@ -229,15 +229,16 @@ QUIRE_DEVICE bool whole_items_balance(const Team& team, const TileRule& rule,
   return buckets.makespan <= share + share / 32 + rule.policy.cut_cost;
 }
 
-// As many ranges as `cost` is worth, at most the grid. Only small costs are divided, in 32 bits: all
-// threads wait for this number, and a division of 64 bits takes a hundred instructions.
+// As many ranges as `cost` is worth, at most the grid. Only small costs are divided, in 32 bits:
+// all threads wait for this number, and a division of 64 bits takes a hundred instructions.
 QUIRE_DEVICE std::int32_t num_ranges(const TileRule& rule, std::int64_t cost) {
   const std::int32_t least = rule.policy.min_range_cost;
   if (cost >= std::int64_t{rule.grid} * least) return rule.grid;
   return (static_cast<std::int32_t>(cost) + least - 1) / least;
 }
 
-// Work tiles, and where each CTA's work range begins. make(t) is tile t without its place in the line.
+// Work tiles, and where each CTA's work range begins. make(t) is tile t without its place in the
+// line.
 template <class Team, class Make>
 QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_partial,
                           std::int64_t num_tiles, const Make& make) {

@@ -12,8 +12,9 @@ inline constexpr int kMaxGrid = 1024;
 // for all costs more: at 4 KiB a key (8 kv heads of 128) they take 10 us.
 inline constexpr std::int64_t kMinSavedKeys = 8192;
 
-// Query tokens of a batch that may share a prefix; more stay plain. Two thousand decode: beyond them
-// what they keep of a prefix would take much memory (34 MB here for 32 heads of 128) to little avail.
+// Query tokens of a batch that may share a prefix; more stay plain. Two thousand decode: beyond
+// them what they keep of a prefix would take much memory (34 MB here for 32 heads of 128) to little
+// avail.
 inline constexpr std::int64_t kMaxSharedTokens = 2048;
 
 inline constexpr std::int32_t kMaxSharedPrefixes = 16;  // of a batch; what is more stays plain

@@ -13,8 +13,8 @@ __device__ __forceinline__ std::uint32_t piece_offset(int r, int c, int pitch) {
   return static_cast<std::uint32_t>(r * pitch + ((c ^ (r & 7)) << 4));
 }
 
-// Matrix operands are addressed from one base a tile: base ^ column bits, so that the loops hold one
-// register instead of a hoisted address for each column. `column` counts pieces and is even.
+// Matrix operands are addressed from one base a tile: base ^ column bits, so that the loops hold
+// one register instead of a hoisted address for each column. `column` counts pieces and is even.
 __device__ __forceinline__ std::uint32_t at_column(std::uint32_t base, int column) {
   return (base ^ static_cast<std::uint32_t>((column & 7) << 4)) +
          static_cast<std::uint32_t>(column / 8 * 128);
@@ -39,11 +39,12 @@ __device__ __forceinline__ std::uint32_t b_base(std::uint32_t tile, int row, int
   return tile + piece_offset(row + lane % 8 + lane / 16 * 8, lane / 8 % 2, pitch);
 }
 
-// and, for load_matrices_transposed, 16 keys x 16 columns of V as two B operands (columns 0-7: b[0],
-// b[1]; 8-15: b[2], b[3]): the same base as A's.
+// and, for load_matrices_transposed, 16 keys x 16 columns of V as two B operands (columns 0-7:
+// b[0], b[1]; 8-15: b[2], b[3]): the same base as A's.
 
-// Where the elements of a 16 x 8 tile of sums are (C and D of mma.m16n8k16): a lane has two neighbours of
-// row fragment_row() and, as elements 2 and 3, two of the row 8 below. Lanes 4 i to 4 i + 3 share a row.
+// Where the elements of a 16 x 8 tile of sums are (C and D of mma.m16n8k16): a lane has two
+// neighbours of row fragment_row() and, as elements 2 and 3, two of the row 8 below. Lanes 4 i to 4
+// i + 3 share a row.
 __device__ __forceinline__ int fragment_row(int lane) { return lane / 4; }
 __device__ __forceinline__ int fragment_column(int lane) { return lane % 4 * 2; }
 __device__ __forceinline__ int fragment_row(int lane, int element) {

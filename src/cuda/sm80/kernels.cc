@@ -11,7 +11,8 @@ namespace quire::cuda::sm80 {
 #include "sm80_instances.inc"
 #undef X
 
-// In the order of instances.def: of several that take a layer, the one with the least head size first.
+// In the order of instances.def: of several that take a layer, the one with the least head size
+// first.
 std::span<const AttentionKernel> kernels() {
 #define X(name) name(),
   static const std::vector<AttentionKernel> rows = {
@@ -22,8 +23,8 @@ std::span<const AttentionKernel> kernels() {
 }
 
 bool prepare(const Instance& instance, const DeviceInfo& device, Launch* launch) {
-  // The limit belongs to the process, not to a plan: set to what one plan needs, it made launches of
-  // another plan fail, or of another thread meanwhile. So every kernel may take all there is.
+  // The limit belongs to the process, not to a plan: set to what one plan needs, it made launches
+  // of another plan fail, or of another thread meanwhile. So every kernel may take all there is.
   check(cudaFuncSetAttribute(instance.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              device.shared_bytes_per_block),
         instance.name);

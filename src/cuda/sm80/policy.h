@@ -11,8 +11,8 @@ inline constexpr int kKvTile = 64;
 inline constexpr int kMinHeadSizeV = 16;
 
 // The costs of both kernels, in kv tiles of 64 keys: measured on an H100 (docs/experiments.md). An
-// item's queries and output take about as long as two tiles; a range of fewer than four tiles is not
-// worth its partial result; kv chunks of batch-invariant mode have at least 512 keys.
+// item's queries and output take about as long as two tiles; a range of fewer than four tiles is
+// not worth its partial result; kv chunks of batch-invariant mode have at least 512 keys.
 template <class C>
 constexpr TilePolicy policy_of() {
   TilePolicy policy;

@@ -1,7 +1,8 @@
-// Unmapped keys, those whose block does not exist, read as zeros: like a sink, they have weight but no
-// value. In fp16 they must not set the maximum, or the weights of all other keys could underflow and the
-// whole output with them. So they get a state of their own, a maximum and a sum a row in shared memory,
-// which is combined with the row's at the end in fp32. (In bf16 weights have the range of fp32.)
+// Unmapped keys, those whose block does not exist, read as zeros: like a sink, they have weight but
+// no value. In fp16 they must not set the maximum, or the weights of all other keys could underflow
+// and the whole output with them. So they get a state of their own, a maximum and a sum a row in
+// shared memory, which is combined with the row's at the end in fp32. (In bf16 weights have the
+// range of fp32.)
 #pragma once
 
 #include "cuda/kernel/partial.cuh"
@@ -10,8 +11,8 @@
 
 namespace quire::cuda::sm80 {
 
-// Takes the scores of unmapped keys out of `s`, a warp's scores as tensor cores lay them out (16-row
-// tiles, 8 keys), into the states of its rows. Bit k of `unmapped` is key k.
+// Takes the scores of unmapped keys out of `s`, a warp's scores as tensor cores lay them out
+// (16-row tiles, 8 keys), into the states of its rows. Bit k of `unmapped` is key k.
 template <int kTiles, int kKeyTiles>
 __device__ __forceinline__ void set_unmapped_apart(std::uint32_t unmapped, float to_natural,
                                                    float (&s)[kTiles][kKeyTiles][4], float* max,

@@ -1,19 +1,22 @@
-// Attention for sequences of up to 16 or 32 query rows (decode, speculative decoding), limited by the
-// reading of K and V.
+// Attention for sequences of up to 16 or 32 query rows (decode, speculative decoding), limited by
+// the reading of K and V.
 //
 //   each warp: its 16 keys of every kv tile of 64, by cp.async into a ring of its own (stream.cuh)
 //   -> S = Q K^T -> mask, softmax in registers -> O += P V, with its own (m, l, O)
 //   at an item's end: the four warps' (m, l, O) -> shared memory -> combined -> output or a partial
 //
 // Warps wait for each other only at the end of an item. Copies for the next items go on meanwhile:
-// their queries and row tables are prepared an item ahead, in the other of two buffers. So an item's
-// end must have a barrier behind the last use of its row table: combine() has one, and work() has one
-// behind the combination of splits.
+// their queries and row tables are prepared an item ahead, in the other of two buffers. So an
+// item's end must have a barrier behind the last use of its row table: combine() has one, and
+// work() has one behind the combination of splits.
+//
 // 8-bit caches: the lane that copied bytes widens them. A token's own K scale multiplies its column
 // of S in fp32 (rounded into K it would cost a bit of every logit). Its V scale multiplies P in
 // bf16, which holds every product; in fp16 tiny ones would be lost, so there it goes into V.
-// Why this tile: a kv tile at d128 is 32 KiB and, for 16 rows, 4 * 64 * 128 * 16 flops, 16 a byte: the
-// products are done in a tenth of the time of the reading. What counts is bytes in flight: see kMaxStages.
+//
+// Why this tile: a kv tile at d128 is 32 KiB and, for 16 rows, 4 * 64 * 128 * 16 flops: 16 a byte,
+// where an H100 has some 250 for each byte that it reads. So bytes in flight count, not products:
+// see kMaxStages.
 #pragma once
 
 #include "cuda/kernel/score_mod.cuh"
@@ -47,8 +50,9 @@ class DecodeAttention : DecodeCombine<C> {
   __device__ __forceinline__ void run() {
     this->start();
     // From -1 on: the step before the first split only prepares. One loop for both, since code that
-    // runs for the first time has to be loaded. Queries come before the first copies of K and V: these
-    // take microseconds together, and what is read behind them waits for them, instructions too.
+    // runs for the first time has to be loaded. Queries come before the first copies of K and V:
+    // these take microseconds together, and what is read behind them waits for them, instructions
+    // too.
     for (split_ = -1; split_ < 0 || this->knows(split_); ++split_) {
       this->find_next_if_idle();
       if (this->knows(split_ + 1)) prepare(split_ + 1);
@@ -80,8 +84,8 @@ class DecodeAttention : DecodeCombine<C> {
     epilogue.set_pass(0, p_.layer.head_size_v);
     DecodeCombiner<C> combiner(p_, epilogue, shared().combine);
     const auto cta = static_cast<std::int32_t>(blockIdx.x);
-    // In the free mode all kv tiles together. In batch-invariant mode one kv chunk after the other, each
-    // with a state of its own, so that bits do not depend on how chunks are spread over CTAs.
+    // In the free mode all kv tiles together. In batch-invariant mode one kv chunk after the other,
+    // each with a state of its own, so that bits do not depend on how chunks are spread over CTAs.
     const int chunk =
         p_.layer.batch_invariant ? split.tile.kv_chunk : split.kv_tile_end - split.kv_tile_begin;
     const bool one_state = split.kv_tile_end - split.kv_tile_begin <= chunk;
@@ -92,8 +96,8 @@ class DecodeAttention : DecodeCombine<C> {
       const int existing = min(end, split.stop);
       Rows rows;
       attend<C::kMTiles>(split, kv_tile, existing, rows);
-      // What was prepared for the next split has arrived with the ring's copies, unless this split was
-      // too short for that.
+      // What was prepared for the next split has arrived with the ring's copies, unless this split
+      // was too short for that.
       if (existing - kv_tile <= p_.pipeline_stages) {
         ptx::commit_copies();
         ptx::wait_copies<0>();
@@ -116,8 +120,9 @@ class DecodeAttention : DecodeCombine<C> {
     } else {
       combiner.combine_if_last(this->stream().iterator.item_ctas(split), split);
     }
-    // Without it, warps that are done would prepare the split after the next one, whose row table takes
-    // the place of this one's, while others still store rows by it: rows went to other rows' places.
+    // Without it, warps that are done would prepare the split after the next one, whose row table
+    // takes the place of this one's, while others still store rows by it: rows went to other rows'
+    // places.
     __syncthreads();
   }
 

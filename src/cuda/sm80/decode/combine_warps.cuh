@@ -20,7 +20,7 @@ class DecodeCombine : protected DecodeStream<C> {
 
   static constexpr int kColumnTiles = C::kHeadSize / 8;
 
-  // Of a run, in registers; of this warp's keys.
+  // Of a split or kv chunk, over this warp's keys, in registers.
   struct Rows {
     float o[C::kMTiles][kColumnTiles][4];
     float max[C::kMTiles][2];

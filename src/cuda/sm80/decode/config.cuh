@@ -67,8 +67,8 @@ struct WarpStream {
   int first_kv_row;           // of direct attention
 };
 
-// Partials loaded together when splits are combined: 48 registers' worth, or 24 where four CTAs leave a
-// thread 128. With more, the loop over keys spills.
+// Partials loaded together when splits are combined: 48 registers' worth, or 24 where four CTAs
+// leave a thread 128. With more, the loop over keys spills.
 template <class C>
 using DecodeCombiner = SplitCombiner<DecodeTeam, C::kRows, C::kMinCtas == 4 ? 6 : 12>;
 
@@ -76,7 +76,8 @@ template <class C>
 struct DecodeShared {
   RowTable<C::kRows> rows[2];  // of the split at work and the next
   typename DecodeCombiner<C>::Shared combine;
-  // Of each warp's keys; from [kDecodeWarps] on, of those that are unmapped (see set_unmapped_apart).
+  // Of each warp's keys; from [kDecodeWarps] on, of those that are unmapped (see
+  // set_unmapped_apart).
   float max[C::kStates][C::kRows];
   float sum[C::kStates][C::kRows];
   std::uint32_t unmapped[kDecodeWarps][C::kMaxStages];  // keys whose block does not exist

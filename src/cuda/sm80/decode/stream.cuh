@@ -1,12 +1,13 @@
-// The loading side of the decode kernel. Each warp loads what it will multiply itself: of every kv tile
-// of 64 keys its own 16, in the order of the CTA's splits and running ahead into the next ones, so that
-// copies go on while an item ends.
+// The loading side of the decode kernel. Each warp loads what it will multiply itself: of every kv
+// tile of 64 keys its own 16, in the order of the CTA's splits and running ahead into the next
+// ones, so that copies go on while an item ends.
 //
 //   seek (which kv tile) -> look_up (its block table entry, a kv tile ahead) -> fetch<K>, fetch<V>
 //   (cp.async into a ring of `stages` kv tiles, a commit group each)
 //
-// Few instructions matter here, and few registers: a few warps a scheduler must keep up with memory.
-// No call to a function that is not inlined: around one, registers are set aside in the whole loop.
+// Few instructions matter here, and few registers: a few warps a scheduler must keep up with
+// memory. No call to a function that is not inlined: around one, registers are set aside in the
+// whole loop.
 #pragma once
 
 #include "cuda/kernel/kv_address.cuh"
@@ -229,8 +230,8 @@ class DecodeStream {
     ptx::commit_copies();
   }
 
-  // If the ring has room and nothing is left to load of what is known: finds the next kv tile and asks where
-  // its keys are.
+  // If the ring has room and nothing is left to load of what is known: finds the next kv tile and
+  // asks where its keys are.
   __device__ __forceinline__ void find_next_if_idle() {
     if (left_ > 0 || fetched_ - consumed_ == p_.pipeline_stages) return;
     go_on();
@@ -380,8 +381,8 @@ class DecodeStream {
 
  private:
   int fetched_ = 0;  // kv tiles
-  // The kv tile to be loaded next: kv tiles left, see WarpStream; its first key; and of the lane's key
-  // (lane % 16) block and slot. Bits say which of its 16 keys may be read.
+  // The kv tile to be loaded next: kv tiles left, see WarpStream; its first key; and of the lane's
+  // key (lane % 16) block and slot. Bits say which of its 16 keys may be read.
   int left_ = 0;
   int key_ = 0;
   std::int32_t entry_ = -1;

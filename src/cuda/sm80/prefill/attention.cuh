@@ -1,21 +1,23 @@
-// Attention for sequences of many query rows, on mma.sync tensor cores: FlashAttention-2's loop over a
-// paged cache.
+// Attention for sequences of many query rows, on mma.sync tensor cores: FlashAttention-2's loop
+// over a paged cache.
 //
 //   prepare (a split ahead) -> ring of kv tiles' addresses -> cp.async K and V (`stages` deep)
 //   -> S = Q K^T -> mask, softmax in registers -> O += P V -> output, straight from registers
 //
 // Each warp has its own 16 or 32 query rows and all keys of a tile; nothing is exchanged between
-// warps. One barrier a tile: behind it tile i has arrived and no warp reads tile i-1 any more, so tile
-// i-1+stages can take its place. Copies run on into the next split while this one ends; after a barrier
-// at its end the next queries take the place of these.
-// Within a tile, operands are loaded from shared memory one step ahead of the products.
-// 8-bit caches: a thread widens the very bytes it copied, between two barriers. A token's
-// own K scale multiplies its column of S in fp32 (rounded into K it would cost a bit of every
-// logit). Its V scale multiplies P in bf16, which holds every product; in fp16 tiny ones would be
-// lost, so there it goes into the widened V.
-// Why these tiles: 128 rows need 4 * 64 * 128 * 128 flops for the 32 KiB of a tile of 64 keys at d128,
-// 128 flops a byte from L2; with 64 rows the copies would be as slow as the products. config.cuh says
-// how rows are spread over warps and why.
+// warps. One barrier a tile: behind it tile i has arrived and no warp reads tile i-1 any more, so
+// tile i-1+stages can take its place. Copies run on into the next split while this one ends; after
+// a barrier at its end the next queries take the place of these. Within a tile, operands are loaded
+// from shared memory one step ahead of the products.
+//
+// 8-bit caches: a thread widens the very bytes it copied, between two barriers. A token's own K
+// scale multiplies its column of S in fp32 (rounded into K it would cost a bit of every logit). Its
+// V scale multiplies P in bf16, which holds every product; in fp16 tiny ones would be lost, so
+// there it goes into the widened V.
+//
+// Why these tiles: 128 rows make 4 * 64 * 128 * 128 flops of the 32 KiB of a tile of 64 keys at
+// d128: 128 a byte that comes from L2. Fewer rows read every key more often. config.cuh says how
+// rows are spread over warps and why.
 #pragma once
 
 #include "cuda/sm80/prefill/rows.cuh"

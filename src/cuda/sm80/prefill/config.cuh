@@ -19,8 +19,8 @@ struct PrefillConfig {
   static constexpr bool kUnmappedApart = std::is_same_v<Type, ptx::Half>;
   static constexpr int kHeadSizeK = kHeadSize_;
   static constexpr int kHeadSizeV = kHeadSize_ > 256 ? 256 : kHeadSize_;
-  // 32 rows a warp where O leaves registers for it: each K and V fragment read from shared memory then
-  // feeds two products. Else twice the warps, since two warps a scheduler hide latencies here.
+  // 32 rows a warp where O leaves registers for it: each K and V fragment read from shared memory
+  // then feeds two products. Else twice the warps, since two warps a scheduler hide latencies here.
   static constexpr int kMTiles = kHeadSize_ <= 128 ? 2 : 1;  // 16-row tiles of a warp
   static constexpr int kThreads = kHeadSize_ == 256 ? 256 : 128;
   static constexpr int kMinCtas = kHeadSize_ == 64 ? 3 : (kHeadSize_ == 128 ? 2 : 1);

@@ -7,9 +7,9 @@
 
 namespace quire::cuda::sm80 {
 
-// Whole items in the order of their cost; a CTA that is done takes the next one. Each CTA that had an
-// item asks once when none is left, so there are as many calls as items, and the last puts the counter
-// back to 0.
+// Whole items in the order of their cost; a CTA that is done takes the next one. Each CTA that had
+// an item asks once when none is left, so there are as many calls as items, and the last puts the
+// counter back to 0.
 __device__ __forceinline__ bool next_whole_item(const ScheduleView& schedule, bool first,
                                                 Split* split) {
   const int items = schedule.header->num_tiles * schedule.heads;
