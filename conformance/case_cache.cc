@@ -346,7 +346,7 @@ void make_cache(Case* c, Rng* rng) {
   lay_out_cache(c, count_blocks(c->spec));
   fill_garbage(*c, rng);
   if (c->spec.write) make_step_tensors(c, rng);
-  // What no row sees stays garbage: freed blocks that other requests use may look like that.
+  // What no row sees stays garbage: freed blocks that other sequences use may look like that.
   std::vector<bool> filled = seen_slots(*c);
   filled.flip();
   // Earlier steps' tokens first: a shared block may be old for one sequence and new for another.

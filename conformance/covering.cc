@@ -10,7 +10,7 @@
 namespace quire::conformance {
 namespace {
 
-// Requests of 3, 9, 24 and 135 rows, one that several CTAs share, and padding: kernels of every
+// Sequences of 3, 9, 24 and 135 rows, one that several CTAs share, and padding: kernels of every
 // kind have work.
 CaseSpec layer_spec(DType model, KvCacheDType cache, std::int64_t head_size) {
   CaseSpec spec;
