@@ -33,11 +33,13 @@ std::string describe(const AttentionKernel& kernel) {
     text = compute + (takes_fp8 ? " and fp8" : "") + " queries; K and V in " +
            (key.kv8 ? "8 bits" : compute);
   }
-  text += "; head sizes up to " + std::to_string(key.max_head_size);
+  text += (key.exact_head_size ? "; head size " : "; head sizes up to ") +
+          std::to_string(key.max_head_size);
   if (key.max_rows != kAnyRows) {
     text += "; sequences of up to " + std::to_string(key.max_rows) + " query rows";
   }
   if (!key.plain) text += "; soft cap, ALiBi or query-query bias";
+  if (kernel.takes != nullptr) text += "; caches that tensor maps fit";
   return text;
 }
 
@@ -56,7 +58,9 @@ bool takes_layer(const KernelKey& key, const LayerParams& layer, const DeviceInf
   return capability >= key.min_capability && capability <= key.max_capability &&
          takes_dtypes(key, layer.dtype, layer.kv_dtype) &&
          std::max(layer.head_size, layer.head_size_v) <= key.max_head_size &&
-         layer.head_size_v >= key.min_head_size_v;
+         layer.head_size_v >= key.min_head_size_v &&
+         (!key.exact_head_size ||
+          (layer.head_size == key.max_head_size && layer.head_size_v == key.max_head_size));
 }
 
 bool share_tiles(const AttentionKernel& a, const AttentionKernel& b) {
@@ -65,21 +69,19 @@ bool share_tiles(const AttentionKernel& a, const AttentionKernel& b) {
          a.kv_chunks == b.kv_chunks;
 }
 
-// Whether some member takes any call, whatever its strides.
-bool is_complete(const KernelFamily& family) {
-  const auto any = [&](bool KernelKey::*form) {
-    return std::any_of(family.members.begin(), family.members.end(), [&](const FamilyMember& m) {
-      return m.kernel->key.*form && m.kernel->takes == nullptr;
-    });
-  };
-  return any(&KernelKey::plain) && any(&KernelKey::score_mod);
+// Whether some member takes the layer's usual calls: its own scores, the strides of its caches.
+bool serves(const KernelFamily& family, const LayerParams& layer) {
+  const bool score_mod = layer.soft_cap > 0 || layer.alibi_slopes != nullptr;
+  return std::any_of(family.members.begin(), family.members.end(), [&](const FamilyMember& m) {
+    return score_mod ? m.kernel->key.score_mod : m.kernel->key.plain;
+  });
 }
 
 // The family that the kernel `first` leads, of the rows `candidates`; no members if one of them
-// does not fit the device or calls are left that none of them takes.
+// does not fit the device or calls are left that none of them takes but one should.
 KernelFamily family_of(const AttentionKernel& first,
                        const std::vector<const AttentionKernel*>& candidates,
-                       const LayerParams& layer, const DeviceInfo& device) {
+                       const LayerParams& layer, const DeviceInfo& device, Calls calls) {
   KernelFamily family;
   for (const AttentionKernel* kernel : candidates) {
     if (!share_tiles(*kernel, first)) continue;
@@ -87,7 +89,7 @@ KernelFamily family_of(const AttentionKernel& first,
     if (!kernel->prepare(layer, device, &member.launch)) return {};
     family.members.push_back(member);
   }
-  if (!is_complete(family)) return {};
+  if (calls == Calls::kAny ? !family.is_complete() : !serves(family, layer)) return {};
   const int ctas = family.members.front().launch.ctas_per_sm;
   family.grid = std::min(device.sm_count * std::max(ctas, 1), kMaxGrid);
   return family;
@@ -96,7 +98,7 @@ KernelFamily family_of(const AttentionKernel& first,
 }  // namespace
 
 std::vector<KernelFamily> choose_kernels(const KernelTable& table, const LayerParams& layer,
-                                         const DeviceInfo& device) {
+                                         const DeviceInfo& device, Calls calls) {
   std::vector<KernelFamily> families;
   std::int32_t served_rows = 0;  // by newer architectures
   for (const std::span<const AttentionKernel> architecture : table) {
@@ -110,11 +112,11 @@ std::vector<KernelFamily> choose_kernels(const KernelTable& table, const LayerPa
       const bool is_served = std::any_of(
           families.begin(), families.end(),
           [&](const KernelFamily& family) { return family.first().key.max_rows == rows; });
-      if (rows <= newer || is_served) continue;
-      KernelFamily family = family_of(*kernel, candidates, layer, device);
+      if ((rows <= newer && rows != kAnyRows) || is_served) continue;
+      KernelFamily family = family_of(*kernel, candidates, layer, device, calls);
       if (family.members.empty()) continue;
       families.push_back(std::move(family));
-      served_rows = std::max(served_rows, rows);
+      if (rows != kAnyRows) served_rows = std::max(served_rows, rows);
     }
   }
   std::sort(families.begin(), families.end(), [](const KernelFamily& a, const KernelFamily& b) {
@@ -125,7 +127,16 @@ std::vector<KernelFamily> choose_kernels(const KernelTable& table, const LayerPa
   return families;
 }
 
-const FamilyMember& KernelFamily::member_for(const KernelParams& params) const {
+bool KernelFamily::is_complete() const {
+  const auto any = [&](bool KernelKey::*form) {
+    return std::any_of(members.begin(), members.end(), [&](const FamilyMember& m) {
+      return m.kernel->key.*form && m.kernel->takes == nullptr;
+    });
+  };
+  return any(&KernelKey::plain) && any(&KernelKey::score_mod);
+}
+
+const FamilyMember* KernelFamily::member_for(const KernelParams& params) const {
   const LayerParams& layer = params.layer;
   const bool score_mod =
       layer.soft_cap > 0 || layer.alibi_slopes != nullptr || params.batch.qq_bias != nullptr;
@@ -133,10 +144,10 @@ const FamilyMember& KernelFamily::member_for(const KernelParams& params) const {
     const KernelKey& key = member.kernel->key;
     if ((score_mod ? key.score_mod : key.plain) &&
         (member.kernel->takes == nullptr || member.kernel->takes(params))) {
-      return member;
+      return &member;
     }
   }
-  return members.back();  // not reached: choose_kernels() keeps complete families only
+  return nullptr;
 }
 
 }  // namespace quire::cuda

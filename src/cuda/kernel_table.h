@@ -28,6 +28,7 @@ struct KernelKey {
   DType compute = DType::kNone;
   bool kv8 = false;
   std::int32_t max_head_size = 0;  // of K and V
+  bool exact_head_size = false;    // K and V of just that size
   std::int32_t min_head_size_v = 0;
   // Meant for sequences of up to so many query rows (query_len * group).
   std::int32_t max_rows = kAnyRows;
@@ -53,7 +54,7 @@ struct AttentionKernel {
   bool shared_prefix = false;  // may be given the tiles of shared prefixes
   bool kv_chunks = false;      // batch-invariant mode: leaves a partial for each kv chunk
   // Pipeline depth, shared memory, CTAs of a multiprocessor for a layer, on the current device.
-  // False: the device has too little shared memory.
+  // False: the device has too little shared memory, or the layer is none of the kernel's.
   bool (*prepare)(const LayerParams& layer, const DeviceInfo& device, Launch* launch) = nullptr;
   void (*launch)(const Launch& launch, int grid, const KernelParams& params,
                  cudaStream_t stream) = nullptr;
@@ -79,16 +80,23 @@ struct KernelFamily {
   std::vector<FamilyMember> members;
   int grid = 0;  // CTAs of each launch
   const AttentionKernel& first() const { return *members.front().kernel; }
-  const FamilyMember& member_for(const KernelParams& params) const;
+  // Null: no member takes the call.
+  const FamilyMember* member_for(const KernelParams& params) const;
+  // Whether each call has a member that takes it, whatever its scores and strides.
+  bool is_complete() const;
 };
+
+// Which calls of a layer kernels are chosen for: any, or those that the best kernels take.
+enum class Calls { kAny, kSome };
 
 // Most families of a layer, by the rows that they are meant for.
 inline constexpr int kMaxFamilies = kNumRules;
 
 // The families of a layer on the current device, which `device` is: by the rows that they are meant
 // for, from few to any number. An architecture's kernels are used for the rows that no newer one
-// has a kernel for; of several of one architecture for the same rows the first in the table.
+// has a kernel for, and one for any number of rows leaves few rows to older ones that are meant for few; of several of one architecture for the same rows the first in the table.
+// Calls::kAny: of complete families only.
 std::vector<KernelFamily> choose_kernels(const KernelTable& table, const LayerParams& layer,
-                                         const DeviceInfo& device);
+                                         const DeviceInfo& device, Calls calls);
 
 }  // namespace quire::cuda

@@ -1,53 +1,39 @@
-// A layer on a device: the kernels that serve it, and what is planned and launched for a batch. No
-// architecture is named here.
+// A layer on a device: the best kernels for it, and for calls that these do not take the ones that
+// take any.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include <cstdint>
+#include <memory>
 #include <string>
-#include <vector>
 
 #include "backend.h"
 #include "cuda/cascade_tensors.h"
 #include "cuda/device.h"
-#include "cuda/kernel_table.h"
-#include "cuda/workspace.h"
+#include "cuda/family_plan.h"
 
 namespace quire::cuda {
 
+// Which kernels a call gets depends on its strides, which come after the plan. So there may be two
+// plans of a batch: update() makes the one of the best kernels, and the other is made by the first call
+// of the step that needs it.
 class CudaPlan final : public LayerPlan {
  public:
   explicit CudaPlan(const LayerParams& layer);
 
   void update(const BatchParams& batch, const Context& ctx) override;
   void attention(const AttentionParams& params, const Context& ctx) override;
-  const std::int32_t* cascade_tensors(const BatchParams& batch, const Context& ctx) override {
-    const DeviceScope scope(layer_.device);
-    return cascade_tensors_.write(batch, stream_of(ctx));
-  }
-  std::int64_t workspace_bytes() const override {
-    return workspace_.bytes() + cascade_tensors_.bytes();
-  }
+  const std::int32_t* cascade_tensors(const BatchParams& batch, const Context& ctx) override;
+  std::int64_t workspace_bytes() const override;
   std::string to_string() const override;
 
  private:
-  int num_families() const { return static_cast<int>(families_.size()); }
-  int families_for(std::int64_t most_rows) const;
-  planning::PrefixRule cascade_rule(const BatchParams& batch, bool capturing) const;
-  void launch(const KernelFamily& family, const TileRule& rule, const SharedRow* shared_rows,
-              KernelParams params, cudaStream_t stream) const;
-
   const LayerParams layer_;
   const DeviceInfo& device_;
-  std::vector<KernelFamily> families_;
-  Workspace workspace_;
+  FamilyPlan best_;
+  std::unique_ptr<FamilyPlan> any_;  // null: best_ takes every call
+  bool any_is_planned_ = false;
+  bool any_is_captured_ = false;  // some graph reads its plan: every update makes it too
   CascadeTensors cascade_tensors_;
-  // Of the planned batch: its buffers, the families that have work in it, whether it may have
-  // shared prefixes.
-  BatchBuffers* buffers_ = nullptr;
-  int first_used_ = 0;
-  int end_used_ = 0;
-  bool shares_ = false;
 };
 
 }  // namespace quire::cuda

@@ -81,21 +81,24 @@ TEST(KernelTable, EveryLayerHasKernelsForAllNumbersOfRows) {
         layer.dtype = dtype;
         layer.kv_dtype = kv_dtype;
         layer.head_size = layer.head_size_v = head_size;
-        const std::vector<KernelFamily> families = choose_kernels(table, layer, device);
-        ASSERT_FALSE(families.empty());
-        ASSERT_LE(families.size(), static_cast<std::size_t>(kMaxFamilies));
-        EXPECT_EQ(families.back().first().key.max_rows, kAnyRows);
-        for (std::size_t i = 1; i < families.size(); ++i) {
-          EXPECT_LT(families[i - 1].first().key.max_rows, families[i].first().key.max_rows);
-        }
-        // The least head size of those that hold the layer.
-        for (const KernelFamily& family : families) {
-          for (const AttentionKernel& other : all_rows()) {
-            const KernelKey& key = family.first().key;
-            if (other.key.compute == key.compute && other.key.kv8 == key.kv8 &&
-                other.key.max_rows == key.max_rows && other.key.max_head_size >= head_size) {
-              EXPECT_LE(key.max_head_size, other.key.max_head_size);
+        for (const Calls calls : {Calls::kSome, Calls::kAny}) {
+          const std::vector<KernelFamily> families = choose_kernels(table, layer, device, calls);
+          ASSERT_FALSE(families.empty());
+          ASSERT_LE(families.size(), static_cast<std::size_t>(kMaxFamilies));
+          EXPECT_EQ(families.back().first().key.max_rows, kAnyRows);
+          for (std::size_t i = 1; i < families.size(); ++i) {
+            EXPECT_LT(families[i - 1].first().key.max_rows, families[i].first().key.max_rows);
+          }
+          // The least head size of those that hold the layer.
+          for (const KernelFamily& family : families) {
+            for (const AttentionKernel& other : all_rows()) {
+              const KernelKey& key = family.first().key;
+              if (other.key.compute == key.compute && other.key.kv8 == key.kv8 &&
+                  other.key.max_rows == key.max_rows && other.key.max_head_size >= head_size) {
+                EXPECT_LE(key.max_head_size, other.key.max_head_size);
+              }
             }
+            EXPECT_TRUE(calls == Calls::kSome || family.is_complete());
           }
         }
       }
@@ -136,8 +139,10 @@ class Table {
 
   // "name/rows/head size" of the families of a bf16 layer.
   std::vector<std::string> chosen(std::int32_t head_size, int capability = 80,
-                                  DType dtype = DType::kBFloat16) const {
+                                  DType dtype = DType::kBFloat16, Calls calls = Calls::kAny,
+                                  float soft_cap = 0.0F) const {
     LayerParams layer;
+    layer.soft_cap = soft_cap;
     layer.dtype = layer.kv_dtype = dtype;
     layer.head_size = layer.head_size_v = head_size;
     DeviceInfo device;
@@ -145,8 +150,7 @@ class Table {
     device.major = capability / 10;
     device.minor = capability % 10;
     std::vector<std::string> names;
-    for (const KernelFamily& family : choose_kernels({new_, old_, fp32_}, layer, device)) {
-      EXPECT_EQ(family.members.size(), 2U);
+    for (const KernelFamily& family : choose_kernels({new_, old_, fp32_}, layer, device, calls)) {
       EXPECT_EQ(family.grid, 20);
       const KernelKey& key = family.first().key;
       names.push_back(family.first().name + std::string("/") +
@@ -190,6 +194,45 @@ TEST(ChooseKernels, WithoutTheFormForModifiedScoresAFamilyIsNotUsed) {
   EXPECT_EQ(table.chosen(64), (Names{"old/16/64", "old/any/64"}));
 }
 
+// For the calls that it takes it is; if the layer's own scores are not among them, it is not.
+TEST(ChooseKernels, AFamilyForSomeCalls) {
+  Table table;
+  table.add(&table.new_, "new", 128, kAnyRows, 90);
+  for (AttentionKernel& kernel : table.new_) {
+    kernel.takes = [](const KernelParams& params) { return params.k_simple; };
+  }
+  table.new_.pop_back();  // the form for modified scores
+  const Names old = {"old/16/128", "old/32/128", "old/any/128"};
+  const Names some = {"old/16/128", "old/32/128", "new/any/128"};
+  EXPECT_EQ(table.chosen(128, 90, DType::kBFloat16, Calls::kSome), some);
+  EXPECT_EQ(table.chosen(128, 90, DType::kBFloat16, Calls::kAny), old);
+  EXPECT_EQ(table.chosen(128, 90, DType::kBFloat16, Calls::kSome, 30.0F), old);
+  LayerParams layer;
+  layer.dtype = layer.kv_dtype = DType::kBFloat16;
+  layer.head_size = layer.head_size_v = 128;
+  DeviceInfo device;
+  device.sm_count = 1;
+  device.major = 9;
+  const std::vector<KernelFamily> families =
+      choose_kernels({table.new_, table.old_}, layer, device, Calls::kSome);
+  KernelParams params{};
+  EXPECT_FALSE(families.back().is_complete());
+  EXPECT_EQ(families.back().member_for(params), nullptr);
+  params.k_simple = true;
+  EXPECT_EQ(families.back().member_for(params)->kernel, &table.new_[0]);
+  params.layer.soft_cap = 30.0F;
+  EXPECT_EQ(families.back().member_for(params), nullptr);
+}
+
+// A head size between those of exact kernels is no concern of theirs.
+TEST(ChooseKernels, ExactHeadSizes) {
+  Table table;
+  table.add(&table.new_, "new", 128, kAnyRows, 90);
+  for (AttentionKernel& kernel : table.new_) kernel.key.exact_head_size = true;
+  EXPECT_EQ(table.chosen(128, 90), (Names{"old/16/128", "old/32/128", "new/any/128"}));
+  EXPECT_EQ(table.chosen(120, 90), (Names{"old/16/128", "old/32/128", "old/any/128"}));
+}
+
 // Its decode kernel takes the rows of both older ones, whatever its number of rows is.
 TEST(ChooseKernels, ANewerArchitectureComesFirst) {
   Table table;
@@ -222,10 +265,11 @@ TEST(ChooseKernels, CallsGoToTheFirstMemberThatTakesThem) {
   DeviceInfo device;
   device.sm_count = 1;
   device.major = 8;
-  const std::vector<KernelFamily> families = choose_kernels({table.new_}, layer, device);
+  const std::vector<KernelFamily> families =
+      choose_kernels({table.new_}, layer, device, Calls::kAny);
   ASSERT_EQ(families.size(), 1U);
   KernelParams params{};
-  const auto taker = [&] { return families[0].member_for(params).kernel; };
+  const auto taker = [&] { return families[0].member_for(params)->kernel; };
   EXPECT_EQ(taker(), &table.new_[2]);
   params.query_token_stride = 64;
   EXPECT_EQ(taker(), &table.new_[0]);

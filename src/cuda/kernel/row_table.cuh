@@ -88,7 +88,7 @@ __device__ __forceinline__ int4 visible_keys(const semantics::Spans& spans) {
 
 // Fills the table for a split; callers wait for this thread's copies (sinks) and synchronise after
 // it. Rows of a shared prefix are of several sequences: its keys come before all of their rows and
-// there is no window (CudaPlan::cascade_rule), so every row sees them all.
+// there is no window (FamilyPlan::cascade_rule), so every row sees them all.
 template <class Team, int kRows>
 __device__ __noinline__ void fill_rows(const KernelParams& p, const Split& split,
                                        std::int32_t kv_head, RowTable<kRows>& table) {

@@ -1,0 +1,54 @@
+#include "cuda/sm90/kernels.h"
+
+#include <span>
+
+#include "cuda/check.h"
+
+namespace quire::cuda::sm90 {
+
+// X(name) for each line of instances.def that this build compiles, written by CMake.
+#define X(name) AttentionKernel name();
+#include "sm90_instances.inc"
+#undef X
+
+std::span<const AttentionKernel> kernels() {
+#define X(name) name(),
+  static const std::vector<AttentionKernel> rows = {
+#include "sm90_instances.inc"
+  };
+#undef X
+  return rows;
+}
+
+bool prepare(const Instance& instance, const LayerParams& layer, const DeviceInfo& device,
+             Launch* launch) {
+  if (!maps_fit(layer) || instance.shared_bytes > device.shared_bytes_per_block ||
+      !has_tensor_maps()) {
+    return false;
+  }
+  // All there is, as in sm80: the limit belongs to the process.
+  check(cudaFuncSetAttribute(instance.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             device.shared_bytes_per_block),
+        instance.name);
+  launch->pipeline_stages = 1;
+  launch->shared_bytes = instance.shared_bytes;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+            &launch->ctas_per_sm, instance.function, instance.threads,
+            static_cast<std::size_t>(instance.shared_bytes)),
+        instance.name);
+  return launch->ctas_per_sm > 0;
+}
+
+void launch(const Instance& instance, const Launch& launch, int grid, const KernelParams& params,
+            cudaStream_t stream) {
+  KvMaps maps = kv_maps(params, instance.tile_keys);
+  void* arguments[] = {const_cast<KernelParams*>(&params), &maps};
+  const auto shared_bytes = static_cast<std::size_t>(launch.shared_bytes);
+  const dim3 shape(static_cast<unsigned>(grid));
+  const cudaError_t error =
+      cudaLaunchKernel(instance.function, shape, dim3(static_cast<unsigned>(instance.threads)),
+                       arguments, shared_bytes, stream);
+  if (error != cudaSuccess) check_launch(instance.name, shape, instance.threads, shared_bytes);
+}
+
+}  // namespace quire::cuda::sm90
