@@ -56,8 +56,12 @@ MemoryNeed memory_need(const Workload& workload, const Options& options,
                        write_bytes(workload, element);
   }
   const std::int64_t wanted = (rotation_bytes + need.cache_bytes - 1) / need.cache_bytes;
-  need.num_caches = std::clamp<std::int64_t>(wanted, 1, kMaxCaches);
-  while (need.num_caches > 1 && need.total() > budget) --need.num_caches;
+  // Of each layer of a chain as many.
+  const std::int64_t layers = options.num_layers;
+  const std::int64_t caches_each =
+      (std::clamp<std::int64_t>(wanted, 1, kMaxCaches) + layers - 1) / layers;
+  need.num_caches = caches_each * layers;
+  while (need.num_caches > layers && need.total() > budget) need.num_caches -= layers;
   return need;
 }
 
@@ -151,6 +155,9 @@ Report run(const std::vector<Workload>& workloads, const Options& options,
   if (on_cuda) throw std::runtime_error("this build of quire bench measures the CPU only");
 #endif
   if (workloads.empty()) throw std::runtime_error("no workloads to run");
+  if (options.num_layers > 1 && !on_cuda) {
+    throw std::runtime_error("layers are chained in CUDA graphs: --layers needs --device cuda");
+  }
   std::unique_ptr<ThreadPool> own_threads;
   if (options.num_threads > 0) own_threads = make_thread_pool(options.num_threads);
   ThreadPool& threads = own_threads ? *own_threads : default_thread_pool();

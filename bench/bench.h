@@ -30,6 +30,7 @@ struct Options {
   // Calls rotate over caches of this size together, so that one is gone from the last-level cache
   // when its turn comes again; 0: eight times the last-level cache.
   std::int64_t rotation_bytes = 0;
+  int num_layers = 1;  // CUDA: above 1, so many are also timed in a chain
   std::uint64_t seed = 1;
 };
 
@@ -46,6 +47,10 @@ struct Result {
   std::vector<double> write_us;
   std::vector<double> copy_us;  // CUDA: of a device-to-device copy that moves as many bytes
   std::vector<double> host_us;  // CUDA: of the host, for an eager cache write and attention
+  // CUDA, more than one layer: of a cache write and attention, in a graph of such pairs.
+  std::vector<double> layer_us;
+  // CUDA: largest_row_error() of the output; a run whose output is wrong throws.
+  double max_error = 0.0;
 };
 
 struct Report {

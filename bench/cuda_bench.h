@@ -20,8 +20,9 @@ CudaMachine inspect_cuda_machine();
 // up at run time; without it the compute limit is 0 and every workload counts as memory-bound).
 std::unique_ptr<LimitMeter> make_cuda_limit_meter();
 
-// Times by CUDA graph replay over `num_caches` caches in turn, each with new tokens of its own, and
-// the host's time of an eager cache write with attention.
+// Times by CUDA graph replay over `num_caches` caches in turn, each with new tokens of its own: cache
+// writes and attention for themselves, and layers of both in a chain where the options ask for it.
+// Also the host's time of an eager cache write with attention.
 Result measure_cuda(const Workload& workload, const Options& options, std::int64_t num_caches);
 
 }  // namespace quire::bench

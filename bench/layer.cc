@@ -11,12 +11,6 @@ namespace {
 // fp8 caches: normal numbers up to 7 deviations lie within 448 * this.
 constexpr float kFp8Scale = 1.0F / 64.0F;
 
-double element(const TensorView& tensor, std::int64_t i) {
-  if (tensor.dtype == DType::kFloat32) return static_cast<const float*>(tensor.data)[i];
-  const std::uint16_t bits = static_cast<const std::uint16_t*>(tensor.data)[i];
-  return tensor.dtype == DType::kFloat16 ? from_float16(bits) : from_bfloat16(bits);
-}
-
 }  // namespace
 
 AttentionConfig layer_config(const Model& model, const Options& options, const TensorView& sinks) {
@@ -70,6 +64,12 @@ PagedKvCache CacheLayout::view(void* data, void* scales) const {
     cache.v_scale_cache = TensorView(v_scales, DType::kFloat32, {num_blocks_, size, heads}, device);
   }
   return cache;
+}
+
+double element(const TensorView& tensor, std::int64_t i) {
+  if (tensor.dtype == DType::kFloat32) return static_cast<const float*>(tensor.data)[i];
+  const std::uint16_t bits = static_cast<const std::uint16_t*>(tensor.data)[i];
+  return tensor.dtype == DType::kFloat16 ? from_float16(bits) : from_bfloat16(bits);
 }
 
 void check_output(const TensorView& output, const std::string& name) {

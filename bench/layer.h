@@ -35,6 +35,9 @@ struct CacheLayout {
   std::int64_t num_blocks_;
 };
 
+// Of a contiguous tensor in host memory, fp16, bf16 or fp32.
+double element(const TensorView& tensor, std::int64_t i);
+
 // Throws std::runtime_error if the output (in host memory) is not finite or all zeros: a benchmark
 // of wrong results is worth nothing.
 void check_output(const TensorView& output, const std::string& name);

@@ -43,6 +43,8 @@ struct Figures {
   double write_gb_per_s;
   double copy_us;  // 0: not measured
   double write_fraction;
+  double layer_us;           // 0: not measured
+  double layer_overhead_us;  // over cache write and attention for themselves
 };
 
 Figures figures_of(const Report& report, const Result& result) {
@@ -60,6 +62,10 @@ Figures figures_of(const Report& report, const Result& result) {
   if (!result.copy_us.empty()) {
     f.copy_us = median(result.copy_us);
     f.write_fraction = f.copy_us / f.write_us;
+  }
+  if (!result.layer_us.empty()) {
+    f.layer_us = median(result.layer_us);
+    f.layer_overhead_us = f.layer_us - f.write_us - f.time_us;
   }
   return f;
 }
@@ -115,6 +121,7 @@ Json options_json(const Options& options) {
           {"cascade", options.cascade},
           {"min_repeats", options.min_repeats},
           {"min_time_ms", options.min_time_ms},
+          {"num_layers", options.num_layers},
           {"seed", options.seed}};
 }
 
@@ -158,6 +165,19 @@ void append_writes(std::string* out, const Report& report) {
   }
 }
 
+void append_layers(std::string* out, const Report& report) {
+  if (report.results.empty() || report.results.front().layer_us.empty()) return;
+  append(out, "\ncache write and attention of %d layers in a chain, beside both for themselves\n",
+         report.options.num_layers);
+  append(out, "%-20s %11s %9s %13s %11s\n", "workload", "layer us", "write us", "attention us",
+         "overhead us");
+  for (const Result& result : report.results) {
+    const Figures f = figures_of(report, result);
+    append(out, "%-20s %11.2f %9.2f %13.2f %11.2f\n", result.workload.name.c_str(), f.layer_us,
+           f.write_us, f.time_us, f.layer_overhead_us);
+  }
+}
+
 Json result_json(const Report& report, const Result& result) {
   const Figures f = figures_of(report, result);
   Json batch = Json::array();
@@ -189,6 +209,12 @@ Json result_json(const Report& report, const Result& result) {
     json["copy_us"] = f.copy_us;
     json["write_fraction"] = f.write_fraction;
     json["copy_samples_us"] = result.copy_us;
+  }
+  if (report.options.device == DeviceType::kCuda) json["max_error"] = result.max_error;
+  if (!result.layer_us.empty()) {
+    json["layer_us"] = f.layer_us;
+    json["layer_overhead_us"] = f.layer_overhead_us;
+    json["layer_samples_us"] = result.layer_us;
   }
   return json;
 }
@@ -227,6 +253,7 @@ std::string to_table(const Report& report) {
     }
   }
   append_writes(&out, report);
+  append_layers(&out, report);
   const Means means = fractions_of(report);
   out += "\ngeometric mean of the fractions\n";
   append_mean(&out, "all", means.all);

@@ -161,6 +161,11 @@ void add_options(CLI::App* command, Arguments* arguments) {
   command->add_option("--block-size", options->block_size, "Tokens of a block")
       ->check(CLI::Range(1, 65'536))
       ->capture_default_str();
+  command
+      ->add_option("--layers", options->num_layers,
+                   "CUDA: also time so many layers in a chain, cache write and attention each")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
   command->add_flag("--hnd", options->heads_first, "Pages with heads first instead of slots first");
   command->add_flag("--batch-invariant", options->batch_invariant,
                     "Results that do not depend on the rest of the batch");

@@ -101,6 +101,20 @@ TEST_P(BenchOnDevice, TakesEveryCacheDtypeAndLayout) {
   }
 }
 
+TEST_P(BenchOnDevice, ChainsLayersOnCuda) {
+  Options options = quick_options();
+  options.num_layers = 3;
+  if (GetParam() == DeviceType::kCpu) {
+    EXPECT_THROW(run(small_workloads(), options), std::runtime_error);
+    return;
+  }
+  const Report report = run(small_workloads(), options);
+  for (const Result& result : report.results) {
+    EXPECT_EQ(result.num_caches % 3, 0);
+    EXPECT_GE(result.layer_us.size(), 3U);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Devices, BenchOnDevice, testing::ValuesIn(devices()),
                          [](const testing::TestParamInfo<DeviceType>& device) {
                            return device.param == DeviceType::kCpu ? "cpu" : "cuda";
@@ -181,6 +195,24 @@ TEST(BenchReport, SaysWhenTheMachineWasNotQuiet) {
   report.limit_samples = {{10e9, 100e9}, {10e9, 100e9}, {5e9, 100e9}, {10e9, 150e9}};
   EXPECT_THAT(to_table(report), HasSubstr("not quiet"));
   EXPECT_EQ(to_json(report).at("limits").at("steady"), false);
+}
+
+TEST(BenchReport, LayersInAChainAreComparedWithTheirParts) {
+  Report report = made_up_report();
+  EXPECT_THAT(to_table(report), testing::Not(HasSubstr("in a chain")));
+  EXPECT_FALSE(to_json(report).at("workloads").at(0).contains("layer_us"));
+  report.options.num_layers = 10;
+  report.results[0].layer_us = {300.0, 204.0, 203.0};
+  report.results[1].layer_us = {1252.0};
+  const std::string table = to_table(report);
+  EXPECT_THAT(table, HasSubstr("10 layers in a chain"));
+  EXPECT_THAT(table, testing::ContainsRegex("small_decode +204.00 +2.50 +200.00 +1.50"));
+  EXPECT_THAT(table, testing::ContainsRegex("small_prefill +1252.00 +2.50 +1250.00 +-0.50"));
+  const auto json = to_json(report);
+  EXPECT_EQ(json.at("options").at("num_layers"), 10);
+  EXPECT_DOUBLE_EQ(json.at("workloads").at(0).at("layer_us").get<double>(), 204.0);
+  EXPECT_DOUBLE_EQ(json.at("workloads").at(0).at("layer_overhead_us").get<double>(), 1.5);
+  EXPECT_EQ(json.at("workloads").at(0).at("layer_samples_us").size(), 3U);
 }
 
 TEST(BenchReport, JsonHoldsEverything) {
