@@ -42,6 +42,13 @@ def geometric_mean(values):
     return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
+def summary(samples, error):
+    """Of timed calls: not all the samples, so that results stay small enough to be kept."""
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"time_us": round(median, 3), "quartiles_us": [round(low, 3), round(high, 3)],
+            "num_samples": len(samples), "error": error}
+
+
 def run_quire(args, workload):
     """One workload through `quire bench`, with limits measured before and after it."""
     # cuBLAS, for the compute limit, is where pip put it for torch.
@@ -111,7 +118,7 @@ def measure_peer(peer, batch, expected, min_ms):
     except Exception as reason:  # pylint: disable=broad-except
         torch.cuda.synchronize()  # a broken device ends the run here
         return {"refused": first_line(reason)}
-    return {"time_us": statistics.median(samples), "error": error, "samples_us": samples}
+    return summary(samples, error)
 
 
 def load_peers(names):
@@ -176,8 +183,7 @@ def measure_workload(args, workload, model, peers):
     measured = quire["workloads"][0]
     batch = PagedBatch(workload, model, args.block_size, measured["num_caches"])
     expected = {sample: batch.expected(*sample) for sample in batch.sample()}
-    results = {"quire": {"time_us": measured["time_us"], "error": measured["max_error"],
-                         "samples_us": measured["samples_us"]}}
+    results = {"quire": summary(measured["samples_us"], measured["max_error"])}
     for peer in peers:
         results[peer.name] = measure_peer(peer, batch, expected, args.min_time)
     entry = {key: measured[key] for key in ("name", "flops", "bytes", "num_caches")}
@@ -246,7 +252,7 @@ def main():
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--min-time", type=float, default=300.0, metavar="MS",
                         help="of timed calls, at least, for each (default 300)")
-    parser.add_argument("--json", metavar="FILE", help="write everything, all samples included")
+    parser.add_argument("--json", metavar="FILE", help="write everything")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         fail("torch sees no CUDA device")
@@ -259,6 +265,11 @@ def main():
                  if args.only is None or workload["name"] in args.only]
     if not workloads:
         fail(f"--only: no such workload in {args.workload}")
+    if args.json:
+        try:
+            open(args.json, "a", encoding="utf-8").close()  # fail now, not after minutes
+        except OSError as error:
+            fail(f"--json: {error}")
     torch.backends.cuda.matmul.allow_tf32 = False  # expected rows are float32
     result = run(args, workloads, cases["models"])
     print_table(result)

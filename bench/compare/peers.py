@@ -10,6 +10,7 @@ import importlib.metadata
 import sys
 
 import torch
+import torch.nn.attention.bias
 
 from paged_batch import DTYPE
 
@@ -135,7 +136,8 @@ class FlashAttention3:
 
 
 class FlashInfer:
-    """FlashInfer's wrappers: decode, prefill (FA3 kernels on Hopper), attention sinks."""
+    """FlashInfer's wrappers. As vLLM does with it, sequences of one row go to decode, the others
+    to prefill (FA3 kernels on Hopper)."""
 
     name, paged = "flashinfer", True
     WORKSPACE_BYTES = 512 << 20
@@ -146,35 +148,50 @@ class FlashInfer:
         self.workspace = torch.empty(self.WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
 
     def prepare(self, batch):
-        counts = [len(blocks) for blocks in batch.blocks]
-        starts = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)],
-                              dtype=torch.int32)
-        indices = torch.tensor([block for blocks in batch.blocks for block in blocks],
-                               dtype=torch.int32, device="cuda")
-        last_lens = torch.tensor([(seq_len - 1) % batch.block_size + 1
-                                  for seq_len in batch.seq_lens], dtype=torch.int32)
+        kinds = [query_len == 1 for query_len in batch.query_lens]
+        # Consecutive sequences of a kind.
+        bounds = [0] + [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]] + [len(kinds)]
+        parts = [self.plan_part(batch, range(begin, end))
+                 for begin, end in zip(bounds, bounds[1:])]
+
+        def call(i):
+            for attend in parts:
+                attend(batch.caches[i])
+            return batch.output
+
+        return call
+
+    def plan_part(self, batch, sequences):
+        counts = [len(batch.blocks[s]) for s in sequences]
+        block_starts = _cpu_int32(sum(counts[:i]) for i in range(len(counts) + 1))
+        indices = _cpu_int32(block for s in sequences for block in batch.blocks[s]).cuda()
+        last_lens = _cpu_int32((batch.seq_lens[s] - 1) % batch.block_size + 1 for s in sequences)
+        begin, end = batch.starts[sequences[0]], batch.starts[sequences[-1] + 1]
+        rows = _cpu_int32(batch.starts[s] - begin for s in [*sequences, sequences[-1] + 1])
+        query, output = batch.query[begin:end], batch.output[begin:end]
+        is_decode = batch.query_lens[sequences[0]] == 1
         shape = (batch.num_heads, batch.num_kv_heads, batch.head_size, batch.block_size)
         options = {"window_left": batch.window - 1, "logits_soft_cap": batch.soft_cap,
-                   "q_data_type": DTYPE, "kv_data_type": DTYPE}
+                   "sm_scale": batch.scale, "q_data_type": DTYPE, "kv_data_type": DTYPE}
         extra = ()
-        if batch.is_decode() and batch.sinks is None:
+        if batch.sinks is not None:
+            # For decode the kernels that its decode wrapper takes: FA3's are ten times as slow.
+            wrapper = self.module.BatchAttentionWithAttentionSinkWrapper(
+                self.workspace, "NHD", backend="fa2" if is_decode else "auto", q_data_type=DTYPE,
+                kv_data_type=DTYPE, head_dim_qk=batch.head_size, head_dim_vo=batch.head_size,
+                window_left=batch.window - 1)
+            extra = (batch.sinks.float(), batch.scale)
+        elif is_decode:
             # Tensor cores from a group of 4 on, as its documentation recommends.
             wrapper = self.module.BatchDecodeWithPagedKVCacheWrapper(
                 self.workspace, "NHD",
                 use_tensor_cores=batch.num_heads // batch.num_kv_heads >= 4)
-            wrapper.plan(starts, indices, last_lens, *shape, sm_scale=batch.scale, **options)
+            wrapper.plan(block_starts, indices, last_lens, *shape, **options)
+            return lambda cache: wrapper.run(query, cache, out=output)
         else:
-            if batch.sinks is None:
-                wrapper = self.module.BatchPrefillWithPagedKVCacheWrapper(self.workspace, "NHD")
-            else:
-                wrapper = self.module.BatchAttentionWithAttentionSinkWrapper(
-                    self.workspace, "NHD", q_data_type=DTYPE, kv_data_type=DTYPE,
-                    head_dim_qk=batch.head_size, head_dim_vo=batch.head_size,
-                    window_left=batch.window - 1)
-                extra = (batch.sinks.float(), batch.scale)
-            wrapper.plan(batch.query_start_loc.cpu(), starts, indices, last_lens, *shape,
-                         causal=True, sm_scale=batch.scale, **options)
-        return lambda i: wrapper.run(batch.query, batch.caches[i], *extra, out=batch.output)
+            wrapper = self.module.BatchPrefillWithPagedKVCacheWrapper(self.workspace, "NHD")
+        wrapper.plan(rows, block_starts, indices, last_lens, *shape, causal=True, **options)
+        return lambda cache: wrapper.run(query, cache, *extra, out=output)
 
 
 class DenseAttention:
@@ -241,6 +258,10 @@ class TorchSdpa(DenseAttention):
     def mask_of_chunk(self, batch):
         bias = torch.nn.attention.bias.causal_lower_right(batch.max_query_len, batch.max_seq_len)
         return {"attn_mask": bias}
+
+
+def _cpu_int32(values):
+    return torch.tensor(list(values), dtype=torch.int32)
 
 
 PEERS = [VllmTriton, FlashAttention3, FlashInfer, TorchCudnn, TorchSdpa]

@@ -72,8 +72,8 @@ def draw(result):
                 fontsize=12, fontweight="bold")
     figure.text(
         0.02, 1.0 - 0.34 / height, f"bf16, blocks of {result['options']['block_size']}; limit: "
-        f"{limits['gb_per_s'] / 1000:.2f} TB/s read, {limits['gflop_per_s'] / 1000:.0f} TFLOP/s bf16 "
-        "GEMM, measured in the same run", ha="left", va="top", fontsize=8.5, color="#444444")
+        f"{limits['gb_per_s'] / 1000:.2f} TB/s read, {limits['gflop_per_s'] / 1000:.0f} TFLOP/s "
+        "bf16 GEMM, measured in the same run", ha="left", va="top", fontsize=8.5, color="#444444")
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("Quire"))
     figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="lower center",
