@@ -55,6 +55,7 @@ DeviceInfo read_info(int index) {
   info.major = properties.major;
   info.minor = properties.minor;
   info.shared_bytes_per_block = static_cast<int>(properties.sharedMemPerBlockOptin);
+  info.l2_bytes = properties.l2CacheSize;
   info.name = properties.name;
   return info;
 }

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <string>
 
 #include "quire/types.h"
@@ -14,6 +15,7 @@ struct DeviceInfo {
   int major = 0;
   int minor = 0;
   int shared_bytes_per_block = 0;  // with opt-in
+  std::int64_t l2_bytes = 0;
   std::string name;
 };
 

@@ -12,7 +12,7 @@ FamilyPlan::FamilyPlan(const LayerParams& layer, const DeviceInfo& device, Calls
     : layer_(layer),
       device_(device),
       families_(choose_kernels(kernel_table(), layer, device, calls)),
-      workspace_(layer_, families_) {}
+      workspace_(layer_, device_, families_) {}
 
 // How many of the families, from the first on, sequences of up to so many rows need.
 int FamilyPlan::families_for(std::int64_t most_rows) const {

@@ -94,8 +94,9 @@ inline constexpr int kMaxFamilies = kNumRules;
 
 // The families of a layer on the current device, which `device` is: by the rows that they are meant
 // for, from few to any number. An architecture's kernels are used for the rows that no newer one
-// has a kernel for, and one for any number of rows leaves few rows to older ones that are meant for few; of several of one architecture for the same rows the first in the table.
-// Calls::kAny: of complete families only.
+// has a kernel for, and one for any number of rows leaves few rows to older ones that are meant for
+// few; of several of one architecture for the same rows the first in the table. Calls::kAny: of
+// complete families only.
 std::vector<KernelFamily> choose_kernels(const KernelTable& table, const LayerParams& layer,
                                          const DeviceInfo& device, Calls calls);
 

@@ -104,6 +104,10 @@ TileRule Workspace::rule_of(const KernelFamily& family, const BatchBuffers& buff
   rule.heads = layer_.num_kv_heads * num_passes(layer_, policy);
   rule.grid = family.grid;
   rule.kv_chunks = family.first().kv_chunks;
+  const std::int64_t kv_tile_bytes = std::int64_t{policy.kv_tile} *
+                                     (layer_.head_size + layer_.head_size_v) *
+                                     size_of(layer_.kv_dtype);
+  rule.l2_kv_tiles = static_cast<std::int32_t>(device_.l2_bytes / 2 / kv_tile_bytes);
   const std::int64_t tiles =
       buffers.max_seqs + (buffers.max_tokens * layer_.group + policy.rows - 1) / policy.rows;
   rule.max_tiles = static_cast<std::int32_t>(std::min<std::int64_t>(tiles, 1 << 30));

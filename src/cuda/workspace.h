@@ -57,8 +57,9 @@ struct BatchBuffers {
 //      families_captured() of them, from the first on.
 class Workspace {
  public:
-  Workspace(const LayerParams& layer, const std::vector<KernelFamily>& families)
-      : layer_(layer), families_(families) {}
+  Workspace(const LayerParams& layer, const DeviceInfo& device,
+            const std::vector<KernelFamily>& families)
+      : layer_(layer), device_(device), families_(families) {}
 
   // What does not depend on the batch. Once.
   void allocate_partials(cudaStream_t stream);
@@ -82,6 +83,7 @@ class Workspace {
   TileRule rule_of(const KernelFamily& family, const BatchBuffers& buffers) const;
 
   const LayerParams& layer_;
+  const DeviceInfo& device_;
   const std::vector<KernelFamily>& families_;
   DeviceBuffer partials_;
   DeviceBuffer arrivals_;

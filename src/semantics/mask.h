@@ -56,8 +56,13 @@ struct SequenceMask {
 
 namespace detail {
 
+// Of a position, in 32 bits: a division of 64 bits is a call on a GPU, and kernels set registers
+// aside around calls.
 QUIRE_HOST_DEVICE std::int64_t floor_div(std::int64_t a, std::int64_t b) {
-  return a >= 0 ? a / b : -((-a + b - 1) / b);
+  if (b > 0x7FFFFFFF) return a >= 0 ? 0 : -1;
+  const auto divisor = static_cast<std::uint32_t>(b);
+  if (a >= 0) return static_cast<std::uint32_t>(a) / divisor;
+  return -1 - std::int64_t{static_cast<std::uint32_t>(-(a + 1)) / divisor};
 }
 
 // The window of position p, in positions, without base mask, ranges and prefix. Neither end

@@ -93,7 +93,8 @@ std::string problem_of(const Batch& b, const HostPlan& plan) {
   std::string problem = plan.out_of_bounds();
   if (!problem.empty()) return problem;
   Visits visits(b);
-  for (const TileRule* rule : {&args.rules[0], &args.rules[1], &args.rules[2]}) {
+  for (const TileRule& each : args.rules) {
+    const TileRule* rule = &each;
     for (std::int32_t t = 0; t < rule->header->num_tiles; ++t) {
       visits.add(rule->tiles[t], rule->tiles[t].first_token, false);
     }
@@ -132,12 +133,22 @@ bool same_tiles(const TileRule& a, const TileRule& b) {
 TEST(CudaPlan, EveryPairOnce) {
   std::map<std::int32_t, int> by_groups;
   int cut = 0;
+  int all_whole = 0;
+  int some_whole = 0;
+  int by_heads = 0;
+  int in_steps = 0;
   for (std::uint64_t index = 0; index < 1500; ++index) {
     Rng rng(21, index);
     const Batch b = random_batch(&rng, false);
     const auto max_rows = static_cast<std::int32_t>(rng.chance(0.2) ? 7 : 2048);
     const HostPlan plan(b, max_rows, 1);
     ASSERT_EQ(problem_of(b, plan), "") << "case " << index;
+    const ScheduleHeader& header = *plan.args().rules[kNumRules - 1].header;
+    if (header.whole_tiles > 0) {
+      ++(header.whole_tiles == header.num_tiles ? all_whole : some_whole);
+      by_heads += header.heads_at_once < b.layer.num_kv_heads ? 1 : 0;
+    }
+    in_steps += plan.args().rules[1].header->cta_step > 1 ? 1 : 0;
     const SharedPrefixes& prefixes = plan.args().prefixes;
     std::int32_t groups = 0;
     for (std::int32_t s = 0; prefixes.rule.min_blocks > 0 && s < b.params.num_seqs; ++s) {
@@ -152,6 +163,10 @@ TEST(CudaPlan, EveryPairOnce) {
     EXPECT_TRUE(same_tiles(plan.args().shared, together.args().shared)) << "case " << index;
     EXPECT_TRUE(same_tiles(plan.args().rules[0], together.args().rules[0])) << "case " << index;
   }
+  EXPECT_GT(all_whole, 100) << "the cases do not reach whole items";
+  EXPECT_GT(some_whole, 10) << "the cases do not reach whole items before cut ones";
+  EXPECT_GT(in_steps, 10) << "the cases do not reach CTAs far apart";
+  EXPECT_GT(by_heads, 10) << "the cases do not reach some heads at a time";
   EXPECT_GT(by_groups[1], 100) << "the cases do not reach shared prefixes";
   EXPECT_GT(by_groups[2] + by_groups[3], 50) << "the cases do not reach several groups";
   EXPECT_GT(cut, 50) << "the cases do not run out of room";

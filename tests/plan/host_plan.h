@@ -6,8 +6,10 @@
 #include <atomic>
 #include <barrier>
 #include <cstdint>
+#include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "conformance/random.h"
@@ -190,11 +192,12 @@ class HostPlan {
     args_.layer = b.layer;
     args_.batch = b.params;
     for (int i = 0; i < kNumRules; ++i) {
-      constexpr int kRows[kNumRules] = {16, 32, 128};
+      constexpr int kRows[] = {16, 32, 64, 128};
+      static_assert(sizeof kRows / sizeof *kRows == kNumRules);
       set_rule(kRows[i], b.params.num_tokens, b.params.num_seqs, i, &args_.rules[i]);
     }
     share_out(args_.rules, kNumRules);
-    set_rule(128, max_rows, kMaxSharedPrefixes, 3, &args_.shared);
+    set_rule(128, max_rows, kMaxSharedPrefixes, kNumRules, &args_.shared);
     SharedPrefixes& prefixes = args_.prefixes;
     prefixes.rule = planning::prefix_rule(b.layer, b.params, 64, 64);
     std::int32_t** const lists[] = {&prefixes.leader, &prefixes.blocks, &prefixes.members,
@@ -215,14 +218,15 @@ class HostPlan {
 
   // "" or what is wrong with where the plan points to.
   std::string out_of_bounds() const {
-    for (const TileRule* rule :
-         {&args_.rules[0], &args_.rules[1], &args_.rules[2], &args_.shared}) {
+    for (int i = 0; i <= kNumRules; ++i) {
+      const TileRule* rule = i < kNumRules ? &args_.rules[i] : &args_.shared;
       const ScheduleHeader& header = *rule->header;
       if (header.num_tiles > rule->max_tiles || header.num_ctas > rule->grid) return "counts";
       std::int64_t cost = 0;
       for (std::int32_t t = 0; t < header.num_tiles; ++t) {
         const WorkTile& tile = rule->tiles[t];
-        if (tile.cost_begin != cost) return "cost";
+        const bool sorted = header.num_tiles == header.whole_tiles;
+        if (!sorted && tile.cost_begin != cost) return "cost";
         cost += std::int64_t{tile.cost} * rule->heads;
         const std::string problem = out_of_bounds(tile, rule == &args_.shared);
         if (!problem.empty()) return problem + " of tile " + std::to_string(t);
@@ -241,7 +245,20 @@ class HostPlan {
     view.tiles = rule.tiles;
     view.work_ranges = rule.work_ranges;
     view.heads = rule.heads;
-    std::int32_t tile = 0;
+    const ScheduleHeader& header = *rule.header;
+    if (header.whole_tiles < 0 || header.whole_tiles > header.num_tiles) return "whole tiles";
+    std::set<std::pair<std::int32_t, std::int32_t>> whole;
+    for (std::int32_t i = 0; i < header.whole_tiles * rule.heads; ++i) {
+      std::int32_t t = -1;
+      std::int32_t h = -1;
+      header.whole_item(i, rule.heads, &t, &h);
+      if (t < 0 || t >= header.whole_tiles || h < 0 || h >= rule.heads) return "a whole item";
+      whole.emplace(t, h);
+    }
+    if (whole.size() != static_cast<std::size_t>(header.whole_tiles * rule.heads)) {
+      return "a whole item comes twice";
+    }
+    std::int32_t tile = header.whole_tiles;
     std::int32_t head = 0;
     std::int32_t kv_tile = 0;
     std::vector<std::int32_t> at_work;  // CTAs that share the item
@@ -251,6 +268,7 @@ class HostPlan {
       Split split;
       while (iterator.next(view, &split)) {
         if (tile == rule.header->num_tiles) return "more items than there are";
+        if (cta % header.cta_step != 0) return "a CTA works out of step";
         const WorkTile& expected = rule.tiles[tile];
         if (split.tile.cost_begin != expected.cost_begin || split.head != head ||
             split.kv_tile_begin != kv_tile || split.kv_tile_end > expected.num_kv_tiles()) {
@@ -294,7 +312,13 @@ class HostPlan {
     rule->policy.min_range_cost = rule->policy.cut_cost = 6;
     rule->policy.max_uncut = rule->policy.min_chunk = 8;
     rule->heads = args_.layer.num_kv_heads;
-    rule->grid = 40;
+    const bool last = index == kNumRules - 1;
+    rule->grid = last ? 7 : 40;
+    // The last rule's kernel knows whole items.
+    rule->buckets = last ? &buckets_ : nullptr;
+    rule->l2_kv_tiles = 40;
+    // The second's is limited by memory.
+    rule->policy.uncut_percent = index == 1 ? 225 : 0;
     rule->max_tiles =
         static_cast<std::int32_t>(more + (tokens * args_.layer.group + tile_rows - 1) / tile_rows);
     tiles_[index].resize(static_cast<std::size_t>(rule->max_tiles));
@@ -361,10 +385,11 @@ class HostPlan {
 
   const Batch& batch_;
   PlanArgs args_;
-  ScheduleHeader headers_[4];
-  std::vector<WorkTile> tiles_[4];
-  std::vector<WorkRange> starts_[4];
-  std::vector<std::int32_t> seq_tiles_[4];
+  ScheduleHeader headers_[kNumRules + 1];
+  CostBuckets buckets_;
+  std::vector<WorkTile> tiles_[kNumRules + 1];
+  std::vector<WorkRange> starts_[kNumRules + 1];
+  std::vector<std::int32_t> seq_tiles_[kNumRules + 1];
   std::vector<std::int32_t> lists_[6];
   std::vector<SharedPrefix> groups_;
   std::vector<SharedRow> rows_;

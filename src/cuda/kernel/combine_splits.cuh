@@ -11,6 +11,16 @@
 
 namespace quire::cuda {
 
+// Where CTA `cta` leaves partial `k`.
+template <int kRows>
+__device__ __forceinline__ PartialRows partial_rows(const ScheduleView& s, std::int32_t cta,
+                                                    std::int32_t k) {
+  float* memory = s.partials + (std::int64_t{cta} * s.partials_per_cta + k) * s.partial_floats;
+  const int pitch = static_cast<int>(s.partial_floats / kRows) - 2;
+  return {memory, memory + std::int64_t{kRows} * pitch, memory + std::int64_t{kRows} * (pitch + 1),
+          pitch};
+}
+
 // `kPartialsAhead`: partials that combine_rows() loads together; as many as there are registers
 // for.
 template <class Team, int kRows, int kPartialsAhead = 8>
@@ -26,11 +36,7 @@ class SplitCombiner {
       : p_(p), epilogue_(epilogue), shared_(shared) {}
 
   __device__ PartialRows partial(std::int32_t cta, std::int32_t k) const {
-    const ScheduleView& s = p_.schedule;
-    float* memory = s.partials + (std::int64_t{cta} * s.partials_per_cta + k) * s.partial_floats;
-    const int pitch = static_cast<int>(s.partial_floats / kRows) - 2;
-    return {memory, memory + std::int64_t{kRows} * pitch,
-            memory + std::int64_t{kRows} * (pitch + 1), pitch};
+    return partial_rows<kRows>(p_.schedule, cta, k);
   }
 
   __device__ __forceinline__ void store_partial(const Split& split, const PartialRows& result,
@@ -51,6 +57,7 @@ class SplitCombiner {
 
   // After this CTA's partials of an item are written: if all others' are too, combines and writes.
   __device__ __forceinline__ void combine_if_last(const ItemCtas& item_ctas, const Split& split) {
+    const std::int32_t step = p_.schedule.header->cta_step;
     Team::sync();
     if (Team::thread() == 0) {
       std::int32_t* counter = p_.schedule.arrivals + item_ctas.first;
@@ -60,9 +67,9 @@ class SplitCombiner {
     }
     Team::sync();
     if (shared_.last == 0) return;
-    const std::int32_t count = item_ctas.last + 1 - item_ctas.first;
-    if (!p_.layer.batch_invariant && count > kAhead && count == item_ctas.count) {
-      combine_rows(split, item_ctas.first, count);
+    const std::int32_t count = (item_ctas.last - item_ctas.first) / step + 1;
+    if (!p_.layer.batch_invariant && count * step > kAhead && count == item_ctas.count) {
+      combine_rows(split, item_ctas.first, step, count);
       return;
     }
     for (std::int32_t c = item_ctas.first + Team::thread(); c <= item_ctas.last; c += Team::kSize) {
@@ -81,7 +88,7 @@ class SplitCombiner {
     float sum;
     float4 o;
   };
-  static constexpr int kAhead = 6;
+  static constexpr int kAhead = kPartialsAhead < 6 ? 1 : 6;
 
   static __device__ __forceinline__ Columns load_partial(const PartialRows& from, int r, int c) {
     const auto* o = reinterpret_cast<const float4*>(from.o + std::int64_t{r} * from.pitch + c);
@@ -107,7 +114,7 @@ class SplitCombiner {
   // columns are on their way its lanes find the weights together. Then each lane sums up its own
   // columns.
   __device__ __forceinline__ void combine_rows(const Split& split, std::int32_t first,
-                                               std::int32_t count) const {
+                                               std::int32_t step, std::int32_t count) const {
     const int lane = Team::lane();
     const int blocks = (epilogue_.columns() + 127) / 128;
 #pragma unroll 1
@@ -121,11 +128,11 @@ class SplitCombiner {
         float max = -INFINITY;
         float sum = 0.0F;
         if (base + lane < count) {
-          const PartialRows from = partial_of(first, base + lane);
+          const PartialRows from = partial_of(first, step, base + lane);
           max = __ldcg(from.max + r);
           sum = __ldcg(from.sum + r);
         }
-        combine_32(first, base, min(count - base, 32), r, c, max, sum, &combine, &o);
+        combine_32(first, step, base, min(count - base, 32), r, c, max, sum, &combine, &o);
       }
       for (int d = 16; d > 0; d /= 2) combine.sum += __shfl_xor_sync(~0U, combine.sum, d);
       normalise_pair(split.tile, r, c, c < epilogue_.columns(), combine, o);
@@ -134,9 +141,9 @@ class SplitCombiner {
 
   // Combines `count` partials from `base` on, of which lane i knows maximum and sum of the i-th.
   // Leaves the sum spread over the lanes.
-  __device__ __forceinline__ void combine_32(std::int32_t first, std::int32_t base, int count,
-                                             int r, int c, float max, float sum, Combine* combine,
-                                             float4* o) const {
+  __device__ __forceinline__ void combine_32(std::int32_t first, std::int32_t step,
+                                             std::int32_t base, int count, int r, int c, float max,
+                                             float sum, Combine* combine, float4* o) const {
     float weight = 0.0F;
 #pragma unroll 1
     for (int j = 0; j < count; j += kPartialsAhead) {
@@ -145,7 +152,7 @@ class SplitCombiner {
       for (int u = 0; u < kPartialsAhead; ++u) {
         columns[u] = make_float4(0, 0, 0, 0);
         if (j + u < count && c < epilogue_.columns()) {
-          const PartialRows from = partial_of(first, base + j + u);
+          const PartialRows from = partial_of(first, step, base + j + u);
           columns[u] =
               __ldcg(reinterpret_cast<const float4*>(from.o + std::int64_t{r} * from.pitch + c));
         }
@@ -170,9 +177,10 @@ class SplitCombiner {
     }
   }
 
-  // The i-th partial from CTA `first` on, which began the item.
-  __device__ __forceinline__ PartialRows partial_of(std::int32_t first, std::int32_t i) const {
-    return partial(first + i, i == 0 ? 0 : 1);
+  // The i-th partial from CTA `first` on, which began the item; every `step`-th CTA left one.
+  __device__ __forceinline__ PartialRows partial_of(std::int32_t first, std::int32_t step,
+                                                    std::int32_t i) const {
+    return partial(first + i * step, i == 0 ? 0 : 1);
   }
 
   // Two threads' columns are stored together. All threads of a warp.

@@ -32,6 +32,10 @@ struct TilePolicy {
   std::int32_t cut_cost = 0;
   // Items up to this long are not cut: a partial result costs more than the imbalance.
   std::int32_t max_uncut = 0;
+  // Not 0: the kernel is limited by memory, whose rate CTAs share: a few CTAs draw all of it, so
+  // that ranges need not be equal. If the costliest item is at most this part of an equal share, in
+  // hundredths, none is cut; and if there is little work, CTAs far apart do it.
+  std::int32_t uncut_percent = 0;
   std::int32_t min_chunk = 0;  // batch-invariant mode: kv tiles of a chunk, at least
 
   friend bool operator==(const TilePolicy&, const TilePolicy&) = default;
@@ -149,16 +153,36 @@ struct PrefixPartials {
 struct ScheduleHeader {
   std::int32_t num_tiles = 0;
   std::int32_t num_ctas = 0;  // among which work is cut
-  // Items are not cut: CTAs take them one by one, and tiles lie in order of their cost, the highest
-  // first. cost_begin and work_ranges are not set then.
-  bool whole = false;
+  // One CTA of so many works: neighbours share a multiprocessor, or a part of the GPU whose rate
+  // is limited.
+  std::int32_t cta_step = 1;
+  // Items of the first `whole_tiles` are not cut: CTAs take them one by one, in the order of
+  // whole_item(). The work ranges are of the tiles behind them. If all items are whole, tiles lie
+  // in order of their cost, the highest first, and cost_begin is not set.
+  std::int32_t whole_tiles = 0;
+  // CTAs take the items of so many heads first, then those of the next ones: what they read at a
+  // time stays in the L2 cache.
+  std::int32_t heads_at_once = 1;
+
+  // The tile and the head of the i-th whole item.
+  QUIRE_HOST_DEVICE void whole_item(std::int32_t i, std::int32_t heads, std::int32_t* tile,
+                                    std::int32_t* head) const {
+    const std::int32_t group = i / (whole_tiles * heads_at_once);
+    const std::int32_t first = group * heads_at_once;
+    const std::int32_t count = heads - first < heads_at_once ? heads - first : heads_at_once;
+    const std::int32_t inside = i - whole_tiles * first;
+    *tile = inside / count;
+    *head = first + inside - *tile * count;
+  }
 };
 
 // For the plan kernel: tiles by cost, the highest first.
 struct CostBuckets {
   std::int32_t next[kCostBuckets];  // tiles in the bucket; then where its next tile goes
   std::int32_t highest;             // cost of a tile
+  std::int32_t lowest;
   std::int32_t makespan;
+  std::int32_t kv_tiles;  // of all sequences
 };
 
 // What one attention kernel sees of the plan.
@@ -190,14 +214,15 @@ struct TileRule {
   std::int32_t up_to_rows = 0x7FFFFFFF;
   // Batch-invariant mode: items may be cut, at kv_chunks of the sequence's own; else not at all.
   bool kv_chunks = false;
-  CostBuckets* buckets = nullptr;  // null: the kernel does not know ScheduleHeader::whole
+  CostBuckets* buckets = nullptr;  // null: the kernel does not know ScheduleHeader::whole_tiles
+  std::int32_t l2_kv_tiles = 0x7FFFFFFF;  // of one head, that half of the L2 cache holds
   ScheduleHeader* header = nullptr;
   WorkTile* tiles = nullptr;
   WorkRange* work_ranges = nullptr;
   std::int32_t* seq_tiles = nullptr;  // [num_seqs + 1]
 };
 
-inline constexpr int kNumRules = 3;  // most families of a layer, from few rows to any number
+inline constexpr int kNumRules = 4;  // most families of a layer, from few rows to any number
 
 struct PlanArgs {
   LayerParams layer;

@@ -1,8 +1,8 @@
 // The steps of the plan kernel, for a team of threads that work on one batch: a CTA on the device,
 // host threads in tests.
 //
-//   lengths -> tiles per sequence -> (scan) -> work tiles with their cost -> (scan) -> where the work
-//   range of each CTA of the attention grid begins
+//   lengths -> tiles per sequence -> (scan) -> work tiles with their cost -> (scan) -> where the
+//   work range of each CTA of the attention grid begins
 #pragma once
 
 #include <cstdint>
@@ -120,9 +120,10 @@ QUIRE_DEVICE WorkTile make_shared_tile(const PlanArgs& args, const SharedPrefix&
   return tile;
 }
 
-// The cut at a cost position. Cuts inside an item are rounded to multiples of its kv_chunk.
-QUIRE_DEVICE WorkRange start_at(const TileRule& rule, std::int32_t num_tiles,
-                                std::int64_t position) {
+// The cut at a cost position. Cuts inside an item are rounded to multiples of its kv_chunk, or, if
+// items are not cut, to its ends.
+QUIRE_DEVICE WorkRange start_at(const TileRule& rule, std::int32_t num_tiles, std::int64_t position,
+                                bool uncut) {
   if (num_tiles == 0) return {};
   WorkRange start;
   start.tile =
@@ -133,7 +134,8 @@ QUIRE_DEVICE WorkRange start_at(const TileRule& rule, std::int32_t num_tiles,
   const auto kv_tile = static_cast<std::int32_t>(inside - std::int64_t{start.head} * tile.cost);
   const std::int32_t overhead = rule.policy.item_overhead;
   if (start.head < rule.heads && kv_tile > overhead) {
-    start.kv_tile = (kv_tile - overhead + tile.kv_chunk / 2) / tile.kv_chunk * tile.kv_chunk;
+    const std::int32_t chunk = uncut ? tile.num_kv_tiles() : tile.kv_chunk;
+    start.kv_tile = (kv_tile - overhead + chunk / 2) / chunk * chunk;
     if (start.kv_tile >= tile.num_kv_tiles()) {
       start.kv_tile = 0;
       ++start.head;
@@ -197,10 +199,19 @@ QUIRE_DEVICE bool whole_items_balance(const Team& team, const TileRule& rule,
                                       std::int64_t num_tiles, std::int64_t total_cost) {
   CostBuckets& buckets = *rule.buckets;
   for (std::int32_t b = team.thread(); b < kCostBuckets; b += team.size()) buckets.next[b] = 0;
-  if (team.thread() == 0) buckets.highest = buckets.makespan = 1;
+  if (team.thread() == 0) {
+    buckets.highest = buckets.makespan = 1;
+    buckets.lowest = 0x7FFFFFFF;
+    buckets.kv_tiles = 0;
+  }
   team.sync();
   for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
-    team.raise(&buckets.highest, rule.tiles[t].cost);
+    const WorkTile& tile = rule.tiles[t];
+    team.raise(&buckets.highest, tile.cost);
+    team.lower(&buckets.lowest, tile.cost);
+    if (tile.first_index == 0 && tile.first_sub == 0) {
+      team.add(&buckets.kv_tiles, tile.kv_len / rule.policy.kv_tile);
+    }
   }
   team.sync();
   for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
@@ -237,6 +248,38 @@ QUIRE_DEVICE std::int32_t num_ranges(const TileRule& rule, std::int64_t cost) {
   return (static_cast<std::int32_t>(cost) + least - 1) / least;
 }
 
+// How many heads' keys fit the L2 cache together; the CTAs at work at a time read all sequences.
+QUIRE_DEVICE std::int32_t heads_at_once(const TileRule& rule) {
+  const std::int32_t kv_tiles = rule.buckets->kv_tiles;
+  if (kv_tiles <= 0 || rule.l2_kv_tiles / kv_tiles >= rule.heads) return rule.heads;
+  return static_cast<std::int32_t>(semantics::max_of(rule.l2_kv_tiles / kv_tiles, 1));
+}
+
+// Where whole items do not balance because they are few and of about equal cost: the tiles that
+// keep every CTA busy for the same number of items. Only what is left is cut: CTAs that work
+// through the keys of a head in step share what they read in the L2 cache, and cut ranges are
+// nowhere in step.
+QUIRE_DEVICE std::int32_t tiles_of_full_waves(const TileRule& rule, std::int32_t num_tiles) {
+  if (rule.buckets->lowest < rule.buckets->highest - rule.buckets->highest / 8) return 0;
+  const std::int64_t items = std::int64_t{num_tiles} * rule.heads;
+  return static_cast<std::int32_t>(items / rule.grid * rule.grid / rule.heads);
+}
+
+// Whether no item is longer than TilePolicy::uncut_percent allows.
+template <class Team>
+QUIRE_DEVICE bool none_is_long(const Team& team, const TileRule& rule, std::int64_t num_tiles,
+                               std::int64_t cost) {
+  const std::int64_t most = cost / rule.grid * rule.policy.uncut_percent / 100;
+  std::int64_t num_long = 0;
+  for (std::int64_t base = 0; base < num_tiles; base += team.size()) {
+    const std::int64_t t = base + team.thread();
+    std::int64_t total = 0;
+    team.scan(t < num_tiles && rule.tiles[t].cost > most ? 1 : 0, &total);
+    num_long += total;
+  }
+  return num_long == 0;
+}
+
 // Work tiles, and where each CTA's work range begins. make(t) is tile t without its place in the
 // line.
 template <class Team, class Make>
@@ -253,29 +296,52 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_parti
     cost += total;
   }
   team.sync();
-  if (rule.buckets != nullptr && num_tiles > 0 &&
-      (whole_items_balance(team, rule, num_tiles, cost) || !one_partial)) {
-    for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
-      const WorkTile tile = make(t);
-      rule.tiles[team.take(&rule.buckets->next[bucket_of(*rule.buckets, tile.cost)])] = tile;
+  ScheduleHeader header;
+  header.num_tiles = static_cast<std::int32_t>(num_tiles);
+  header.num_ctas = rule.grid;
+  if (rule.buckets != nullptr && num_tiles > 0) {
+    const bool balanced = whole_items_balance(team, rule, num_tiles, cost);
+    header.heads_at_once = heads_at_once(rule);
+    if (balanced || !one_partial) {
+      header.whole_tiles = header.num_tiles;
+      for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
+        const WorkTile tile = make(t);
+        rule.tiles[team.take(&rule.buckets->next[bucket_of(*rule.buckets, tile.cost)])] = tile;
+      }
+    } else {
+      header.whole_tiles = tiles_of_full_waves(rule, header.num_tiles);
     }
-    if (team.thread() == 0) {
-      *rule.header = {static_cast<std::int32_t>(num_tiles), rule.grid, true};
+  }
+  const std::int64_t first_cost =
+      header.whole_tiles < header.num_tiles ? rule.tiles[header.whole_tiles].cost_begin : cost;
+  if (header.whole_tiles == 0) {
+    // As many CTAs as there are items, if that is more: short ones side by side.
+    const std::int64_t wanted = semantics::max_of(num_ranges(rule, cost), num_tiles * rule.heads);
+    header.num_ctas = static_cast<std::int32_t>(semantics::min_of(wanted, rule.grid));
+  }
+  const bool uncut = rule.policy.uncut_percent > 0 && none_is_long(team, rule, num_tiles, cost);
+  if (rule.policy.uncut_percent > 0 && header.num_ctas > 0) {
+    header.cta_step = rule.grid / header.num_ctas;
+  }
+  if (team.thread() == 0) *rule.header = header;
+  if (header.whole_tiles == header.num_tiles) {
+    WorkRange none;
+    none.tile = header.num_tiles;
+    for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) {
+      rule.work_ranges[c] = none;
     }
     return;
   }
-  // As many CTAs as there are items, if that is more: short ones side by side.
-  const std::int64_t wanted = semantics::max_of(num_ranges(rule, cost), num_tiles * rule.heads);
-  const auto num_ctas = static_cast<std::int32_t>(semantics::min_of(wanted, rule.grid));
-  if (team.thread() == 0) {
-    *rule.header = {static_cast<std::int32_t>(num_tiles), num_ctas, false};
-  }
+  const std::int64_t left = cost - first_cost;
   for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) {
-    const std::int64_t position = c < num_ctas ? c * cost / num_ctas : cost;
-    rule.work_ranges[c] = start_at(rule, static_cast<std::int32_t>(num_tiles), position);
+    // A CTA without a range of its own begins where the next one does.
+    const std::int32_t range = (c + header.cta_step - 1) / header.cta_step;
+    const std::int64_t position =
+        first_cost + (range < header.num_ctas ? range * left / header.num_ctas : left);
+    rule.work_ranges[c] = start_at(rule, header.num_tiles, position, uncut);
   }
   team.sync();
-  link_starts(team, rule, num_ctas, one_partial);
+  link_starts(team, rule, header.num_ctas * header.cta_step, one_partial);
 }
 
 // The tiles of a rule's sequences. Also where it has none: a graph may read the result.

@@ -49,9 +49,10 @@ class PrefillAttention : PrefillRows<C> {
       : Base(p, memory) {}
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == 0 && !p_.schedule.header->whole)
-      shared_.iterator = WorkIterator(p_.schedule, static_cast<std::int32_t>(blockIdx.x));
-    if (warp() == 0) prepare(p_, shared_, 0, true);
+    if (threadIdx.x == 0) {
+      shared_.queue = WorkQueue(p_.schedule, static_cast<std::int32_t>(blockIdx.x));
+    }
+    if (warp() == 0) prepare(p_, shared_, 0);
     __syncthreads();
     int turn = 0;
     bool primed = false;
@@ -100,7 +101,7 @@ class PrefillAttention : PrefillRows<C> {
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       if (warp() == 0) {
-        if (i == prepare_at) prepare(p_, shared_, turn ^ 1, false);
+        if (i == prepare_at) prepare(p_, shared_, turn ^ 1);
         if (i % C::kBatch == 2) look_up_next(turn, i);
       }
       wait_for_tile(turn, i);
@@ -116,7 +117,7 @@ class PrefillAttention : PrefillRows<C> {
       }
       if (++stage_ == p_.pipeline_stages) stage_ = 0;
     }
-    if (count == 0 && warp() == 0) prepare(p_, shared_, turn ^ 1, false);
+    if (count == 0 && warp() == 0) prepare(p_, shared_, turn ^ 1);
     __syncthreads();  // no warp reads these queries any more
     return runs_on;
   }
@@ -304,7 +305,7 @@ class PrefillAttention : PrefillRows<C> {
     if (split.whole()) {
       epilogue.write(split, result);
     } else {
-      combiner.combine_if_last(shared_.iterator.item_ctas(split), split);
+      combiner.combine_if_last(shared_.queue.item_ctas(split), split);
     }
   }
 

@@ -5,6 +5,7 @@
 
 #include "cuda/kernel/combine_splits.cuh"
 #include "cuda/kernel/team.cuh"
+#include "cuda/kernel/work_queue.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/sm80/policy.h"
 
@@ -110,7 +111,7 @@ struct PrefillShared {
   float scale[C::kKv8 ? C::kMaxStages : 1][2][C::kKeys];  // of tokens
   float unmapped_max[C::kUnmappedApart ? C::kRows : 1];   // see unmapped.cuh
   float unmapped_sum[C::kUnmappedApart ? C::kRows : 1];
-  WorkIterator iterator;
+  WorkQueue queue;
 };
 
 template <class C>

@@ -7,27 +7,6 @@
 
 namespace quire::cuda::sm80 {
 
-// Whole items in the order of their cost; a CTA that is done takes the next one. Each CTA that had
-// an item asks once when none is left, so there are as many calls as items, and the last puts the
-// counter back to 0.
-__device__ __forceinline__ bool next_whole_item(const ScheduleView& schedule, bool first,
-                                                Split* split) {
-  const int items = schedule.header->num_tiles * schedule.heads;
-  int item = static_cast<int>(blockIdx.x);
-  if (!first) {
-    const int taken = atomicAdd(schedule.taken, 1);
-    if (taken == items - 1) *schedule.taken = 0;
-    item = static_cast<int>(gridDim.x) + taken;
-  }
-  if (item >= items) return false;
-  const int tile = item / schedule.heads;
-  split->tile = schedule.tiles[tile];
-  split->head = item - tile * schedule.heads;
-  split->kv_tile_begin = 0;
-  split->kv_tile_end = split->tile.num_kv_tiles();
-  return true;
-}
-
 // Whether 16 keys from a multiple of 16 on lie in one block; else copies look up each row.
 __device__ __forceinline__ bool has_strips(const KernelParams& p) {
   return !p.layer.paged || p.layer.block_size % 16 == 0;
@@ -122,13 +101,11 @@ __device__ __forceinline__ void look_up(const KernelParams& p, PrefillShared<C>&
 // One warp: the next split into task[turn], and its first tiles' keys. Not called but in line:
 // where O is live, a call spills it, and then in the whole loop over keys.
 template <class C>
-__device__ __forceinline__ void prepare(const KernelParams& p, PrefillShared<C>& shared, int turn,
-                                        bool first) {
+__device__ __forceinline__ void prepare(const KernelParams& p, PrefillShared<C>& shared, int turn) {
   PrefillTask& task = shared.task[turn];
   if (threadIdx.x % 32 == 0) {
     Split& split = task.split;
-    task.exists = p.schedule.header->whole ? next_whole_item(p.schedule, first, &split)
-                                           : shared.iterator.next(p.schedule, &split);
+    task.exists = shared.queue.next(p.schedule, &split);
     task.count = 0;
     if (task.exists) {
       task.count = (split.existing_end(keys_of(p, split.tile), kKvTile) - split.kv_tile_begin) *
