@@ -14,8 +14,8 @@
 namespace quire::cuda {
 
 // Which kernels a call gets depends on its strides, which come after the plan. So there may be two
-// plans of a batch: update() makes the one of the best kernels, and the other is made by the first call
-// of the step that needs it.
+// plans of a batch: update() makes the one of the best kernels, and the other is made by the first
+// call of the step that needs it.
 class CudaPlan final : public LayerPlan {
  public:
   explicit CudaPlan(const LayerParams& layer);

@@ -95,6 +95,10 @@ __device__ __forceinline__ void store_piece(std::uint32_t to, std::uint32_t a, s
                : "memory");
 }
 
+__device__ __forceinline__ void store_word(std::uint32_t to, std::uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+}
+
 __device__ __forceinline__ uint4 load_piece(std::uint32_t from) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -102,6 +106,15 @@ __device__ __forceinline__ uint4 load_piece(std::uint32_t from) {
                : "r"(from)
                : "memory");
   return x;
+}
+
+// Four 8 x 8 tiles of 16-bit pairs to shared memory, as load_matrices reads them: lane i names the
+// row i % 8 of tile i / 8 (sm_90).
+__device__ __forceinline__ void store_matrices(std::uint32_t address,
+                                               const std::uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 }  // namespace quire::cuda::ptx

@@ -1,7 +1,7 @@
-// Barriers in shared memory that count arrivals of threads and bytes of copies (sm_90). A phase ends
-// when all arrivals and all announced bytes are there; waiting is for the end of the phase with
-// the given parity, which is 0, 1, 0, ... from the first phase on. A fresh barrier counts as just
-// past a phase of parity 1: a producer that waits for "empty" with parity 1 passes at once.
+// Barriers in shared memory that count arrivals of threads and bytes of copies (sm_90). A phase
+// ends when all arrivals and all announced bytes are there; waiting is for the end of the phase
+// with the given parity, which is 0, 1, 0, ... from the first phase on. A fresh barrier counts as
+// just past a phase of parity 1: a producer that waits for "empty" with parity 1 passes at once.
 #pragma once
 
 #include <cstdint>
@@ -59,6 +59,25 @@ struct RingPosition {
       parity ^= 1U;
     }
   }
+};
+
+// The same in one register, and for several rings that move together: how many buffers have passed.
+// Rings of a power of two buffers.
+class RingCounter {
+ public:
+  template <int kSize>
+  __device__ __forceinline__ std::uint32_t index() const {
+    static_assert((kSize & (kSize - 1)) == 0);
+    return count_ % kSize;
+  }
+  template <int kSize>
+  __device__ __forceinline__ std::uint32_t parity() const {
+    return count_ / kSize % 2;
+  }
+  __device__ __forceinline__ void advance() { ++count_; }
+
+ private:
+  std::uint32_t count_ = 0;
 };
 
 }  // namespace quire::cuda::ptx

@@ -1,15 +1,20 @@
-// Warps with roles of their own (sm_90): registers that move between warpgroups, barriers among some
-// of a CTA's threads, and waiting for the kernel before.
+// Warps with roles of their own (sm_90): registers that move between warpgroups, barriers among
+// some of a CTA's threads, and waiting for the kernel before.
 #pragma once
 
 #include <cstdint>
 
 namespace quire::cuda::ptx {
 
+// `x`, which all threads of the warp have alike, as something that the compiler knows to be alike:
+// what follows from it goes to uniform registers, and branches on it split no warp. Descriptors of
+// wgmma must come from there: from others each costs moves that the products wait for.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0U, x, 0); }
+
 // Which warpgroup this is, the same in all its threads also for the compiler: branches on it are
 // uniform, as wgmma needs.
 __device__ __forceinline__ int warpgroup_index() {
-  return __shfl_sync(~0U, static_cast<int>(threadIdx.x / 128), 0);
+  return uniform(static_cast<int>(threadIdx.x / 128));
 }
 
 // All threads of a warpgroup.
@@ -22,7 +27,8 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Named barriers, 1 to 15 (0 is __syncthreads), among `threads` threads of the CTA, a multiple of 32.
+// Named barriers, 1 to 15 (0 is __syncthreads), among `threads` threads of the CTA, a multiple
+// of 32.
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }

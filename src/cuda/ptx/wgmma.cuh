@@ -1,5 +1,5 @@
-// Products of a warpgroup (sm_90a): d (64 x N, fp32) = or += a (64 x 16) * b (16 x N), 16-bit elements.
-// They run beside the warpgroup's other work:
+// Products of a warpgroup (sm_90a): d (64 x N, fp32) = or += a (64 x 16) * b (16 x N), 16-bit
+// elements. They run beside the warpgroup's other work:
 //
 //   fence(); multiply...(); commit();   ...   wait<0>(); keep(d);
 //
@@ -9,8 +9,8 @@
 //
 // Shared-memory operands are named by 64-bit descriptors: matrices of 8 rows of 16 bytes, or, with
 // the 128-byte swizzle, of 128 bytes. A K-major operand (rows hold consecutive k) moves by `stride`
-// bytes from 8 rows to the next 8. An MN-major one ("transposed") moves by `stride` bytes from 8 values
-// of k to the next 8, and by `lead` bytes from 64 columns (8 without swizzle) to the next.
+// bytes from 8 rows to the next 8. An MN-major one ("transposed") moves by `stride` bytes from 8
+// values of k to the next 8, and by `lead` bytes from 64 columns (8 without swizzle) to the next.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,8 @@
 
 namespace quire::cuda::ptx::wgmma {
 
-// A descriptor in two words. The low one holds the address: advancing by some bytes is one addition.
+// A descriptor in two words. The low one holds the address: advancing by some bytes is one
+// addition.
 __device__ __forceinline__ std::uint32_t descriptor_low(std::uint32_t address, std::uint32_t lead) {
   return ((address & 0x3FFFFU) >> 4) | ((lead >> 4) << 16);
 }
@@ -56,8 +57,8 @@ __device__ __forceinline__ void keep(T (&d)[kCount]) {
   }
 }
 
-// Element i of a thread's d is row fragment_row(warp lane, i % 4), column i / 4 * 8 + fragment_column(
-// lane, i % 4) of the 16 rows of its warp (cuda/ptx/fragment.cuh).
+// Element i of a thread's d is row fragment_row(warp lane, i % 4), column i / 4 * 8 +
+// fragment_column( lane, i % 4) of the 16 rows of its warp (cuda/ptx/fragment.cuh).
 
 // For each N: the registers of d as operands, and their names in the instruction.
 #define QUIRE_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
@@ -94,9 +95,11 @@ __device__ __forceinline__ void keep(T (&d)[kCount]) {
 #define QUIRE_NAMES_144 \
   QUIRE_NAMES_128       \
   ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define QUIRE_NAMES_192                                                              \
-  QUIRE_NAMES_144                                                                    \
-  ", %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87" \
+#define QUIRE_NAMES_176 \
+  QUIRE_NAMES_144       \
+  ", %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
+#define QUIRE_NAMES_192 \
+  QUIRE_NAMES_176       \
   ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define QUIRE_NAMES_256                                                                          \
   QUIRE_NAMES_192                                                                                \
@@ -114,6 +117,7 @@ __device__ __forceinline__ void keep(T (&d)[kCount]) {
 #define QUIRE_REGISTERS_96 QUIRE_D32(0), QUIRE_D16(32)
 #define QUIRE_REGISTERS_128 QUIRE_D64(0)
 #define QUIRE_REGISTERS_144 QUIRE_D64(0), QUIRE_D8(64)
+#define QUIRE_REGISTERS_176 QUIRE_D64(0), QUIRE_D16(64), QUIRE_D8(80)
 #define QUIRE_REGISTERS_192 QUIRE_D64(0), QUIRE_D32(64)
 #define QUIRE_REGISTERS_256 QUIRE_D64(0), QUIRE_D64(64)
 
@@ -160,6 +164,7 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], std::uint64_t a, st
   QUIRE_WGMMA_SHARED_CASE(96, 48, 49, 50, 51, 52);
   QUIRE_WGMMA_SHARED_CASE(128, 64, 65, 66, 67, 68);
   QUIRE_WGMMA_SHARED_CASE(144, 72, 73, 74, 75, 76);
+  QUIRE_WGMMA_SHARED_CASE(176, 88, 89, 90, 91, 92);
   QUIRE_WGMMA_SHARED_CASE(192, 96, 97, 98, 99, 100);
   QUIRE_WGMMA_SHARED_CASE(256, 128, 129, 130, 131, 132);
 }
@@ -179,6 +184,7 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], const std::uint32_t
   QUIRE_WGMMA_REGISTERS_CASE(96, 48, 49, 50, 51, 52, 53, 54);
   QUIRE_WGMMA_REGISTERS_CASE(128, 64, 65, 66, 67, 68, 69, 70);
   QUIRE_WGMMA_REGISTERS_CASE(144, 72, 73, 74, 75, 76, 77, 78);
+  QUIRE_WGMMA_REGISTERS_CASE(176, 88, 89, 90, 91, 92, 93, 94);
   QUIRE_WGMMA_REGISTERS_CASE(192, 96, 97, 98, 99, 100, 101, 102);
   QUIRE_WGMMA_REGISTERS_CASE(256, 128, 129, 130, 131, 132, 133, 134);
 }
@@ -208,6 +214,8 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], const std::uint32_t
 #undef QUIRE_REGISTERS_128
 #undef QUIRE_NAMES_144
 #undef QUIRE_REGISTERS_144
+#undef QUIRE_NAMES_176
+#undef QUIRE_REGISTERS_176
 #undef QUIRE_NAMES_192
 #undef QUIRE_REGISTERS_192
 #undef QUIRE_NAMES_256

@@ -104,8 +104,8 @@ bool fits(const KvParams& kv, std::int64_t head_bytes, std::int64_t slot_bytes,
          block_bytes / head_bytes * num_blocks < (std::int64_t{1} << 31);
 }
 
-// A thread's maps, the most recent of each place. A map is a function of its key, so nothing here can
-// be out of date.
+// A thread's maps, the most recent of each place. A map is a function of its key, so nothing here
+// can be out of date.
 struct Memory {
   struct Entry {
     Key k{};

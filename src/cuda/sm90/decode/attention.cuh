@@ -1,0 +1,385 @@
+// Attention for sequences of up to 8 to 40 query rows (decode, speculative decoding), limited by
+// the reading of K and V.
+//
+//   loading warps (load.cuh): splits of the plan -> row tables, queries; K and V boxes -> a ring
+//   one warpgroup, a kv tile of 64 keys after the other:
+//     S^T = K Q^T -> mask, softmax -> P^T to shared memory -> O^T += V^T P^T
+//   at an item's end (combine.cuh): O -> shared memory -> output or a partial
+//
+// Products are transposed, since wgmma takes 64 rows at least of its first operand but any multiple
+// of eight of the second: keys and value columns are rows, the few query rows columns.
+//
+// Weights are relative to a reference, the maximum of some kv tile, which a score must pass by 2^8
+// for the warpgroup to find a new one (in fp32 and in 16 bits there is room for that). So a kv tile
+// costs one barrier, which asks whether some score does, and no exchange.
+//
+// Barriers: full and empty of each tile of K and of V in the ring (full: the copies' bytes; empty:
+// the four warps that multiply), of the published splits (empty: two loading warps, those four) and
+// of the row tables with their queries. Named: 1, the warpgroup.
+//
+// Shared memory of a CTA at d128, 8 rows: the ring 96 KiB (three tiles of 32 KiB), O at an item's
+// end 4 KiB, two queries 4 KiB, P^T twice 2 KiB, tables.
+//
+// Why this: a kv tile takes the warpgroup some 1,700 clocks; HBM delivers one to each of an H100's
+// multiprocessors every 2,500, so that two CTAs are never what limits. One CTA of two warpgroups
+// that took tiles in turn was slower, most with short sequences (256 of some 280 keys: 131 us, two
+// CTAs 110): at an item's end both waited for each other.
+#pragma once
+
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/decode/combine.cuh"
+#include "cuda/sm90/decode/load.cuh"
+
+namespace quire::cuda::sm90 {
+
+template <class C>
+class DecodeAttention {
+ public:
+  using Shared = DecodeShared<C>;
+  using State = DecodeState<C>;
+  using Team = Multipliers;
+
+  __device__ __forceinline__ DecodeAttention(const KernelParams& p, Shared& shared, int box_shift)
+      : p_(p),
+        shared_(shared),
+        combine_(p, shared),
+        box_shift_(box_shift),
+        lane_(Team::lane()),
+        warp_(__shfl_sync(~0U, Team::warp(), 0)),
+        to_log2_(combine_.score_scale_ * kLog2E) {}
+
+  __device__ __forceinline__ void run() {
+    SplitPlace split_at;
+    RowPlaceInRing rows_at;
+    for (;; split_at.next(), rows_at.next()) {
+      split_at.wait_full(shared_.split_barriers);
+      const PublishedSplit& published = shared_.splits[split_at.index];
+      if (published.split.head < 0) return;
+      rows_at.wait_full(shared_.row_barriers);
+      table_ = &shared_.rows[rows_at.index];
+      query_ = ptx::wgmma::descriptor_low(ptx::shared_address(shared_.query[rows_at.index]), 16);
+      work(published);
+      // Each warp for itself: with one arrival for all, behind a barrier, the split was replaced
+      // while warps that were behind still read it.
+      __syncwarp();
+      if (lane_ == 0) {
+        split_at.arrive_empty(shared_.split_barriers);
+        rows_at.arrive_empty(shared_.row_barriers);
+      }
+    }
+  }
+
+ private:
+  // ---- a split ----------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void work(const PublishedSplit& published) {
+    const Split& split = published.split;
+    DecodeEpilogue<C> epilogue(p_, *table_);
+    epilogue.set_pass(0, C::kHeadSize);
+    DecodeCombiner<C> combiner(p_, epilogue, shared_.combine);
+    const auto cta = static_cast<std::int32_t>(blockIdx.x);
+    // In the free mode all kv tiles together. In batch-invariant mode one kv chunk after the other,
+    // each with a state of its own, so that bits do not depend on how chunks are spread over CTAs.
+    const int chunk =
+        p_.layer.batch_invariant ? split.tile.kv_chunk : split.kv_tile_end - split.kv_tile_begin;
+    const bool one_state = split.kv_tile_end - split.kv_tile_begin <= chunk;
+    int num_partials = 0;
+    int kv_tile = split.kv_tile_begin;
+    do {
+      const int end = min(kv_tile + chunk, split.kv_tile_end);
+      State state;
+      attend(split, kv_tile, end, state);
+      Emit emit{Emit::kPartial, {}, split.tile.prefix_row < 0 && epilogue.stores_pairs()};
+      if (one_state && split.whole()) {
+        emit.how = Emit::kWrite;
+      } else if (split.kv_tile_begin > 0) {
+        emit.partial = combiner.partial(cta, ++num_partials);
+      } else {
+        emit.partial = combiner.partial(cta, 0);
+        if (kv_tile > 0) emit.how = Emit::kCombine;
+      }
+      combine_.combine(epilogue, split, emit, state);
+      kv_tile = end;
+    } while (kv_tile < split.kv_tile_end);
+    if (split.whole() && one_state) return;
+    if (split.whole()) {
+      epilogue.write(split, combiner.partial(cta, 0));
+    } else {
+      combiner.combine_if_last(published.item_ctas, split);
+    }
+    Team::sync();  // the combiner's memory is no longer read
+  }
+
+  // The kv tiles [begin, end).
+  __device__ __forceinline__ void attend(const Split& split, int begin, int end, State& state) {
+#pragma unroll
+    for (int h = 0; h < C::kColumns; ++h) {
+#pragma unroll
+      for (int i = 0; i < C::kRows / 2; ++i) state.o[h][i] = 0.0F;
+    }
+#pragma unroll
+    for (int i = 0; i < State::kOwnRows; ++i) {
+      state.reference[i] = kNoReference;
+      state.sum[i] = 0.0F;
+    }
+    if (C::kUnmappedApart) {
+      for (int row = lane_; row < C::kRows; row += 32) num_unmapped(row) = 0.0F;
+      __syncwarp();
+    }
+#pragma unroll 1
+    for (int kv_tile = begin; kv_tile < end; ++kv_tile) {
+      attend_tile(split.tile.kv_tile(kv_tile) * kKvTile, state);
+    }
+  }
+
+  // ---- a kv tile --------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void attend_tile(int first, State& state) {
+    const auto& k_barriers = shared_.tile_barriers[0];
+    const auto& v_barriers = shared_.tile_barriers[1];
+    Scores s;
+    tile_.wait_full(k_barriers);
+    multiply_keys(s);
+    const std::uint32_t unmapped = C::kUnmappedApart ? shared_.unmapped[tile_.index] : 0U;
+    __syncwarp();
+    if (lane_ == 0) tile_.arrive_empty(k_barriers);
+    const int4 common = *reinterpret_cast<const int4*>(table_->common);
+    const bool all_visible = (first >= common.z && first + kKvTile <= common.w) ||
+                             (first >= common.x && first + kKvTile <= common.y);
+    if (!all_visible) {
+      mask(first, s);
+      clear_values(first);
+    }
+    if (C::kUnmappedApart && unmapped != 0) set_unmapped_apart(unmapped, s);
+    soften(s, state);
+    tile_.wait_full(v_barriers);
+    multiply_values(state);
+    __syncwarp();
+    if (lane_ == 0) tile_.arrive_empty(v_barriers);
+    tile_.next();
+    weights_ ^= 1;
+  }
+
+  using Scores = float[C::kRows / 2];
+
+  __device__ __forceinline__ std::uint32_t tile_address(int side) const {
+    return ptx::shared_address(shared_.tiles[side][tile_.index]);
+  }
+  __device__ __forceinline__ std::uint32_t weights_address() const {
+    return ptx::shared_address(shared_.weights[weights_]);
+  }
+
+  __device__ __forceinline__ void multiply_keys(Scores& s) const {
+    const std::uint32_t k = ptx::wgmma::descriptor_low(tile_address(0), 16);
+    ptx::wgmma::fence();
+#pragma unroll
+    for (int i = 0; i < C::kHeadSize / 16; ++i) {
+      ptx::wgmma::multiply<typename C::Type, C::kRows, 0, 0>(
+          s, ptx::wgmma::swizzled(k, i / 4 * 1024 + i % 4 * 32, C::kGroupBytes),
+          ptx::wgmma::swizzled(query_, i / 4 * C::kRows * 128 + i % 4 * 32, 1024), i > 0);
+    }
+    ptx::wgmma::commit();
+    ptx::wgmma::wait<0>();
+    ptx::wgmma::keep(s);
+  }
+
+  // P^T lies without swizzle, key by key in groups of eight rows: there, unlike what wgmma.cuh says
+  // of the swizzled ones, `lead` goes from eight keys to the next and `stride` from eight rows.
+  __device__ __forceinline__ void multiply_values(State& state) const {
+    const std::uint32_t v = ptx::wgmma::descriptor_low(tile_address(1), 1024);
+    const std::uint32_t weights = ptx::wgmma::descriptor_low(weights_address(), 128);
+    ptx::wgmma::fence();
+#pragma unroll
+    for (int i = 0; i < kKvTile / 16; ++i) {
+#pragma unroll
+      for (int h = 0; h < C::kColumns; ++h) {
+        ptx::wgmma::multiply<typename C::Type, C::kRows, 1, 1>(
+            state.o[h], ptx::wgmma::swizzled(v, h * 1024 + i * 2 * C::kGroupBytes, C::kGroupBytes),
+            ptx::wgmma::unswizzled(weights, i * 256, 1024), true);
+      }
+    }
+    ptx::wgmma::commit();
+    ptx::wgmma::wait<0>();
+#pragma unroll
+    for (int h = 0; h < C::kColumns; ++h) ptx::wgmma::keep(state.o[h]);
+  }
+
+  // Element i of the scores is of this row and key of the tile.
+  __device__ __forceinline__ int row_of(int i) const {
+    return i / 4 * 8 + ptx::fragment_column(lane_, i % 4);
+  }
+  __device__ __forceinline__ int key_of(int i) const {
+    return warp_ * 16 + ptx::fragment_row(lane_, i % 4);
+  }
+  // The same row's index among the thread's own.
+  static __device__ __forceinline__ constexpr int own_row(int i) { return i / 4 * 2 + i % 2; }
+
+  __device__ __forceinline__ void mask(int first, Scores& s) const {
+#pragma unroll
+    for (int i = 0; i < C::kRows / 2; ++i) {
+      if (!sees(table_->visible[row_of(i)], first + key_of(i))) s[i] = -INFINITY;
+    }
+  }
+
+  // Rows of V that may not be read may hold NaN, which a weight of 0 does not hide.
+  __device__ __forceinline__ void clear_values(int first) {
+    const LoadableKeys& keys = table_->keys;
+    const bool may_read_all =
+        first + kKvTile <= keys.kv_len &&
+        (first + kKvTile <= keys.out_of_window_begin || first >= keys.out_of_window_end ||
+         keys.out_of_window_begin >= keys.out_of_window_end);
+    if (may_read_all) return;
+    tile_.wait_full(shared_.tile_barriers[1]);
+    const int key = Team::thread() / 2;
+    if (!table_->may_read(first + key)) {
+      const std::uint32_t row =
+          tile_address(1) + static_cast<std::uint32_t>(key / 8 * C::kGroupBytes + key % 8 * 128 +
+                                                       Team::thread() % 2 * 64);
+#pragma unroll
+      for (int h = 0; h < C::kColumns; ++h) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          ptx::store_piece(row + static_cast<std::uint32_t>(h * 1024 + i * 16), 0, 0, 0, 0);
+        }
+      }
+    }
+    ptx::fence_async_proxy();  // soften() has a barrier
+  }
+
+  // Unmapped keys, those whose block does not exist, read as zeros: they have weight but no value.
+  // In fp16 they must not set the reference, or the weights of all other keys could underflow and
+  // the whole output with them. Their scores are 0 (NaN for a NaN query), so counting them is
+  // enough. (In bf16 weights have the range of fp32.)
+  __device__ __forceinline__ void set_unmapped_apart(std::uint32_t unmapped, Scores& s) const {
+#pragma unroll
+    for (int i = 0; i < State::kOwnRows; ++i) {
+      float count = 0.0F;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int element = i / 2 * 4 + i % 2 + 2 * j;
+        const bool is_unmapped = ((unmapped >> (key_of(element) >> box_shift_)) & 1U) != 0;
+        if (is_unmapped && s[element] != -INFINITY) {
+          count += 1.0F + s[element];
+          s[element] = -INFINITY;
+        }
+      }
+      count = over_keys(count);
+      if (lane_ < 4) num_unmapped(row_of(i / 2 * 4 + i % 2)) += count;
+    }
+  }
+  __device__ __forceinline__ float& num_unmapped(int row) const {
+    return shared_.num_unmapped[warp_][row];
+  }
+
+  // Scores -> weights in shared memory, and what follows for the state.
+  __device__ __forceinline__ void soften(const Scores& s, State& state) {
+    float sum[State::kOwnRows];
+    const bool passes = weigh(s, state, sum);
+    ptx::fence_async_proxy();
+    if (ptx::any_of_threads(kMultiplierBarrier, kWarpgroupThreads, passes)) {
+      // Rarely, after a row's first few kv tiles.
+      find_reference(s, state);
+      weigh(s, state, sum);
+      ptx::fence_async_proxy();
+      Team::sync();
+    }
+#pragma unroll
+    for (int i = 0; i < State::kOwnRows; ++i) state.sum[i] += sum[i];
+  }
+
+  // Weights and their sums. Whether one is so large that there must be a new reference. The
+  // difference comes first: logits near the end of fp32's range do not overflow then.
+  __device__ __forceinline__ bool weigh(const Scores& s, const State& state,
+                                        float (&sum)[State::kOwnRows]) const {
+    const std::uint32_t to = weights_address() + static_cast<std::uint32_t>(
+                                                     (warp_ * 16 + ptx::fragment_row(lane_)) * 16 +
+                                                     ptx::fragment_column(lane_) * 2);
+    float most = 0.0F;
+#pragma unroll
+    for (int g = 0; g < C::kRows / 8; ++g) {
+      float w[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float x = (s[4 * g + e] - state.reference[2 * g + e % 2]) * to_log2_;
+        most = fmaxf(most, x);
+        w[e] = ptx::exp2_approx(x);
+      }
+      sum[2 * g] = w[0] + w[2];
+      sum[2 * g + 1] = w[1] + w[3];
+      ptx::store_word(to + g * 1024, C::Type::pack(w[0], w[1]));
+      ptx::store_word(to + g * 1024 + 128, C::Type::pack(w[2], w[3]));
+    }
+    return most > 8.0F;
+  }
+
+  // The tile's maxima, where they are above the references, become the new ones.
+  __device__ __forceinline__ void find_reference(const Scores& s, State& state) {
+    float(&maxima)[kWarpgroupWarps][C::kRows] = shared_.sum;
+#pragma unroll
+    for (int i = 0; i < State::kOwnRows; ++i) {
+      const int element = i / 2 * 4 + i % 2;
+      float max = fmaxf(s[element], s[element + 2]);
+      for (int d = 4; d < 32; d *= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, d));
+      if (lane_ < 4) maxima[warp_][row_of(element)] = max;
+    }
+    Team::sync();
+#pragma unroll
+    for (int i = 0; i < State::kOwnRows; ++i) {
+      const int row = row_of(i / 2 * 4 + i % 2);
+      const float before = state.reference[i];
+      float max =
+          fmaxf(fmaxf(maxima[0][row], maxima[1][row]), fmaxf(maxima[2][row], maxima[3][row]));
+      max = fmaxf(max, before);
+      const float alpha = ptx::exp2_approx((before - max) * to_log2_);
+      state.reference[i] = max;
+      state.sum[i] *= alpha;
+#pragma unroll
+      for (int h = 0; h < C::kColumns; ++h) {
+        state.o[h][i / 2 * 4 + i % 2] *= alpha;
+        state.o[h][i / 2 * 4 + i % 2 + 2] *= alpha;
+      }
+    }
+  }
+
+  const KernelParams& p_;
+  Shared& shared_;
+  DecodeCombine<C> combine_;
+  const int box_shift_;  // log2 of the keys of a box
+  const int lane_;
+  const int warp_;  // of the warpgroup
+  const float to_log2_;
+  RingPlace<Shared::kStages> tile_;
+  RowTable<C::kRows>* table_ = nullptr;  // of the split at work
+  int weights_ = 0;          // which buffer: in the other a warp that is behind may still multiply
+  std::uint32_t query_ = 0;  // likewise, as a descriptor's low word
+};
+
+template <class C>
+__device__ __forceinline__ void init_barriers(DecodeShared<C>& shared) {
+  const auto init = [](auto& barriers, int full, int empty) {
+    for (auto& barrier : barriers.full) ptx::mbarrier_init(ptx::shared_address(&barrier), full);
+    for (auto& barrier : barriers.empty) ptx::mbarrier_init(ptx::shared_address(&barrier), empty);
+  };
+  for (auto& side : shared.tile_barriers) init(side, 1, kWarpgroupWarps);
+  init(shared.split_barriers, 1, 2 + kWarpgroupWarps);  // tiles, row tables; multiplying warps
+  init(shared.row_barriers, 1, kWarpgroupWarps);
+  ptx::mbarrier_fence_init();
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kCtas)
+    attention_decode(const __grid_constant__ KernelParams p, const __grid_constant__ KvMaps maps) {
+  extern __shared__ __align__(1024) char decode_memory[];
+  auto& shared = *reinterpret_cast<DecodeShared<C>*>(decode_memory);
+  if (threadIdx.x == 0) init_barriers(shared);
+  __syncthreads();
+  if (ptx::warpgroup_index() == 0) {
+    if constexpr (C::kMovesRegisters) ptx::take_registers<176>();
+    DecodeAttention<C>(p, shared, 31 - __clz(maps.box_keys)).run();
+  } else {
+    if constexpr (C::kMovesRegisters) ptx::give_registers<80>();
+    DecodeLoader<C>(p, maps, shared).run(static_cast<int>(threadIdx.x / 32) % kWarpgroupWarps);
+  }
+}
+
+}  // namespace quire::cuda::sm90

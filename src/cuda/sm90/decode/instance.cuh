@@ -1,0 +1,31 @@
+// The decode kernel as a row of the kernel table: included by ../instance.cuh, behind what it
+// specialises.
+#pragma once
+
+#include "cuda/sm90/decode/attention.cuh"
+
+namespace quire::cuda::sm90 {
+
+template <class Type, int kHeadSize, int kRows>
+struct Kernel<Phase::decode, Type, false, kHeadSize, kRows, false> {
+  using Config = DecodeConfig<Type, kHeadSize, kRows>;
+  static_assert(sizeof(DecodeShared<Config>) <= kDecodeSharedBytes<Config>);
+  static Instance instance(const char* name) {
+    Instance instance;
+    instance.name = name;
+    instance.function = reinterpret_cast<const void*>(&attention_decode<Config>);
+    instance.threads = Config::kThreads;
+    instance.shared_bytes = sizeof(DecodeShared<Config>);
+    instance.tile_keys = kKvTile;
+    return instance;
+  }
+  static void describe(AttentionKernel* row) {
+    row->key.max_rows = kRows;
+    row->kv_chunks = true;
+    row->policy = decode_policy<Config>();
+  }
+  static bool takes(const KernelParams&) { return true; }
+  static bool takes(const LayerParams& layer) { return decode_rows_fit(kRows, layer.group); }
+};
+
+}  // namespace quire::cuda::sm90

@@ -1,0 +1,220 @@
+// The loading side of the decode kernel: three warps, each a loop over the CTA's splits.
+//
+//   splits: work ranges and tiles of the plan -> PublishedSplit, kSplitsAhead of them
+//   rows:   row tables and queries of the splits, kRowsAhead of them
+//   tiles:  block table -> boxes of K and V by the copy engine -> the ring
+//
+// A warp gets a box out every 150 clocks, a kv tile of eight boxes every 1,200: with two CTAs a
+// multiprocessor that is twice as fast as memory.
+#pragma once
+
+#include "cuda/kernel/work_iterator.cuh"
+#include "cuda/ptx/fragment.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/decode/config.cuh"
+#include "cuda/sm90/tensor_map.h"
+
+namespace quire::cuda::sm90 {
+
+// A place in a ring of `kSize` buffers and its barriers.
+template <int kSize>
+struct RingPlace : ptx::RingPosition {
+  using Barriers = RingBarriers<kSize>;
+  __device__ __forceinline__ void wait_full(const Barriers& b) const {
+    ptx::mbarrier_wait(ptx::shared_address(&b.full[index]), parity);
+  }
+  __device__ __forceinline__ void wait_empty(const Barriers& b) const {
+    ptx::mbarrier_wait(ptx::shared_address(&b.empty[index]), parity ^ 1U);
+  }
+  __device__ __forceinline__ void arrive_full(const Barriers& b) const {
+    ptx::mbarrier_arrive(ptx::shared_address(&b.full[index]));
+  }
+  __device__ __forceinline__ void arrive_empty(const Barriers& b) const {
+    ptx::mbarrier_arrive(ptx::shared_address(&b.empty[index]));
+  }
+  __device__ __forceinline__ void next() { advance(kSize); }
+};
+
+using SplitPlace = RingPlace<kSplitsAhead>;
+using RowPlaceInRing = RingPlace<kRowsAhead>;
+
+template <class C>
+class DecodeLoader {
+ public:
+  using Shared = DecodeShared<C>;
+
+  __device__ DecodeLoader(const KernelParams& p, const KvMaps& maps, Shared& shared)
+      : p_(p), maps_(maps), shared_(shared), lane_(static_cast<int>(threadIdx.x % 32)) {}
+
+  __device__ __forceinline__ void run(int warp) {
+    if (warp == 0) {
+      load_tiles();
+    } else if (warp == 1) {
+      load_rows();
+    } else if (warp == 2 && lane_ == 0) {
+      publish_splits();
+    }
+  }
+
+ private:
+  // ---- splits -----------------------------------------------------------------------------------
+
+  // One lane.
+  __device__ __forceinline__ void publish_splits() {
+    WorkIterator iterator(p_.schedule, static_cast<std::int32_t>(blockIdx.x));
+    SplitPlace at;
+    for (bool found = true; found; at.next()) {
+      at.wait_empty(shared_.split_barriers);
+      PublishedSplit& to = shared_.splits[at.index];
+      found = iterator.next(p_.schedule, &to.split);
+      if (found) {
+        to.item_ctas = iterator.item_ctas(to.split);
+      } else {
+        to.split.head = -1;
+      }
+      at.arrive_full(shared_.split_barriers);
+    }
+  }
+
+  // Calls take(split) for each split of the CTA, which the other warps are done with then.
+  template <class Take>
+  __device__ __forceinline__ void for_each_split(const Take& take) {
+    for (SplitPlace at;; at.next()) {
+      at.wait_full(shared_.split_barriers);
+      const Split& split = shared_.splits[at.index].split;
+      if (split.head < 0) return;
+      take(split);
+      __syncwarp();
+      if (lane_ == 0) at.arrive_empty(shared_.split_barriers);
+    }
+  }
+
+  // ---- row tables and queries -------------------------------------------------------------------
+
+  __device__ __forceinline__ void load_rows() {
+    const QueryChange change = query_change(p_);
+    RowPlaceInRing at;
+    for_each_split([&](const Split& split) {
+      at.wait_empty(shared_.row_barriers);
+      load_query(split, change, ptx::shared_address(shared_.query[at.index]));
+      fill_rows<WarpTeam>(p_, split, split.head, shared_.rows[at.index]);
+      ptx::commit_copies();
+      ptx::wait_copies<0>();
+      ptx::fence_async_proxy();
+      __syncwarp();
+      if (lane_ == 0) at.arrive_full(shared_.row_barriers);
+      at.next();
+    });
+  }
+
+  // Rows of the query in columns of 64 elements, under the 128-byte swizzle. Rows that the tile
+  // does not have are 0: what they would hold otherwise could ask for ever new references.
+  __device__ __forceinline__ void load_query(const Split& split, const QueryChange& change,
+                                             std::uint32_t to) const {
+    constexpr int kPieces = C::kHeadSize / 8;
+#pragma unroll 4
+    for (int i = lane_; i < C::kRows * kPieces; i += 32) {
+      const int r = i / kPieces;
+      const int c = i % kPieces;
+      uint4 x{};
+      if (r < split.tile.rows) {
+        const RowPlace place = row_place(p_, split.tile, split.head, r);
+        const auto* row = static_cast<const std::uint16_t*>(p_.query) +
+                          place.token * p_.query_token_stride + place.head * p_.query_head_stride;
+        x = *reinterpret_cast<const uint4*>(row + c * 8);
+      }
+      ptx::store_piece(to + static_cast<std::uint32_t>(c / 8 * C::kRows * 128 + r * 128 +
+                                                       ((c % 8 ^ r % 8) << 4)),
+                       change(x.x), change(x.y), change(x.z), change(x.w));
+    }
+  }
+
+  // ---- K and V ----------------------------------------------------------------------------------
+
+  // Where a lane's boxes of K and V are in their caches.
+  struct Box {
+    std::int32_t row[2] = {-1, -1};  // fourth coordinate; -1: outside, which reads as zeros
+    std::int32_t slots = 0;          // fifth coordinate
+    bool is_unmapped = false;
+  };
+
+  // Box `lane` of the kv tiles from `kv_tile` on: block table entries of 32 boxes at a time.
+  __device__ __forceinline__ Box find_box(const Split& split, int boxes, int kv_tile) const {
+    Box box;
+    const int i = kv_tile + lane_ / boxes;
+    if (i >= split.kv_tile_end) return box;
+    const LoadableKeys keys = loadable_keys(p_, split.tile);
+    const std::int32_t first = split.tile.kv_tile(i) * kKvTile + lane_ % boxes * maps_.box_keys;
+    const std::int32_t end = min(first + maps_.box_keys, keys.kv_len);
+    const bool is_hidden = first >= keys.out_of_window_begin && end <= keys.out_of_window_end;
+    if (first >= end || is_hidden) return box;
+    const std::int32_t logical =
+        p_.block_shift >= 0 ? first >> p_.block_shift : first / p_.layer.block_size;
+    const std::int32_t entry =
+        __ldg(p_.batch.block_table + split.tile.seq * p_.batch.table_stride + logical);
+    box.slots = (first - logical * p_.layer.block_size) / 8;
+    box.is_unmapped = static_cast<std::uint32_t>(entry) >= p_.block_limit;
+    if (!box.is_unmapped) {
+      box.row[0] = entry * maps_.k.heads_per_block + split.head;
+      box.row[1] = entry * maps_.v.heads_per_block + split.head;
+    }
+    return box;
+  }
+
+  __device__ __forceinline__ void load_tiles() {
+    if (lane_ == 0) {
+      ptx::prefetch_map(&maps_.k.map);
+      ptx::prefetch_map(&maps_.v.map);
+    }
+    const int boxes = kKvTile / maps_.box_keys;
+    const int tiles_known = 32 / boxes;
+    RingPlace<Shared::kStages> at;
+    for_each_split([&](const Split& split) {
+      const int end = split.kv_tile_end;
+      int known = split.kv_tile_begin;  // boxes hold kv tiles [known, + tiles_known)
+      Box box = find_box(split, boxes, known);
+      Box next = find_box(split, boxes, known + tiles_known);
+      for (int kv_tile = known; kv_tile < end; ++kv_tile, at.next()) {
+        if (kv_tile == known + tiles_known) {
+          known += tiles_known;
+          box = next;
+          next = find_box(split, boxes, known + tiles_known);
+        }
+        load_side<0>(boxes, box, kv_tile - known, at);
+        load_side<1>(boxes, box, kv_tile - known, at);
+      }
+    });
+  }
+
+  // K or V of tile `n` of those that the lanes' boxes are of.
+  template <int kSide>
+  __device__ __forceinline__ void load_side(int boxes, const Box& box, int n,
+                                            const RingPlace<Shared::kStages>& at) {
+    const KvMap& map = kSide == 0 ? maps_.k : maps_.v;
+    const int from = n * boxes + lane_ % boxes;
+    const std::int32_t row = __shfl_sync(~0U, box.row[kSide], from);
+    const std::int32_t slots = __shfl_sync(~0U, box.slots, from);
+    const auto& barriers = shared_.tile_barriers[kSide];
+    at.wait_empty(barriers);
+    const std::uint32_t full = ptx::shared_address(&barriers.full[at.index]);
+    if constexpr (kSide == 0 && C::kUnmappedApart) {
+      const std::uint32_t unmapped = __ballot_sync(~0U, box.is_unmapped) >> (n * boxes);
+      if (lane_ == 0) shared_.unmapped[at.index] = unmapped & ((1U << boxes) - 1U);
+    }
+    if (lane_ == 0) ptx::mbarrier_arrive_expect(full, C::kTileBytes);
+    __syncwarp();
+    if (lane_ < boxes) {
+      const std::uint32_t to = ptx::shared_address(shared_.tiles[kSide][at.index]) +
+                               static_cast<std::uint32_t>(lane_ * (C::kTileBytes / boxes));
+      ptx::load_box(to, &map.map, full, 0, 0, 0, row, slots, ptx::kEvictFirst);
+    }
+  }
+
+  const KernelParams& p_;
+  const KvMaps& maps_;
+  Shared& shared_;
+  const int lane_;
+};
+
+}  // namespace quire::cuda::sm90

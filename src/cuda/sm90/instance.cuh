@@ -1,0 +1,102 @@
+// What the translation unit of an instance consists of: CMake writes one for each line of
+// instances.def, which includes this file and names the instance with the macro below.
+#pragma once
+
+#include "cuda/sm90/kernels.h"
+#include "cuda/sm90/policy.h"
+#include "cuda/sm90/prefill/attention.cuh"
+
+namespace quire::cuda::sm90 {
+
+// The words of instances.def.
+// The prefill kernel for layers whose windows fit one kv tile is "window".
+enum class Phase { decode, prefill, window };
+enum class Compute { fp16, bf16 };
+
+template <Phase, class Type, bool kKv8, int kHeadSize, int kRows, bool kScoreMod>
+struct Kernel;
+
+template <class Config_>
+struct PrefillKernel {
+  using Config = Config_;
+  static Instance instance(const char* name) {
+    Instance instance;
+    instance.name = name;
+    instance.function = reinterpret_cast<const void*>(&attention_prefill<Config>);
+    instance.threads = Config::kThreads;
+    instance.shared_bytes = prefill_shared_bytes<Config>();
+    instance.tile_keys = Config::kKvTile;
+    return instance;
+  }
+  static void describe(AttentionKernel* row) {
+    row->whole_items = true;
+    row->policy = prefill_policy<Config>();
+  }
+  static bool takes(const LayerParams& layer) {
+    return !Config::kOnePass || fits_one_pass<Config>(layer);
+  }
+  static bool takes(const KernelParams& p) {
+    // Of modified scores those with a soft cap alone; of masks in one pass the window alone.
+    return p.layer.alibi_slopes == nullptr && p.batch.qq_bias == nullptr &&
+           (!Config::kOnePass ||
+            (p.batch.causal == nullptr && p.batch.num_ranges == 0 &&
+             p.batch.visible_prefix_lens == nullptr && !p.batch.has_positions()));
+  }
+};
+
+template <class Type, int kHeadSize, bool kScoreMod>
+struct Kernel<Phase::prefill, Type, false, kHeadSize, 0, kScoreMod>
+    : PrefillKernel<PrefillConfig<Type, kHeadSize, kScoreMod, false>> {};
+
+template <class Type, int kHeadSize, bool kScoreMod>
+struct Kernel<Phase::window, Type, false, kHeadSize, 0, kScoreMod>
+    : PrefillKernel<PrefillConfig<Type, kHeadSize, kScoreMod, true>> {};
+
+}  // namespace quire::cuda::sm90
+
+// The decode kernel's.
+#include "cuda/sm90/decode/instance.cuh"
+
+namespace quire::cuda::sm90 {
+
+// A row of the table. The name is part of the type, so that prepare and launch are plain functions.
+template <Phase kPhase, Compute kCompute, bool kKv8, int kHeadSize, int kRows, bool kScoreMod,
+          const char* kName>
+AttentionKernel make_row() {
+  constexpr bool kHalf = kCompute == Compute::fp16;
+  using Type = std::conditional_t<kHalf, ptx::Half, ptx::BFloat16>;
+  using Row = Kernel<kPhase, Type, kKv8, kHeadSize, kRows, kScoreMod>;
+  AttentionKernel row;
+  row.key.min_capability = row.key.max_capability = 90;
+  row.key.compute = kHalf ? DType::kFloat16 : DType::kBFloat16;
+  row.key.kv8 = kKv8;
+  row.key.max_head_size = kHeadSize;
+  row.key.exact_head_size = true;
+  row.key.plain = !kScoreMod;
+  row.key.score_mod = kScoreMod;
+  row.name = kName;
+  Row::describe(&row);
+  row.prepare = [](const LayerParams& layer, const DeviceInfo& device, Launch* launch) {
+    return Row::takes(layer) && sm90::prepare(Row::instance(kName), layer, device, launch);
+  };
+  row.launch = [](const Launch& launch, int grid, const KernelParams& params, cudaStream_t stream) {
+    sm90::launch(Row::instance(kName), launch, grid, params, stream);
+  };
+  // Queries and outputs go in whole pieces, outputs in the type of queries, without block scales.
+  row.takes = [](const KernelParams& params) {
+    return params.query_aligned && params.output_aligned && params.block_output == nullptr &&
+           params.output_dtype == params.layer.dtype && Row::takes(params) && maps_fit(params);
+  };
+  return row;
+}
+
+}  // namespace quire::cuda::sm90
+
+#define QUIRE_KERNEL(function, phase, compute, kv8, head_size, rows, score_mod)      \
+  namespace quire::cuda::sm90 {                                                      \
+  static constexpr char k_##function[] = "sm90::" #function;                         \
+  AttentionKernel function() {                                                       \
+    return make_row<Phase::phase, Compute::compute, kv8, head_size, rows, score_mod, \
+                    k_##function>();                                                 \
+  }                                                                                  \
+  }

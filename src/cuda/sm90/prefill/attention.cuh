@@ -1,0 +1,436 @@
+// Attention for sequences of many query rows on Hopper: wgmma on tiles that the copy engine brings.
+//
+//   find_tasks -> task[2] -> KvLoader:     page boxes -> K ring, V ring, of tiles of 128 keys
+//                         -> load_queries: rows -> Q[2]
+//                         -> consumers:    S = Q K^T -> mask, softmax in registers -> O += P V
+//                                          -> output
+//
+// Roles. Three consumer warpgroups have 64 rows each and all of a tile's keys; a fourth warpgroup
+// has the warps that find work, load K and V, and copy queries (loaders.cuh). Registers go from the
+// fourth (32 a thread) to the first three (160).
+//
+// Barriers. task, query, k and v each have "full" (its loader to the consumers) and "empty" (back).
+// The loader of K and V asks for the next task (task_wanted) when it is nearly done with one. Named
+// barriers hand the turn to multiply by V from one consumer to the next: so one's softmax runs
+// while another multiplies.
+//
+// Within a warpgroup nothing overlaps: products are waited for before the softmax. So branches
+// between them (masks, rows near the end of fp32's range, tiles cut short) cost nothing but
+// themselves.
+//
+// Output. O of a finished item goes over its own queries (each warp its own rows), and from there
+// to the output in whole rows; meanwhile the next item's queries and keys are already there.
+//
+// Shared memory at head size 128: Q 2 x 48 KB, K 2 x 32 KB, V 2 x 32 KB, 2 KB of the rest. Head
+// size 256: two consumers with 232 registers, one Q of 64 KB, tiles of 64 keys. One pass: a tile of
+// 176 keys is all that the rows of an item see in a window of 128, two of them under way.
+//
+// Why this tile: 192 rows of 128 keys are 12.6 Mflop, 3,072 clocks of the tensor cores, for 64 KB
+// of K and V: 21 of the 33 bytes a clock that a multiprocessor gets from L2 when all ask. 128 rows
+// need 32 of them, and lost a quarter of their speed beside CTAs that decode (a probe on an H100).
+// A tile takes 4,235 clocks (in the profiler): of a warpgroup's 1,980 are softmax, 830 waiting for
+// Q K^T and 580 for P V, 420 waiting for K.
+#pragma once
+
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/prefill/combine_parts.cuh"
+#include "cuda/sm90/prefill/loaders.cuh"
+#include "cuda/sm90/prefill/rows.cuh"
+
+namespace quire::cuda::sm90 {
+
+template <class C>
+class PrefillConsumer {
+  using Type = typename C::Type;
+  static constexpr int kHalf = C::kKeys / 2;
+
+ public:
+  __device__ __forceinline__ PrefillConsumer(const KernelParams& p, const KvMaps& maps,
+                                             char* memory, PrefillShared<C>& shared, int warpgroup)
+      : p_(p),
+        maps_(maps),
+        memory_(ptx::shared_address(memory)),
+        shared_(shared),
+        warpgroup_(warpgroup) {
+    const float scale = p.layer.softmax_scale * value_of(p.q_scale) * value_of(p.k.scale);
+    // At 0 a masked -inf would turn into NaN.
+    scale_ = __shfl_sync(~0U, fmaxf(fabsf(scale), 1e-37F) * (C::kSoftCap ? 1.0F : kLog2E), 0);
+  }
+
+  __device__ __forceinline__ void run() {
+    if (warpgroup_ == C::kConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
+    while (true) {
+      ptx::mbarrier_wait(barrier_address(shared_.task_full[task_.index<kTasks>()]),
+                         task_.parity<kTasks>());
+      const PrefillTask& task = shared_.task[task_.index<kTasks>()];
+      if (ptx::uniform(task.exists ? 1 : 0) == 0) break;
+      attend(task);
+      finish(task);
+      __syncwarp();
+      if (lane() == 0)
+        ptx::mbarrier_arrive(barrier_address(shared_.query_empty[task_.index<C::kQueryBuffers>()]));
+      if (lane() == 0)
+        ptx::mbarrier_arrive(barrier_address(shared_.task_empty[task_.index<kTasks>()]));
+      task_.advance();
+    }
+  }
+
+ private:
+  // Found anew each time: kept over the loop, they would take its registers.
+  static __device__ __forceinline__ int lane() {
+    return static_cast<int>(ptx::opaque(threadIdx.x) % 32);
+  }
+  // Thread and warp within the warpgroup.
+  static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x % 128); }
+  static __device__ __forceinline__ int warp() {
+    return static_cast<int>(ptx::opaque(threadIdx.x) / 32 % 4);
+  }
+  // Row h of this thread within the tile.
+  __device__ __forceinline__ int row(int h) const {
+    return warpgroup_ * 64 + warp() * 16 + h * 8 + ptx::fragment_row(lane());
+  }
+  __device__ __forceinline__ int warp_row() const { return warpgroup_ * 64 + warp() * 16; }
+  __device__ __forceinline__ std::uint32_t queries() const {
+    return memory_ + task_.index<C::kQueryBuffers>() * C::kQueryBytes +
+           static_cast<std::uint32_t>(warpgroup_) * 64 * C::kRowBytes;
+  }
+  __device__ __forceinline__ void sync_warpgroup() const {
+    ptx::sync_threads(kWarpgroupBarrier + warpgroup_, kWarpgroup);
+  }
+  __device__ __forceinline__ void await_turn() const {
+    ptx::sync_threads(kTurnBarrier + warpgroup_, 2 * kWarpgroup);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    const int next = warpgroup_ + 1 < C::kConsumers ? warpgroup_ + 1 : 0;
+    ptx::arrive_threads(kTurnBarrier + next, 2 * kWarpgroup);
+  }
+  __device__ __forceinline__ void release(const std::uint64_t& barrier) const {
+    if (thread() == 0) ptx::mbarrier_arrive(barrier_address(barrier));
+  }
+
+  // From what rows_.s holds when the softmax begins to exponents of 2 and to natural logits.
+  __device__ __forceinline__ float to_log2() const { return C::kSoftCap ? kLog2E : scale_; }
+  __device__ __forceinline__ float to_natural() const {
+    constexpr float kLn2 = 0.6931471805599453F;
+    return C::kSoftCap ? 1.0F : scale_ * kLn2;
+  }
+  __device__ __forceinline__ const TileInfo& tile_info() const {
+    return shared_.tile[stage_.index<2 * C::kStages>()];
+  }
+
+  // ---- the loop -----------------------------------------------------------------------------
+
+  // A task's kv tiles into rows_, the last first.
+  __device__ __forceinline__ void attend(const PrefillTask& task) {
+    rows_.clear();
+    if constexpr (C::kUnmappedApart) {
+      if (lane() < 16) shared_.unmapped[warp_row() + lane()] = 0.0F;
+      __syncwarp();
+    }
+    ptx::mbarrier_wait(barrier_address(shared_.query_full[task_.index<C::kQueryBuffers>()]),
+                       task_.parity<C::kQueryBuffers>());
+    const bool has_rows = warpgroup_ * 64 < ptx::uniform(task.split.tile.rows);
+#pragma unroll 1
+    for (int i = ptx::uniform(task.count); i > 0; --i) {
+      const std::uint32_t s = stage_.index<C::kStages>();
+      ptx::mbarrier_wait(barrier_address(shared_.k_full[s]), stage_.parity<C::kStages>());
+      MaskedTile tile;
+      if (!has_rows) {
+        skip();
+      } else if (!C::kOnePass && !__any_sync(~0U, tile_info().masked)) {
+        step<false>(tile);
+      } else if (see(task, tile_info(), &tile)) {
+        step<true>(tile);
+      } else {
+        skip();
+      }
+      stage_.advance();
+    }
+  }
+
+  // What is known of a tile that some row does not see all of.
+  struct MaskedTile {
+    VisibleKeys visible[2];  // by this thread's rows
+    int keys;  // that the warpgroup's rows see, rounded up to all, a half or a quarter
+  };
+
+  // False: no row of the warpgroup sees any of its keys.
+  __device__ __forceinline__ bool see(const PrefillTask& task, const TileInfo& info,
+                                      MaskedTile* tile) const {
+    // The four threads of a row share the work: even ones look at row 0, odd ones at row 1.
+    const int odd = lane() % 2;
+    const VisibleKeys own(visible_of_row(p_, task, row(odd)), info.first, C::kKeys);
+    tile->visible[0] = own.of_lane(lane() - odd);
+    tile->visible[1] = own.of_lane(lane() - odd + 1);
+    const auto any = [&](bool value) {
+      return ptx::any_of_threads(kWarpgroupBarrier + warpgroup_, kWarpgroup, value);
+    };
+    int end;
+    if (is_plain_causal(p_)) {
+      const int last = min(warpgroup_ * 64 + 63, task.split.tile.rows - 1);
+      end = visible_of_row(p_, task, last).w - info.first;
+    } else {
+      end = max(tile->visible[0].last_end(), tile->visible[1].last_end());
+      if constexpr (C::kOnePass) {
+        end = any(end > 0) ? C::kKeys : 0;
+      } else {
+        end = any(end > kHalf) ? C::kKeys : (any(end > kHalf / 2) ? kHalf : (any(end > 0) ? 1 : 0));
+      }
+    }
+    if constexpr (C::kOnePass) {
+      tile->keys = ptx::uniform(end > 0 ? C::kKeys : 0);
+    } else {
+      tile->keys = ptx::uniform(
+          end > kHalf ? C::kKeys : (end > kHalf / 2 ? kHalf : (end > 0 ? kHalf / 2 : 0)));
+    }
+    return tile->keys > 0;
+  }
+
+  // The tile at stage_, whose K has arrived, without a look at it.
+  __device__ __forceinline__ void skip() {
+    const std::uint32_t s = stage_.index<C::kStages>();
+    release(shared_.k_empty[s]);
+    await_turn();
+    pass_turn();
+    ptx::mbarrier_wait(barrier_address(shared_.v_full[s]), stage_.parity<C::kStages>());
+    release(shared_.v_empty[s]);
+  }
+
+  template <bool kMasked>
+  __device__ __forceinline__ void step(const MaskedTile& tile) {
+    const std::uint32_t s = stage_.index<C::kStages>();
+    multiply_keys();
+    release(shared_.k_empty[s]);
+    if constexpr (C::kSoftCap) rows_.cap(p_.layer.soft_cap, scale_);
+    if constexpr (kMasked) rows_.mask(tile.visible);
+    if constexpr (kMasked && C::kUnmappedApart) {
+      const std::uint32_t unmapped = tile_info().unmapped;
+      if (unmapped != 0) {
+        rows_.set_unmapped_apart(unmapped, maps_.box_keys, to_log2(),
+                                 shared_.unmapped + warp_row());
+      }
+    }
+    std::uint32_t weights[C::kKeys / 4];
+    rows_.softmax(to_log2(), weights);
+    ptx::mbarrier_wait(barrier_address(shared_.v_full[s]), stage_.parity<C::kStages>());
+    if (kMasked && tile_info().partial) {
+      clear_values(shared_.task[task_.index<kTasks>()].keys, tile_info().first);
+    }
+    await_turn();
+    // Each a whole fence to wait of its own: no product crosses a branch.
+    if (!kMasked || C::kOnePass || tile.keys == C::kKeys) {
+      multiply_values<C::kKeys>(weights);
+    } else if constexpr (!C::kOnePass) {
+      if (tile.keys == kHalf) {
+        multiply_values<kHalf>(weights);
+      } else {
+        multiply_values<kHalf / 2>(weights);
+      }
+    }
+    release(shared_.v_empty[s]);
+  }
+
+  __device__ __forceinline__ void multiply_keys() {
+    namespace wgmma = ptx::wgmma;
+    const std::uint32_t a = wgmma::descriptor_low(queries(), 16);
+    const std::uint32_t b = wgmma::descriptor_low(
+        memory_ + C::kKeysAt + stage_.index<C::kStages>() * C::kTileBytes, 16);
+    wgmma::fence();
+#pragma unroll
+    for (int k = 0; k < C::kHeadSize / 16; ++k) {
+      wgmma::multiply<Type, C::kKeys, 0, 0>(
+          rows_.s, wgmma::swizzled(a, k / 4 * 64 * 128 + k % 4 * 32, 1024),
+          wgmma::swizzled(b, k / 4 * 1024 + k % 4 * 32, C::kKeyStride), k > 0);
+    }
+    wgmma::commit();
+    wgmma::wait<0>();
+    wgmma::keep(rows_.s);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void multiply_values(const std::uint32_t (&weights)[C::kKeys / 4]) {
+    namespace wgmma = ptx::wgmma;
+    const std::uint32_t b = wgmma::descriptor_low(
+        memory_ + C::kValuesAt + stage_.index<C::kStages>() * C::kTileBytes, 1024);
+    wgmma::fence();
+#pragma unroll
+    for (int k = 0; k < kCount / 16; ++k) {
+      wgmma::multiply<Type, C::kHeadSize, 1>(
+          rows_.o, weights + 4 * k, wgmma::swizzled(b, k * 2 * C::kKeyStride, C::kKeyStride), true);
+    }
+    wgmma::commit();
+    pass_turn();
+    wgmma::wait<0>();
+    wgmma::keep(rows_.o);
+  }
+
+  // V rows that may not be read, in blocks that others are read of, to zero: what they hold may be
+  // NaN, which a weight of 0 does not hide. Each consumer does this for itself, before it
+  // multiplies.
+  __device__ __forceinline__ void clear_values(const LoadableKeys& keys, int first) {
+    for (int k = thread(); k < C::kKeys; k += kWarpgroup) {
+      const int key = first + k;
+      if (key < keys.kv_len && (key < keys.out_of_window_begin || key >= keys.out_of_window_end)) {
+        continue;
+      }
+      const std::uint32_t at = memory_ + C::kValuesAt + stage_.index<C::kStages>() * C::kTileBytes +
+                               static_cast<std::uint32_t>(k / 8 * C::kKeyStride + k % 8 * 128);
+#pragma unroll
+      for (int i = 0; i < C::kRowBytes / 16; ++i) {
+        ptx::store_piece(at + i / 8 * 1024 + i % 8 * 16, 0, 0, 0, 0);
+      }
+    }
+    ptx::fence_async_proxy();
+    sync_warpgroup();
+  }
+
+  // ---- the end ------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void finish(const PrefillTask& task) {
+    rows_.add_up();
+    rows_.max[0] *= to_natural();
+    rows_.max[1] *= to_natural();
+    if constexpr (C::kUnmappedApart) {
+      __syncwarp();
+      rows_.combine_unmapped(shared_.unmapped + warp_row());
+    }
+    if (task.split.whole()) {
+      write_rows(task.split);
+    } else {
+      store_partial(task);
+    }
+  }
+
+  // Normalises the rows of a whole item and writes them: over their queries in shared memory, then
+  // whole rows to the output.
+  __device__ __forceinline__ void write_rows(const Split& split) {
+    const WorkTile& tile = split.tile;
+    const std::uint32_t own = queries() + static_cast<std::uint32_t>(warp()) * 16 * 128;
+    float scale[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      scale[h] = normalise_row(p_, split, row(h), rows_.max[h], rows_.sum[h],
+                               ptx::is_first_of_row(lane()));
+    }
+    sync_warpgroup();           // its products have read the queries
+    const int r = lane() % 16;  // the row whose address this lane gives to stmatrix
+#pragma unroll
+    for (int n = 0; n < C::kHeadSize / 8; n += 2) {
+      const int piece = n + lane() / 16;
+      std::uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = rows_.o[n * 4 + 2 * i] * scale[i % 2];
+        const float y = rows_.o[n * 4 + 2 * i + 1] * scale[i % 2];
+        words[i] = Type::pack(x, y);
+      }
+      ptx::store_matrices(own + static_cast<std::uint32_t>(piece / 8 * 64 * 128 + r * 128 +
+                                                           (((piece % 8) ^ (r % 8)) << 4)),
+                          words);
+    }
+    __syncwarp();
+    const RowPlace place = row_place(p_, tile, split.head, warp_row() + r);
+    const std::int64_t offset =
+        place.token * p_.output_token_stride + place.head * p_.output_head_stride;
+    constexpr int kPieces = C::kRowBytes / 16;
+    constexpr int kRowsAtOnce = 32 / kPieces;
+    const int piece = lane() % kPieces;
+#pragma unroll
+    for (int i = 0; i < 16; i += kRowsAtOnce) {
+      const int to_row = i + lane() / kPieces;
+      const std::int64_t to = __shfl_sync(~0U, offset, to_row);
+      const uint4 x =
+          ptx::load_piece(own + static_cast<std::uint32_t>(piece / 8 * 64 * 128 + to_row * 128 +
+                                                           (((piece % 8) ^ (to_row % 8)) << 4)));
+      if (warp_row() + to_row < tile.rows) {
+        *reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(p_.output) + to + piece * 8) = x;
+      }
+    }
+  }
+
+  // Rows of a part of an item: as a partial to global memory.
+  __device__ __forceinline__ void store_partial(const PrefillTask& task) {
+    const Split& split = task.split;
+    const int part = split.kv_tile_begin > 0 ? 1 : 0;
+    const PartialRows to =
+        partial_rows<C>(p_.schedule, static_cast<std::int32_t>(blockIdx.x), part);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row(h);
+      if (r >= split.tile.rows) continue;
+      if (ptx::is_first_of_row(lane())) {
+        to.max[r] = rows_.max[h];
+        to.sum[r] = rows_.sum[h];
+      }
+      float* out = to.o + std::int64_t{r} * to.pitch + ptx::fragment_column(lane());
+#pragma unroll
+      for (int n = 0; n < C::kHeadSize / 8; ++n) {
+        *reinterpret_cast<float2*>(out + n * 8) =
+            make_float2(rows_.o[n * 4 + 2 * h], rows_.o[n * 4 + 2 * h + 1]);
+      }
+    }
+    if (threadIdx.x == 0) shared_.part[part] = task;
+  }
+
+  const KernelParams& p_;
+  const KvMaps& maps_;
+  const std::uint32_t memory_;
+  PrefillShared<C>& shared_;
+  const int warpgroup_;
+  // Of products: to the scores that are capped, or else to exponents of 2.
+  float scale_;
+  PrefillRows<C> rows_;
+  ptx::RingCounter stage_;  // of K and V
+  ptx::RingCounter task_;   // of tasks and of queries
+};
+
+template <class C>
+__device__ __forceinline__ void init_barriers(PrefillShared<C>& shared) {
+  constexpr int kConsumerWarps = C::kConsumerThreads / 32;
+  for (int i = 0; i < kTasks; ++i) {
+    ptx::mbarrier_init(barrier_address(shared.task_full[i]), 1);
+    // The loader of K and V, the threads that copy queries, and the consumers.
+    ptx::mbarrier_init(barrier_address(shared.task_empty[i]), 1 + 64 + kConsumerWarps);
+  }
+  for (int i = 0; i < C::kQueryBuffers; ++i) {
+    ptx::mbarrier_init(barrier_address(shared.query_full[i]), 64);
+    ptx::mbarrier_init(barrier_address(shared.query_empty[i]), kConsumerWarps);
+  }
+  for (int i = 0; i < C::kStages; ++i) {
+    ptx::mbarrier_init(barrier_address(shared.k_full[i]), 1);
+    ptx::mbarrier_init(barrier_address(shared.k_empty[i]), C::kConsumers);
+    ptx::mbarrier_init(barrier_address(shared.v_full[i]), 1);
+    ptx::mbarrier_init(barrier_address(shared.v_empty[i]), C::kConsumers);
+  }
+  ptx::mbarrier_init(barrier_address(shared.task_wanted), 1);
+  ptx::mbarrier_fence_init();
+  shared.part[0].exists = shared.part[1].exists = false;
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    attention_prefill(const __grid_constant__ KernelParams p, const __grid_constant__ KvMaps maps) {
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<PrefillShared<C>*>(memory + C::kSharedAt);
+  if (threadIdx.x == 0) init_barriers(shared);
+  __syncthreads();
+  const int warpgroup = ptx::warpgroup_index();
+  if (warpgroup == C::kConsumers) {
+    ptx::give_registers<C::kProducerRegisters>();
+    const int warp = static_cast<int>(threadIdx.x / 32) % 4;
+    if (warp == 0) {
+      KvLoader<C>(p, maps, memory, shared).run();
+    } else if (warp == 1) {
+      find_tasks(p, maps.box_keys, shared);
+    } else {
+      load_queries(p, memory, shared);
+    }
+  } else {
+    ptx::take_registers<C::kConsumerRegisters>();
+    PrefillConsumer<C>(p, maps, memory, shared, warpgroup).run();
+    combine_parts(p, shared);
+  }
+}
+
+}  // namespace quire::cuda::sm90

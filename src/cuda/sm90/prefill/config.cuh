@@ -1,0 +1,123 @@
+// What an instance of the prefill kernel is made of, and its shared memory.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/kernel/combine_splits.cuh"
+#include "cuda/kernel/work_queue.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/warpgroup.cuh"
+#include "cuda/sm90/tensor_map.h"
+
+namespace quire::cuda::sm90 {
+
+inline constexpr int kWarpgroup = 128;
+
+// kOnePass: all keys that a tile's rows see, in a window, fit one kv tile: it begins where they do,
+// at a multiple of 16, and nothing is to be combined or rescaled.
+template <class Type_, int kHeadSize_, bool kSoftCap_, bool kOnePass_>
+struct PrefillConfig {
+  using Type = Type_;
+  static constexpr int kHeadSize = kHeadSize_;
+  static constexpr bool kSoftCap = kSoftCap_;
+  static constexpr bool kOnePass = kOnePass_;
+  static constexpr bool kUnmappedApart = std::is_same_v<Type, ptx::Half>;
+  // At head size 256 O takes 128 registers: two warpgroups, half the keys, and one buffer of
+  // queries.
+  static constexpr bool kWide = kHeadSize > 128;
+  static constexpr int kConsumers = kWide ? 2 : 3;  // warpgroups, 64 rows each
+  static constexpr int kRows = 64 * kConsumers;
+  // Of a tile of K and V; and what the plan counts and cuts in, where a tile begins at a multiple
+  // of.
+  static constexpr int kKeys = kOnePass ? 176 : (kWide ? 64 : 128);
+  static constexpr int kKvTile = kOnePass ? 16 : kKeys;
+  static constexpr int kStages = kHeadSize <= 64 && !kOnePass ? 4 : 2;  // of K and of V
+  static constexpr int kQueryBuffers = kWide ? 1 : 2;
+  static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
+  static constexpr int kThreads = kConsumerThreads + kWarpgroup;
+  static constexpr int kRowBytes = kHeadSize * 2;
+  static constexpr int kQueryBytes = kRows * kRowBytes;  // of a buffer
+  static constexpr int kTileBytes = kKeys * kRowBytes;   // of K or V
+  // In the image of tensor_map.h: from eight keys to the next eight.
+  static constexpr int kKeyStride = 8 * kRowBytes;
+  static constexpr int kConsumerRegisters = kWide ? 232 : 160;
+  static constexpr int kProducerRegisters = kWide ? 40 : 32;
+  // Where things begin in shared memory.
+  static constexpr int kKeysAt = kQueryBuffers * kQueryBytes;
+  static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
+  static constexpr int kSharedAt = kValuesAt + kStages * kTileBytes;
+};
+
+// Consumers wait for each other at these barriers; 0 is __syncthreads.
+inline constexpr int kAllConsumersBarrier = 1;
+inline constexpr int kWarpgroupBarrier = 2;  // and the next ones: of one consumer warpgroup
+inline constexpr int kTurnBarrier = 5;       // and the next ones: its turn to multiply by V
+
+// Which keys of the boxes that a task reads may not be read: they may hold NaN, which a weight of 0
+// does not hide, so their rows of V are cleared. That costs a fence and a barrier. Keys that some
+// other row of the sequence sees have been written: for them it is not needed.
+struct UnreadableKeys {
+  std::int32_t end;    // from here on
+  bool before_window;  // some in the box in which the windows begin
+
+  // Of the tile whose first key is `first`, with `count` keys.
+  __device__ __forceinline__ bool are_in(const LoadableKeys& keys, int first, int count,
+                                         int box_keys) const {
+    const int end_read = (keys.kv_len + box_keys - 1) / box_keys * box_keys;
+    return min(first + count, end_read) > end || (before_window && first < keys.out_of_window_end &&
+                                                  first + count > keys.out_of_window_begin);
+  }
+};
+
+// A split as the warps of a CTA see it.
+struct PrefillTask {
+  Split split;
+  bool exists;
+  std::int32_t count;  // kv tiles
+  LoadableKeys keys;
+  UnreadableKeys unreadable;
+  ItemCtas item_ctas;
+};
+
+// What the loader of K and V tells of a kv tile.
+struct TileInfo {
+  std::int32_t first;      // key
+  std::uint32_t unmapped;  // a bit a box: its block does not exist
+  bool masked;             // some row does not see some key
+  bool partial;            // UnreadableKeys
+};
+
+inline constexpr int kTasks = 2;
+// The next task is looked for when so many tiles of one are left to load: early enough for its
+// first copies to follow, and not earlier, for whole items go to whoever asks first.
+inline constexpr int kTilesLeft = 2;
+
+template <class C>
+struct PrefillShared {
+  std::uint64_t task_wanted;
+  std::uint64_t task_full[kTasks];
+  std::uint64_t task_empty[kTasks];
+  std::uint64_t query_full[C::kQueryBuffers];
+  std::uint64_t query_empty[C::kQueryBuffers];
+  std::uint64_t k_full[C::kStages];
+  std::uint64_t k_empty[C::kStages];
+  std::uint64_t v_full[C::kStages];
+  std::uint64_t v_empty[C::kStages];
+  PrefillTask task[kTasks];
+  // Parts of items that are cut at the ends of the CTA's range: begun by it, and found begun.
+  // Combined when all its work is done, where the registers of the loop are free.
+  PrefillTask part[2];
+  bool is_last;
+  // Twice as many as there are stages: a tile's is needed after its K has been given back.
+  TileInfo tile[2 * C::kStages];
+  WorkQueue queue;
+  float unmapped[C::kUnmappedApart ? C::kRows : 1];  // see PrefillRows::set_unmapped_apart
+};
+
+template <class C>
+constexpr int prefill_shared_bytes() {
+  return C::kSharedAt + static_cast<int>(sizeof(PrefillShared<C>));
+}
+
+}  // namespace quire::cuda::sm90

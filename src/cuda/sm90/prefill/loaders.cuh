@@ -1,0 +1,283 @@
+// The producer warpgroup of the prefill kernel: one warp finds work, one has the copy engine bring
+// K and V, two copy queries.
+#pragma once
+
+#include "cuda/kernel/kv_address.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/prefill/config.cuh"
+
+namespace quire::cuda::sm90 {
+
+__device__ __forceinline__ std::uint32_t barrier_address(const std::uint64_t& barrier) {
+  return ptx::shared_address(&barrier);
+}
+
+__device__ __forceinline__ UnreadableKeys unreadable_keys(const KernelParams& p,
+                                                          const WorkTile& tile,
+                                                          const LoadableKeys& keys, int box_keys) {
+  UnreadableKeys result;
+  const Mask& mask = p.layer.mask;
+  result.end = keys.kv_len;
+  result.before_window = keys.out_of_window_begin < keys.out_of_window_end &&
+                         (keys.out_of_window_begin | keys.out_of_window_end) % box_keys != 0;
+  const bool left = mask.window == WindowKind::kLeft;
+  if (!mask.causal || (mask.window != WindowKind::kNone && !left) || p.batch.causal != nullptr ||
+      p.batch.num_ranges != 0 || p.batch.visible_prefix_lens != nullptr ||
+      p.batch.has_positions() || p.schedule.shared_rows != nullptr) {
+    return result;
+  }
+  // The sequence's last row sees its last key, if it has not been cut off.
+  const std::int64_t rows = tile.kv_len - tile.context_len;
+  if (tile.first_token - tile.first_index + rows > p.batch.num_tokens) return result;
+  result.end = keys_of(p, tile);
+  if (left) {
+    const std::int32_t first = keys.out_of_window_end / box_keys * box_keys;
+    result.before_window = result.before_window && tile.context_len > first + mask.window_size - 1;
+  }
+  return result;
+}
+
+template <class C>
+__device__ __forceinline__ void describe_task(const KernelParams& p, int box_keys,
+                                              const WorkQueue& queue, PrefillTask* task) {
+  Split& split = task->split;
+  if (split.kv_tile_end < 0) split.kv_tile_end = split.tile.num_kv_tiles();
+  task->count = split.existing_end(keys_of(p, split.tile), C::kKvTile) - split.kv_tile_begin;
+  if (C::kOnePass) task->count = min(task->count, 1);
+  task->keys = loadable_keys(p, split.tile);
+  task->unreadable = unreadable_keys(p, split.tile, task->keys, box_keys);
+  task->item_ctas = queue.item_ctas(split);
+}
+
+// One warp: the splits of this CTA into task[], one after the other, and one that does not exist.
+template <class C>
+__device__ __forceinline__ void find_tasks(const KernelParams& p, int box_keys,
+                                           PrefillShared<C>& shared) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  WorkQueue& queue = shared.queue;  // not in registers: there are few
+  if (lane == 0) queue = WorkQueue(p.schedule, static_cast<std::int32_t>(blockIdx.x));
+  ptx::RingPosition at;
+  std::uint32_t parity = 1;  // of task_wanted: the first task is
+  for (bool exists = true; exists; at.advance(kTasks)) {
+    ptx::mbarrier_wait(barrier_address(shared.task_wanted), parity);
+    parity ^= 1U;
+    ptx::mbarrier_wait(barrier_address(shared.task_empty[at.index]), at.parity ^ 1U);
+    PrefillTask& task = shared.task[at.index];
+    Split& split = task.split;
+    const WorkTile* tile = nullptr;
+    if (lane == 0) {
+      tile = queue.next(p.schedule, &split.head, &split.kv_tile_begin, &split.kv_tile_end);
+    }
+    tile = reinterpret_cast<const WorkTile*>(
+        __shfl_sync(~0U, reinterpret_cast<std::uintptr_t>(tile), 0));
+    exists = tile != nullptr;
+    constexpr int kPieces = sizeof(WorkTile) / 16;
+    static_assert(sizeof(WorkTile) % 16 == 0 && kPieces <= 32);
+    if (exists && lane < kPieces) {
+      reinterpret_cast<uint4*>(&split.tile)[lane] = reinterpret_cast<const uint4*>(tile)[lane];
+    }
+    __syncwarp();
+    if (lane == 0) {
+      task.exists = exists;
+      task.count = 0;
+      if (exists) describe_task<C>(p, box_keys, queue, &task);
+      ptx::mbarrier_arrive(barrier_address(shared.task_full[at.index]));
+    }
+    __syncwarp();
+  }
+}
+
+// The fourth coordinate of the box that holds the keys from `key` on, and its last; outside the
+// tensor (zeros) for keys that may not be read and blocks that do not exist.
+struct KvBox {
+  std::int32_t block;  // -1: zeros
+  std::int32_t eight;  // slot / 8
+  bool unmapped;
+};
+
+__device__ __forceinline__ KvBox kv_box(const KernelParams& p, const PrefillTask& task,
+                                        std::int32_t key, std::int32_t count) {
+  const LoadableKeys& keys = task.keys;
+  KvBox box{-1, 0, false};
+  if (key >= keys.kv_len ||
+      (key >= keys.out_of_window_begin && key + count <= keys.out_of_window_end)) {
+    return box;
+  }
+  const KvRow row = kv_row(p, task.split.tile, key);
+  box.block = static_cast<std::int32_t>(row.block);
+  box.eight = static_cast<std::int32_t>(row.slot) / 8;
+  box.unmapped = row.block < 0;
+  return box;
+}
+
+// One warp: K and V of the tasks' kv tiles, the last first: it holds the causal mask, and what
+// comes after it in time is the same for all of a sequence's tiles. A lane has a box. Blocks are
+// looked up a tile ahead.
+template <class C>
+class KvLoader {
+ public:
+  __device__ __forceinline__ KvLoader(const KernelParams& p, const KvMaps& maps, char* memory,
+                                      PrefillShared<C>& shared)
+      : p_(p),
+        maps_(maps),
+        shared_(shared),
+        memory_(ptx::shared_address(memory)),
+        lane_(static_cast<int>(threadIdx.x % 32)),
+        boxes_(C::kKeys / maps.box_keys) {}
+
+  __device__ __forceinline__ void run() {
+    if (lane_ == 0) {
+      ptx::prefetch_map(&maps_.k.map);
+      ptx::prefetch_map(&maps_.v.map);
+    }
+    ptx::RingPosition at;
+    while (true) {
+      ptx::mbarrier_wait(barrier_address(shared_.task_full[at.index]), at.parity);
+      const PrefillTask& task = shared_.task[at.index];
+      if (!task.exists) break;
+      load(task);
+      __syncwarp();
+      if (lane_ == 0) ptx::mbarrier_arrive(barrier_address(shared_.task_empty[at.index]));
+      at.advance(kTasks);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load(const PrefillTask& task) {
+    const std::int32_t head = task.split.head;
+    KvBox next = look_up(task, task.count - 1);
+    const std::int32_t want_at = min(task.count, kTilesLeft) - 1;
+    if (want_at < 0) want_task();
+    for (std::int32_t i = task.count - 1; i >= 0; --i) {
+      if (i == want_at) want_task();
+      const KvBox box = next;
+      if (i > 0) next = look_up(task, i - 1);
+      const std::uint32_t unmapped = __ballot_sync(~0U, box.unmapped);
+      wait_for_room(true);
+      if (lane_ == 0) describe(task, i, unmapped);
+      load_side(maps_.k, true, box, head);
+      wait_for_room(false);
+      load_side(maps_.v, false, box, head);
+      stage_.advance(C::kStages);
+    }
+  }
+
+  __device__ __forceinline__ KvBox look_up(const PrefillTask& task, std::int32_t i) const {
+    if (i < 0 || lane_ >= boxes_) return {-1, 0, false};
+    const std::int32_t first = task.split.tile.kv_tile(task.split.kv_tile_begin + i) * C::kKvTile;
+    return kv_box(p_, task, first + lane_ * maps_.box_keys, maps_.box_keys);
+  }
+
+  __device__ __forceinline__ void want_task() const {
+    if (lane_ == 0) ptx::mbarrier_arrive(barrier_address(shared_.task_wanted));
+  }
+
+  __device__ __forceinline__ void wait_for_room(bool is_k) const {
+    const std::uint32_t s = stage_.index;
+    ptx::mbarrier_wait(barrier_address(is_k ? shared_.k_empty[s] : shared_.v_empty[s]),
+                       stage_.parity ^ 1U);
+  }
+
+  __device__ __forceinline__ void describe(const PrefillTask& task, std::int32_t i,
+                                           std::uint32_t unmapped) const {
+    const WorkTile& tile = task.split.tile;
+    const LoadableKeys& keys = task.keys;
+    const int first = tile.kv_tile(task.split.kv_tile_begin + i) * C::kKvTile;
+    const int end = first + C::kKeys;
+    TileInfo& info = shared_.tile[stage_.index + stage_.parity * C::kStages];
+    info.first = first;
+    info.unmapped = unmapped;
+    info.masked = !((first >= tile.common[2] && end <= min(tile.common[3], keys.kv_len)) ||
+                    (first >= tile.common[0] && end <= min(tile.common[1], keys.kv_len)));
+    info.partial = task.unreadable.are_in(keys, first, C::kKeys, maps_.box_keys);
+  }
+
+  __device__ __forceinline__ void load_side(const KvMap& map, bool is_k, const KvBox& box,
+                                            std::int32_t head) const {
+    const std::uint32_t s = stage_.index;
+    const std::uint32_t full = barrier_address(is_k ? shared_.k_full[s] : shared_.v_full[s]);
+    if (lane_ == 0) ptx::mbarrier_arrive_expect(full, C::kTileBytes);
+    __syncwarp();
+    if (lane_ < boxes_) {
+      const std::uint32_t to =
+          memory_ + static_cast<std::uint32_t>(is_k ? C::kKeysAt : C::kValuesAt) +
+          s * C::kTileBytes + static_cast<std::uint32_t>(lane_ * maps_.box_keys * C::kRowBytes);
+      ptx::load_box(to, &map.map, full, 0, 0, 0, box.block * map.heads_per_block + head, box.eight,
+                    ptx::kEvictNormal);
+    }
+  }
+
+  const KernelParams& p_;
+  const KvMaps& maps_;
+  PrefillShared<C>& shared_;
+  const std::uint32_t memory_;
+  const int lane_;
+  const int boxes_;
+  ptx::RingPosition stage_;
+};
+
+// Two warps: the query rows of each task, as wgmma reads them: 64 rows a warpgroup, columns of 64
+// elements, 128-byte swizzle. Rows may be of any tokens and heads, so this is not the copy
+// engine's.
+template <class C>
+__device__ __forceinline__ void load_queries(const KernelParams& p, char* memory,
+                                             PrefillShared<C>& shared) {
+  constexpr int kPieces = C::kRowBytes / 16;
+  constexpr int kRowsAtOnce = 32 / kPieces;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp = static_cast<int>(threadIdx.x / 32) % 2;
+  const int piece = lane % kPieces;
+  const QueryChange change = query_change(p);
+  ptx::RingPosition at;
+  ptx::RingPosition buffer;
+  while (true) {
+    ptx::mbarrier_wait(barrier_address(shared.task_full[at.index]), at.parity);
+    const PrefillTask& task = shared.task[at.index];
+    if (!task.exists) break;
+    ptx::mbarrier_wait(barrier_address(shared.query_empty[buffer.index]), buffer.parity ^ 1U);
+    const std::uint32_t to = ptx::shared_address(memory) + buffer.index * C::kQueryBytes +
+                             static_cast<std::uint32_t>(piece / 8 * 64 * 128);
+    const auto address = [&](int r) {
+      return to + static_cast<std::uint32_t>(r / 64 * 64 * C::kRowBytes + r % 64 * 128 +
+                                             (((piece % 8) ^ (r % 8)) << 4));
+    };
+    const WorkTile& tile = task.split.tile;
+    const SharedRow* shared_rows = p.schedule.shared_rows;
+#pragma unroll 1
+    for (int base = warp * 32; base < C::kRows; base += 64) {
+      // Each lane finds a row, then whole rows are copied, a few at a time.
+      RowPlace place = row_place(p, tile, task.split.head, base + lane);
+      if (shared_rows != nullptr) {
+        place.token = shared_rows[tile.prefix_row + place.index].token;
+      }
+      const std::int64_t offset =
+          (place.token * p.query_token_stride + place.head * p.query_head_stride) * 2;
+#pragma unroll 4
+      for (int i = 0; i < 32; i += kRowsAtOnce) {
+        const int r = i + lane / kPieces;
+        const char* row = static_cast<const char*>(p.query) + __shfl_sync(~0U, offset, r);
+        ptx::copy_async<16>(address(base + r), row + piece * 16);
+      }
+    }
+    ptx::commit_copies();
+    ptx::wait_copies<0>();
+    if (change.any()) {
+#pragma unroll 1
+      for (int base = warp * 32; base < C::kRows; base += 64) {
+#pragma unroll 1
+        for (int i = 0; i < 32; i += kRowsAtOnce) {
+          const std::uint32_t a = address(base + i + lane / kPieces);
+          const uint4 x = ptx::load_piece(a);
+          ptx::store_piece(a, change(x.x), change(x.y), change(x.z), change(x.w));
+        }
+      }
+    }
+    ptx::fence_async_proxy();
+    ptx::mbarrier_arrive(barrier_address(shared.query_full[buffer.index]));
+    ptx::mbarrier_arrive(barrier_address(shared.task_empty[at.index]));
+    at.advance(kTasks);
+    buffer.advance(C::kQueryBuffers);
+  }
+}
+
+}  // namespace quire::cuda::sm90
