@@ -46,6 +46,34 @@ void add_instances(std::vector<CaseSpec>* specs) {
   }
 }
 
+// Kernels of single head sizes, by how many query heads share a kv head: few rows in tiles of each
+// size, many rows, and a window that one tile of keys holds.
+void add_groups(std::vector<CaseSpec>* specs) {
+  for (const DType model : {DType::kBFloat16, DType::kFloat16}) {
+    for (const std::int64_t head_size : {64, 128}) {
+      for (const std::int64_t group : {4, 5, 8, 12, 20, 28}) {
+        CaseSpec spec = layer_spec(model, KvCacheDType::kAuto, head_size);
+        spec.config.num_heads = 2 * group;
+        spec.sequences = {{1, 70}, {2, 90}, {5, 200}, {1, 1300}, {20, 60}};
+        specs->push_back(spec);
+      }
+    }
+    // Caches that no tensor map fits.
+    for (const std::int64_t head_size : {64, 128, 256}) {
+      specs->push_back(layer_spec(model, KvCacheDType::kAuto, head_size));
+      specs->back().page_padding = 3;
+      specs->back().storage_offset = 1;
+    }
+    CaseSpec spec = layer_spec(model, KvCacheDType::kAuto, 256);
+    specs->push_back(spec);
+    specs->push_back(with_soft_cap(spec));
+    spec = layer_spec(model, KvCacheDType::kAuto, 64);
+    spec.config.mask = Mask::sliding_window(50);
+    spec.sinks = true;
+    specs->push_back(spec);
+  }
+}
+
 void add_storage(std::vector<CaseSpec>* specs) {
   for (const KvCacheDType cache : {KvCacheDType::kInt8PerTokenHead,
                                    KvCacheDType::kFp8E4M3PerTokenHead, KvCacheDType::kFp8E5M2}) {
@@ -143,6 +171,7 @@ void launch(DeviceCase* on_device, AttentionMetadataBuilder* builder, const Case
 std::vector<CaseSpec> covering_specs() {
   std::vector<CaseSpec> specs;
   add_instances(&specs);
+  add_groups(&specs);
   add_storage(&specs);
   add_masks(&specs);
   add_plans_and_outputs(&specs);
