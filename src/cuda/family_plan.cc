@@ -23,13 +23,10 @@ int FamilyPlan::families_for(std::int64_t most_rows) const {
 
 // What batches may share, as far as the host knows: the launch that reads shared prefixes costs
 // time on every call, also where the device then finds none.
-planning::PrefixRule FamilyPlan::cascade_rule(const BatchParams& batch, bool capturing) const {
+planning::PrefixRule FamilyPlan::cascade_rule(const BatchParams& batch) const {
   const AttentionKernel& kernel = families_.back().first();
-  // Inside a window there is little to share. A graph serves batches of any composition: plain.
-  if (!kernel.shared_prefix || layer_.mask.window != WindowKind::kNone || capturing ||
-      buffers_->captured_plain) {
-    return {};
-  }
+  // Inside a window there is little to share.
+  if (!kernel.shared_prefix || layer_.mask.window != WindowKind::kNone) return {};
   // A tile that a sequence's own rows fill reads its keys once as it is.
   const std::int64_t most_rows = kernel.policy.rows / 2;
   const planning::PrefixRule rule = planning::prefix_rule(layer_, batch, most_rows, most_rows);
@@ -46,7 +43,9 @@ void FamilyPlan::update(const BatchParams& batch, cudaStream_t stream) {
   buffers_ = nullptr;
   buffers_ = &workspace_.buffers_for(batch, stream);
   const bool capturing = is_capturing(stream);
-  const planning::PrefixRule rule = cascade_rule(batch, capturing);
+  // A graph serves batches of any composition: plain.
+  const bool plain = capturing || buffers_->captured_plain;
+  const planning::PrefixRule rule = plain ? planning::PrefixRule{} : cascade_rule(batch);
   shares_ = rule.min_blocks > 0;
   if (shares_) workspace_.allocate_cascade(buffers_, stream);
   if (capturing) Workspace::capture_plan(buffers_);
@@ -78,9 +77,9 @@ bool FamilyPlan::is_complete() const {
                      [](const KernelFamily& family) { return family.is_complete(); });
 }
 
-bool FamilyPlan::takes(const KernelParams& params) const {
+bool FamilyPlan::takes(const KernelParams& params, bool capturing) const {
   return std::all_of(
-      families_.begin() + first_used_, families_.begin() + end_used_,
+      families_.begin() + (capturing ? 0 : first_used_), families_.begin() + end_used_,
       [&](const KernelFamily& family) { return family.member_for(params) != nullptr; });
 }
 

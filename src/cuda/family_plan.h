@@ -20,7 +20,11 @@ class FamilyPlan {
 
   void update(const BatchParams& batch, cudaStream_t stream);
   // Whether its kernels take this call of the planned batch.
-  bool takes(const KernelParams& params) const;
+  bool takes(const KernelParams& params, bool capturing) const;
+  // Whether it would attend a prefix that the caller has announced once for all, and whether it
+  // may find shared prefixes in the planned batch.
+  bool shares_announced(const BatchParams& batch) const { return cascade_rule(batch).announced; }
+  bool shares() const { return shares_; }
   void attention(KernelParams params, cudaStream_t stream);
   // Whether its kernels take every call.
   bool is_complete() const;
@@ -30,7 +34,7 @@ class FamilyPlan {
  private:
   int num_families() const { return static_cast<int>(families_.size()); }
   int families_for(std::int64_t most_rows) const;
-  planning::PrefixRule cascade_rule(const BatchParams& batch, bool capturing) const;
+  planning::PrefixRule cascade_rule(const BatchParams& batch) const;
   void launch(const KernelFamily& family, const TileRule& rule, const SharedRow* shared_rows,
               KernelParams params, cudaStream_t stream) const;
 

@@ -17,15 +17,19 @@ void CudaPlan::update(const BatchParams& batch, const Context& ctx) {
   const DeviceScope scope(layer_.device);
   if (batch.num_seqs == 0 || batch.num_tokens == 0) return;
   best_.update(batch, stream);
-  any_is_planned_ = any_is_captured_;
-  if (any_is_planned_) any_->update(batch, stream);
+  shares_ = false;
+  const bool announced = any_ != nullptr && !is_capturing(stream) && any_->shares_announced(batch);
+  any_is_planned_ = any_is_captured_ || announced;
+  if (!any_is_planned_) return;
+  any_->update(batch, stream);
+  shares_ = announced && any_->shares() && !best_.shares();
 }
 
 void CudaPlan::attention(const AttentionParams& params, const Context& ctx) {
   const cudaStream_t stream = stream_of(ctx);
   const DeviceScope scope(layer_.device);
   const KernelParams p = lower(params);
-  if (any_ == nullptr || best_.takes(p)) {
+  if (any_ == nullptr || (!shares_ && best_.takes(p, is_capturing(stream)))) {
     best_.attention(p, stream);
     return;
   }

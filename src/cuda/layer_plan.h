@@ -15,7 +15,9 @@ namespace quire::cuda {
 
 // Which kernels a call gets depends on its strides, which come after the plan. So there may be two
 // plans of a batch: update() makes the one of the best kernels, and the other is made by the first
-// call of the step that needs it.
+// call of the step that needs it; by update() too where a shared prefix is announced that the best
+// kernels cannot read for all sequences at once. (Prefixes that are not announced are looked for
+// where the best kernels can do that: for most batches there are none, and the others are slower.)
 class CudaPlan final : public LayerPlan {
  public:
   explicit CudaPlan(const LayerParams& layer);
@@ -32,6 +34,7 @@ class CudaPlan final : public LayerPlan {
   FamilyPlan best_;
   std::unique_ptr<FamilyPlan> any_;  // null: best_ takes every call
   bool any_is_planned_ = false;
+  bool shares_ = false;           // the planned batch goes to any_, for its shared prefix
   bool any_is_captured_ = false;  // some graph reads its plan: every update makes it too
   CascadeTensors cascade_tensors_;
 };
