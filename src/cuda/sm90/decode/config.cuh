@@ -39,8 +39,9 @@ struct DecodeConfig {
   static constexpr int kQueryBytes = kRows * kHeadSize * 2;
   static constexpr int kWeightBytes = kRows / 8 * 1024;  // of a kv tile
   static constexpr int kOutputPitch = kHeadSize + 4;     // floats
-  // With 24 rows and more the products' registers do not fit an equal share.
-  static constexpr bool kMovesRegisters = kRows >= 24;
+  // Where the products' registers do not fit an equal share.
+  static constexpr bool kMovesRegisters =
+      kRows >= 32 || (kRows == 24 && kHeadSize == 128 && std::is_same_v<Type, ptx::Half>);
   // A warpgroup that multiplies, three warps that load; registers move between whole warpgroups.
   static constexpr int kThreads = kWarpgroupThreads + (kMovesRegisters ? 128 : 96);
   static constexpr bool kUnmappedApart = std::is_same_v<Type, ptx::Half>;

@@ -187,14 +187,16 @@ class PrefillConsumer {
     return tile->keys > 0;
   }
 
-  // The tile at stage_, whose K has arrived, without a look at it.
+  // The tile at stage_, whose K has arrived, without a look at it. It is given back behind the turn,
+  // where all warps of the warpgroup meet: one that has not waited for it yet would miss its phase
+  // when the next tile is there first. (In step() products keep the warps together.)
   __device__ __forceinline__ void skip() {
     const std::uint32_t s = stage_.index<C::kStages>();
-    release(shared_.k_empty[s]);
-    await_turn();
-    pass_turn();
     ptx::mbarrier_wait(barrier_address(shared_.v_full[s]), stage_.parity<C::kStages>());
+    await_turn();
+    release(shared_.k_empty[s]);
     release(shared_.v_empty[s]);
+    pass_turn();
   }
 
   template <bool kMasked>
