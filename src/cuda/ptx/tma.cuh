@@ -9,10 +9,9 @@
 
 namespace quire::cuda::ptx {
 
-// L2 policies of loads: for what is read once, and for what other CTAs will read again.
+// L2 policies of loads: for what is read once, and for what other CTAs may read again.
 inline constexpr std::uint64_t kEvictFirst = 0x12F0000000000000U;
 inline constexpr std::uint64_t kEvictNormal = 0x1000000000000000U;
-inline constexpr std::uint64_t kEvictLast = 0x14F0000000000000U;
 
 // One thread: the box at these coordinates (innermost first) to shared memory; its bytes arrive at
 // `barrier`.

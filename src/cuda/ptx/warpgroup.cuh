@@ -1,5 +1,5 @@
 // Warps with roles of their own (sm_90): registers that move between warpgroups, barriers among
-// some of a CTA's threads, and waiting for the kernel before.
+// some of a CTA's threads.
 #pragma once
 
 #include <cstdint>
@@ -48,16 +48,6 @@ __device__ __forceinline__ bool any_of_threads(int barrier, int threads, bool va
       : "r"(static_cast<int>(value)), "r"(barrier), "r"(threads)
       : "memory");
   return any != 0;
-}
-
-// Programmatic dependent launch. wait: until the kernels before this one are done and their writes
-// are visible. launch_dependents: the next kernel may start where there is room for its CTAs. Both
-// do nothing in a kernel that was launched without the attribute.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-__device__ __forceinline__ void launch_next_kernel() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 }  // namespace quire::cuda::ptx

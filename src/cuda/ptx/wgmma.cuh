@@ -58,7 +58,7 @@ __device__ __forceinline__ void keep(T (&d)[kCount]) {
 }
 
 // Element i of a thread's d is row fragment_row(warp lane, i % 4), column i / 4 * 8 +
-// fragment_column( lane, i % 4) of the 16 rows of its warp (cuda/ptx/fragment.cuh).
+// fragment_column(lane, i % 4) of the 16 rows of its warp (cuda/ptx/fragment.cuh).
 
 // For each N: the registers of d as operands, and their names in the instruction.
 #define QUIRE_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
@@ -83,29 +83,20 @@ __device__ __forceinline__ void keep(T (&d)[kCount]) {
 #define QUIRE_NAMES_64 \
   QUIRE_NAMES_40       \
   ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define QUIRE_NAMES_80 \
-  QUIRE_NAMES_64       \
-  ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define QUIRE_NAMES_96 \
-  QUIRE_NAMES_80       \
-  ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define QUIRE_NAMES_128 \
-  QUIRE_NAMES_96        \
+#define QUIRE_NAMES_128                                                              \
+  QUIRE_NAMES_64                                                                     \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define QUIRE_NAMES_144 \
-  QUIRE_NAMES_128       \
-  ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define QUIRE_NAMES_176 \
-  QUIRE_NAMES_144       \
-  ", %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
-#define QUIRE_NAMES_192 \
-  QUIRE_NAMES_176       \
-  ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define QUIRE_NAMES_176                                                              \
+  QUIRE_NAMES_128                                                                    \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define QUIRE_NAMES_256                                                                          \
-  QUIRE_NAMES_192                                                                                \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
-  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
-  "%127"
+  QUIRE_NAMES_176                                                                                \
+  ", %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103"         \
+  ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, " \
+  "%119"                                                                                         \
+  ", %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define QUIRE_REGISTERS_8 QUIRE_D4(0)
 #define QUIRE_REGISTERS_16 QUIRE_D8(0)
@@ -113,12 +104,8 @@ __device__ __forceinline__ void keep(T (&d)[kCount]) {
 #define QUIRE_REGISTERS_32 QUIRE_D16(0)
 #define QUIRE_REGISTERS_40 QUIRE_D16(0), QUIRE_D4(16)
 #define QUIRE_REGISTERS_64 QUIRE_D32(0)
-#define QUIRE_REGISTERS_80 QUIRE_D32(0), QUIRE_D8(32)
-#define QUIRE_REGISTERS_96 QUIRE_D32(0), QUIRE_D16(32)
 #define QUIRE_REGISTERS_128 QUIRE_D64(0)
-#define QUIRE_REGISTERS_144 QUIRE_D64(0), QUIRE_D8(64)
 #define QUIRE_REGISTERS_176 QUIRE_D64(0), QUIRE_D16(64), QUIRE_D8(80)
-#define QUIRE_REGISTERS_192 QUIRE_D64(0), QUIRE_D32(64)
 #define QUIRE_REGISTERS_256 QUIRE_D64(0), QUIRE_D64(64)
 
 #define QUIRE_WGMMA_SHARED(N, TYPE, A, B, ACCUMULATE, TRANS_A, TRANS_B)                        \
@@ -160,12 +147,8 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], std::uint64_t a, st
   QUIRE_WGMMA_SHARED_CASE(32, 16, 17, 18, 19, 20);
   QUIRE_WGMMA_SHARED_CASE(40, 20, 21, 22, 23, 24);
   QUIRE_WGMMA_SHARED_CASE(64, 32, 33, 34, 35, 36);
-  QUIRE_WGMMA_SHARED_CASE(80, 40, 41, 42, 43, 44);
-  QUIRE_WGMMA_SHARED_CASE(96, 48, 49, 50, 51, 52);
   QUIRE_WGMMA_SHARED_CASE(128, 64, 65, 66, 67, 68);
-  QUIRE_WGMMA_SHARED_CASE(144, 72, 73, 74, 75, 76);
   QUIRE_WGMMA_SHARED_CASE(176, 88, 89, 90, 91, 92);
-  QUIRE_WGMMA_SHARED_CASE(192, 96, 97, 98, 99, 100);
   QUIRE_WGMMA_SHARED_CASE(256, 128, 129, 130, 131, 132);
 }
 
@@ -180,12 +163,8 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], const std::uint32_t
   QUIRE_WGMMA_REGISTERS_CASE(32, 16, 17, 18, 19, 20, 21, 22);
   QUIRE_WGMMA_REGISTERS_CASE(40, 20, 21, 22, 23, 24, 25, 26);
   QUIRE_WGMMA_REGISTERS_CASE(64, 32, 33, 34, 35, 36, 37, 38);
-  QUIRE_WGMMA_REGISTERS_CASE(80, 40, 41, 42, 43, 44, 45, 46);
-  QUIRE_WGMMA_REGISTERS_CASE(96, 48, 49, 50, 51, 52, 53, 54);
   QUIRE_WGMMA_REGISTERS_CASE(128, 64, 65, 66, 67, 68, 69, 70);
-  QUIRE_WGMMA_REGISTERS_CASE(144, 72, 73, 74, 75, 76, 77, 78);
   QUIRE_WGMMA_REGISTERS_CASE(176, 88, 89, 90, 91, 92, 93, 94);
-  QUIRE_WGMMA_REGISTERS_CASE(192, 96, 97, 98, 99, 100, 101, 102);
   QUIRE_WGMMA_REGISTERS_CASE(256, 128, 129, 130, 131, 132, 133, 134);
 }
 
@@ -206,18 +185,10 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], const std::uint32_t
 #undef QUIRE_REGISTERS_40
 #undef QUIRE_NAMES_64
 #undef QUIRE_REGISTERS_64
-#undef QUIRE_NAMES_80
-#undef QUIRE_REGISTERS_80
-#undef QUIRE_NAMES_96
-#undef QUIRE_REGISTERS_96
 #undef QUIRE_NAMES_128
 #undef QUIRE_REGISTERS_128
-#undef QUIRE_NAMES_144
-#undef QUIRE_REGISTERS_144
 #undef QUIRE_NAMES_176
 #undef QUIRE_REGISTERS_176
-#undef QUIRE_NAMES_192
-#undef QUIRE_REGISTERS_192
 #undef QUIRE_NAMES_256
 #undef QUIRE_REGISTERS_256
 #undef QUIRE_WGMMA_SHARED

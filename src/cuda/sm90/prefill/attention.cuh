@@ -356,7 +356,7 @@ class PrefillConsumer {
     const Split& split = task.split;
     const int part = split.kv_tile_begin > 0 ? 1 : 0;
     const PartialRows to =
-        partial_rows<C>(p_.schedule, static_cast<std::int32_t>(blockIdx.x), part);
+        partial_rows<C::kRows>(p_.schedule, static_cast<std::int32_t>(blockIdx.x), part);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row(h);

@@ -12,16 +12,6 @@
 
 namespace quire::cuda::sm90 {
 
-// Where CTA `cta` leaves partial `k`.
-template <class C>
-__device__ __forceinline__ PartialRows partial_rows(const ScheduleView& schedule, std::int32_t cta,
-                                                    std::int32_t k) {
-  float* memory = schedule.partials +
-                  (std::int64_t{cta} * schedule.partials_per_cta + k) * schedule.partial_floats;
-  return {memory, memory + C::kRows * C::kHeadSize, memory + C::kRows * (C::kHeadSize + 1),
-          C::kHeadSize};
-}
-
 // Eight columns of a row.
 struct PartialPiece {
   Combine combine;
@@ -55,7 +45,7 @@ __device__ __forceinline__ void combine_item(const KernelParams& p, const Prefil
     for (std::int32_t cta = ctas.first; cta <= ctas.last; ++cta) {
       const bool first = cta == ctas.first;
       if (!first && __ldcg(&p.schedule.work_ranges[cta].num_partials) == 0) continue;
-      const PartialRows from = partial_rows<C>(p.schedule, cta, first ? 0 : 1);
+      const PartialRows from = partial_rows<C::kRows>(p.schedule, cta, first ? 0 : 1);
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int i = min(base + u * C::kConsumerThreads, count - 1);

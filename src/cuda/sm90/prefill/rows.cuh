@@ -51,7 +51,7 @@ __device__ __forceinline__ float normalise_row(const KernelParams& p, const Spli
   return normalised.output_scale * value_of(p.v.scale);
 }
 
-// What a row sees of a kv tile of up to 128 keys, in one register: two spans, a byte an end. (The
+// What a row sees of a kv tile of up to 255 keys, in one register: two spans, a byte an end. (The
 // tiles' scores and O leave few registers.)
 class VisibleKeys {
  public:
