@@ -47,7 +47,7 @@ void add_instances(std::vector<CaseSpec>* specs) {
 }
 
 // Kernels of single head sizes, by how many query heads share a kv head: few rows in tiles of each
-// size, many rows, and a window that one tile of keys holds.
+// size, many rows.
 void add_groups(std::vector<CaseSpec>* specs) {
   for (const DType model : {DType::kBFloat16, DType::kFloat16}) {
     for (const std::int64_t head_size : {64, 128}) {
@@ -67,10 +67,24 @@ void add_groups(std::vector<CaseSpec>* specs) {
     CaseSpec spec = layer_spec(model, KvCacheDType::kAuto, 256);
     specs->push_back(spec);
     specs->push_back(with_soft_cap(spec));
-    spec = layer_spec(model, KvCacheDType::kAuto, 64);
-    spec.config.mask = Mask::sliding_window(50);
-    spec.sinks = true;
-    specs->push_back(spec);
+  }
+}
+
+// Windows whose keys are multiplied at once: more than an item's tokens, whole and cut at the
+// sequence's start, tails, keys before every window, blocks that do not exist; groups that fill the
+// rows of a product and groups that do not.
+void add_windows(std::vector<CaseSpec>* specs) {
+  for (const DType model : {DType::kBFloat16, DType::kFloat16}) {
+    for (const std::int64_t group : {3, 5, 8, 20}) {
+      CaseSpec spec = layer_spec(model, KvCacheDType::kAuto, 64);
+      spec.config.num_heads = 2 * group;
+      spec.config.mask = Mask::sliding_window(group == 3 ? 50 : 128);
+      spec.sequences = {{300, 300}, {1, 200}, {141, 500}, {20, 387}, {0, 5}, {40, 40}};
+      spec.sinks = true;
+      spec.lse = group == 5;
+      spec.wild_blocks = group == 8 ? 2 : 0;
+      specs->push_back(spec);
+    }
   }
 }
 
@@ -172,6 +186,7 @@ std::vector<CaseSpec> covering_specs() {
   std::vector<CaseSpec> specs;
   add_instances(&specs);
   add_groups(&specs);
+  add_windows(&specs);
   add_storage(&specs);
   add_masks(&specs);
   add_plans_and_outputs(&specs);

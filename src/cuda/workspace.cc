@@ -75,6 +75,7 @@ int partials_per_cta(const LayerParams& layer, const AttentionKernel& kernel) {
 }
 
 std::int64_t partial_floats(const TilePolicy& policy, const LayerParams& layer) {
+  if (policy.max_uncut == kNeverCut) return 0;
   const std::int32_t columns = std::min(policy.v_columns, (layer.head_size_v + 7) / 8 * 8);
   return std::int64_t{policy.rows} * (columns + 2);
 }
@@ -100,6 +101,7 @@ TileRule Workspace::rule_of(const KernelFamily& family, const BatchBuffers& buff
   const TilePolicy& policy = family.first().policy;
   TileRule rule;
   rule.policy = policy;
+  if (policy.tokens > 0) rule.policy.rows = policy.tokens * layer_.group;
   rule.max_rows = family.first().key.max_rows;
   rule.heads = layer_.num_kv_heads * num_passes(layer_, policy);
   rule.grid = family.grid;
@@ -107,9 +109,12 @@ TileRule Workspace::rule_of(const KernelFamily& family, const BatchBuffers& buff
   const std::int64_t kv_tile_bytes = std::int64_t{policy.kv_tile} *
                                      (layer_.head_size + layer_.head_size_v) *
                                      size_of(layer_.kv_dtype);
-  rule.l2_kv_tiles = static_cast<std::int32_t>(device_.l2_bytes / 2 / kv_tile_bytes);
+  // Whole items' keys are few (a window's): all heads at a time, whose rows are neighbours.
+  if (policy.max_uncut != kNeverCut) {
+    rule.l2_kv_tiles = static_cast<std::int32_t>(device_.l2_bytes / 2 / kv_tile_bytes);
+  }
   const std::int64_t tiles =
-      buffers.max_seqs + (buffers.max_tokens * layer_.group + policy.rows - 1) / policy.rows;
+      buffers.max_seqs + (buffers.max_tokens * layer_.group + rule.policy.rows - 1) / rule.policy.rows;
   rule.max_tiles = static_cast<std::int32_t>(std::min<std::int64_t>(tiles, 1 << 30));
   return rule;
 }

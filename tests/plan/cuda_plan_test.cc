@@ -158,6 +158,8 @@ TEST(CudaPlan, EveryPairOnce) {
     }
     ++by_groups[groups];
     if (index % 10 != 0) continue;
+    const HostPlan uncut(b, max_rows, 1, true);
+    ASSERT_EQ(problem_of(b, uncut), "") << "case " << index << ", never cut";
     const HostPlan together(b, max_rows, 3);
     ASSERT_EQ(problem_of(b, together), "") << "case " << index << ", 3 threads";
     EXPECT_TRUE(same_tiles(plan.args().shared, together.args().shared)) << "case " << index;

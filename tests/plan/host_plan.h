@@ -187,7 +187,9 @@ inline void draw_masks(bool wild, Rng* rng, Batch* b) {
 // A plan with buffers of just the size that it may use.
 class HostPlan {
  public:
-  HostPlan(const Batch& b, std::int32_t max_rows, int num_threads) : batch_(b) {
+  // `never_cut`: by the last rule.
+  HostPlan(const Batch& b, std::int32_t max_rows, int num_threads, bool never_cut = false)
+      : batch_(b) {
     const auto seqs = static_cast<std::size_t>(b.params.num_seqs);
     args_.layer = b.layer;
     args_.batch = b.params;
@@ -196,6 +198,7 @@ class HostPlan {
       static_assert(sizeof kRows / sizeof *kRows == kNumRules);
       set_rule(kRows[i], b.params.num_tokens, b.params.num_seqs, i, &args_.rules[i]);
     }
+    if (never_cut) args_.rules[kNumRules - 1].policy.max_uncut = kNeverCut;
     share_out(args_.rules, kNumRules);
     set_rule(128, max_rows, kMaxSharedPrefixes, kNumRules, &args_.shared);
     SharedPrefixes& prefixes = args_.prefixes;
@@ -222,6 +225,9 @@ class HostPlan {
       const TileRule* rule = i < kNumRules ? &args_.rules[i] : &args_.shared;
       const ScheduleHeader& header = *rule->header;
       if (header.num_tiles > rule->max_tiles || header.num_ctas > rule->grid) return "counts";
+      if (rule->policy.max_uncut == kNeverCut && header.whole_tiles != header.num_tiles) {
+        return "an item that may be cut";
+      }
       std::int64_t cost = 0;
       for (std::int32_t t = 0; t < header.num_tiles; ++t) {
         const WorkTile& tile = rule->tiles[t];

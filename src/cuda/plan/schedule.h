@@ -18,9 +18,13 @@
 
 namespace quire::cuda {
 
+inline constexpr std::int32_t kNeverCut = 0x7FFFFFFF;
+
 // What the plan needs to know of a kernel. Costs are in kv tiles.
 struct TilePolicy {
-  std::int32_t rows = 0;       // query rows of a work tile
+  // Query rows of a work tile; where a tile is so many tokens, whatever the group, at most.
+  std::int32_t rows = 0;
+  std::int32_t tokens = 0;
   std::int32_t kv_tile = 0;    // keys of one step
   std::int32_t v_columns = 0;  // of V and the output in one pass over the keys
   // Of an item's queries and output.
@@ -30,7 +34,8 @@ struct TilePolicy {
   // What a CTA spends on the items that are cut at its ends: another tile's queries and output,
   // partial results, combining them.
   std::int32_t cut_cost = 0;
-  // Items up to this long are not cut: a partial result costs more than the imbalance.
+  // Items up to this long are not cut: a partial result costs more than the imbalance. kNeverCut:
+  // the kernel knows whole items only.
   std::int32_t max_uncut = 0;
   // Not 0: the kernel is limited by memory, whose rate CTAs share: a few CTAs draw all of it, so
   // that ranges need not be equal. If the costliest item is at most this part of an equal share, in

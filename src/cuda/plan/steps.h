@@ -302,7 +302,7 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_parti
   if (rule.buckets != nullptr && num_tiles > 0) {
     const bool balanced = whole_items_balance(team, rule, num_tiles, cost);
     header.heads_at_once = heads_at_once(rule);
-    if (balanced || !one_partial) {
+    if (balanced || !one_partial || rule.policy.max_uncut == kNeverCut) {
       header.whole_tiles = header.num_tiles;
       for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
         const WorkTile tile = make(t);

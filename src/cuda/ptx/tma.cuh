@@ -25,6 +25,35 @@ __device__ __forceinline__ void load_box(std::uint32_t to, const TensorMap* map,
       : "memory");
 }
 
+__device__ __forceinline__ void load_box(std::uint32_t to, const TensorMap* map,
+                                         std::uint32_t barrier, int c0, int c1, int c2,
+                                         std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
+      : "memory");
+}
+
+// One thread: a box from shared memory to these coordinates. What lies outside the tensor is not
+// written. A thread's stores go in groups.
+__device__ __forceinline__ void store_box(const TensorMap* map, int c0, int c1, int c2,
+                                          std::uint32_t from, std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], "
+      "[%1], %5;" ::"l"(map),
+      "r"(from), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until shared memory has been read by all but at most `kPending` of this thread's newest groups.
+template <int kPending>
+__device__ __forceinline__ void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

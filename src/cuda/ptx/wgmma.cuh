@@ -83,20 +83,20 @@ __device__ __forceinline__ void keep(T (&d)[kCount]) {
 #define QUIRE_NAMES_64 \
   QUIRE_NAMES_40       \
   ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define QUIRE_NAMES_72 \
+  QUIRE_NAMES_64       \
+  ", %32, %33, %34, %35"
 #define QUIRE_NAMES_128                                                              \
   QUIRE_NAMES_64                                                                     \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define QUIRE_NAMES_176                                                              \
-  QUIRE_NAMES_128                                                                    \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-  ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define QUIRE_NAMES_256                                                                          \
-  QUIRE_NAMES_176                                                                                \
-  ", %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103"         \
-  ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, " \
-  "%119"                                                                                         \
-  ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define QUIRE_NAMES_256                                                                  \
+  QUIRE_NAMES_128                                                                        \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"     \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"     \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109"     \
+  ", %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123" \
+  ", %124, %125, %126, %127"
 
 #define QUIRE_REGISTERS_8 QUIRE_D4(0)
 #define QUIRE_REGISTERS_16 QUIRE_D8(0)
@@ -104,8 +104,8 @@ __device__ __forceinline__ void keep(T (&d)[kCount]) {
 #define QUIRE_REGISTERS_32 QUIRE_D16(0)
 #define QUIRE_REGISTERS_40 QUIRE_D16(0), QUIRE_D4(16)
 #define QUIRE_REGISTERS_64 QUIRE_D32(0)
+#define QUIRE_REGISTERS_72 QUIRE_D32(0), QUIRE_D4(32)
 #define QUIRE_REGISTERS_128 QUIRE_D64(0)
-#define QUIRE_REGISTERS_176 QUIRE_D64(0), QUIRE_D16(64), QUIRE_D8(80)
 #define QUIRE_REGISTERS_256 QUIRE_D64(0), QUIRE_D64(64)
 
 #define QUIRE_WGMMA_SHARED(N, TYPE, A, B, ACCUMULATE, TRANS_A, TRANS_B)                        \
@@ -147,8 +147,8 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], std::uint64_t a, st
   QUIRE_WGMMA_SHARED_CASE(32, 16, 17, 18, 19, 20);
   QUIRE_WGMMA_SHARED_CASE(40, 20, 21, 22, 23, 24);
   QUIRE_WGMMA_SHARED_CASE(64, 32, 33, 34, 35, 36);
+  QUIRE_WGMMA_SHARED_CASE(72, 36, 37, 38, 39, 40);
   QUIRE_WGMMA_SHARED_CASE(128, 64, 65, 66, 67, 68);
-  QUIRE_WGMMA_SHARED_CASE(176, 88, 89, 90, 91, 92);
   QUIRE_WGMMA_SHARED_CASE(256, 128, 129, 130, 131, 132);
 }
 
@@ -164,7 +164,6 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], const std::uint32_t
   QUIRE_WGMMA_REGISTERS_CASE(40, 20, 21, 22, 23, 24, 25, 26);
   QUIRE_WGMMA_REGISTERS_CASE(64, 32, 33, 34, 35, 36, 37, 38);
   QUIRE_WGMMA_REGISTERS_CASE(128, 64, 65, 66, 67, 68, 69, 70);
-  QUIRE_WGMMA_REGISTERS_CASE(176, 88, 89, 90, 91, 92, 93, 94);
   QUIRE_WGMMA_REGISTERS_CASE(256, 128, 129, 130, 131, 132, 133, 134);
 }
 
@@ -185,10 +184,10 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], const std::uint32_t
 #undef QUIRE_REGISTERS_40
 #undef QUIRE_NAMES_64
 #undef QUIRE_REGISTERS_64
+#undef QUIRE_NAMES_72
+#undef QUIRE_REGISTERS_72
 #undef QUIRE_NAMES_128
 #undef QUIRE_REGISTERS_128
-#undef QUIRE_NAMES_176
-#undef QUIRE_REGISTERS_176
 #undef QUIRE_NAMES_256
 #undef QUIRE_REGISTERS_256
 #undef QUIRE_WGMMA_SHARED

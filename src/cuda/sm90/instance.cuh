@@ -48,14 +48,11 @@ template <class Type, int kHeadSize, bool kScoreMod>
 struct Kernel<Phase::prefill, Type, false, kHeadSize, 0, kScoreMod>
     : PrefillKernel<PrefillConfig<Type, kHeadSize, kScoreMod, false>> {};
 
-template <class Type, int kHeadSize, bool kScoreMod>
-struct Kernel<Phase::window, Type, false, kHeadSize, 0, kScoreMod>
-    : PrefillKernel<PrefillConfig<Type, kHeadSize, kScoreMod, true>> {};
-
 }  // namespace quire::cuda::sm90
 
-// The decode kernel's.
+// Those of the other kernels.
 #include "cuda/sm90/decode/instance.cuh"
+#include "cuda/sm90/window/instance.cuh"
 
 namespace quire::cuda::sm90 {
 

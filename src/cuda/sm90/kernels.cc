@@ -42,7 +42,10 @@ bool prepare(const Instance& instance, const LayerParams& layer, const DeviceInf
 void launch(const Instance& instance, const Launch& launch, int grid, const KernelParams& params,
             cudaStream_t stream) {
   KvMaps maps = kv_maps(params, instance.tile_keys);
-  void* arguments[] = {const_cast<KernelParams*>(&params), &maps};
+  RowMaps rows;
+  if (instance.box_tokens != nullptr) rows = row_maps(params, instance.box_tokens(params.layer));
+  // A function without RowMaps reads two of them.
+  void* arguments[] = {const_cast<KernelParams*>(&params), &maps, &rows};
   const auto shared_bytes = static_cast<std::size_t>(launch.shared_bytes);
   const dim3 shape(static_cast<unsigned>(grid));
   const cudaError_t error =

@@ -13,6 +13,8 @@ struct Instance {
   int threads = 0;
   int shared_bytes = 0;
   int tile_keys = 0;  // kv_maps()
+  // Not null: the function also takes RowMaps, of boxes of so many tokens.
+  int (*box_tokens)(const LayerParams& layer) = nullptr;
 };
 
 bool prepare(const Instance& instance, const LayerParams& layer, const DeviceInfo& device,

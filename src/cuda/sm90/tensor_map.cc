@@ -32,7 +32,26 @@ Encode encoder() {
   return encode;
 }
 
-// All that a map is made of.
+// With the 128-byte swizzle; what is outside reads as zeros.
+ptx::TensorMap encode(DType dtype, int rank, const void* data, const cuuint64_t* sizes,
+                      const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps) {
+  const CUtensorMapDataType type = size_of(dtype) == 1         ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  ptx::TensorMap map;
+  static_assert(sizeof(CUtensorMap) == sizeof(ptx::TensorMap));
+  const CUresult status =
+      encoder()(reinterpret_cast<CUtensorMap*>(&map), type, static_cast<cuuint32_t>(rank),
+                const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw CudaError("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(status)));
+  }
+  return map;
+}
+
+// All that a map of a cache's side is made of.
 struct Key {
   const void* data;
   DType dtype;
@@ -72,21 +91,37 @@ KvMap encode(const Key& key) {
                              static_cast<cuuint32_t>(columns), 1,
                              static_cast<cuuint32_t>(key.box_keys / 8)};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUtensorMapDataType type = element == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                   : key.dtype == DType::kBFloat16
-                                       ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   KvMap result;
-  static_assert(sizeof(CUtensorMap) == sizeof(ptx::TensorMap));
-  const CUresult status = encoder()(
-      reinterpret_cast<CUtensorMap*>(&result.map), type, 5, const_cast<void*>(key.data), sizes,
-      strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    throw CudaError("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(status)));
-  }
+  result.map = encode(key.dtype, 5, key.data, sizes, strides, box, steps);
   result.heads_per_block = static_cast<std::int32_t>(heads_per_block(key));
   return result;
+}
+
+// All that a map of rows is made of.
+struct RowKey {
+  const void* data;
+  DType dtype;
+  std::int64_t head_bytes;
+  std::int64_t token_bytes;
+  std::int64_t num_tokens;
+  std::int32_t num_heads;
+  std::int32_t box_heads;
+  std::int32_t box_tokens;
+
+  friend bool operator==(const RowKey&, const RowKey&) = default;
+};
+
+ptx::TensorMap encode(const RowKey& key) {
+  const auto elements = static_cast<cuuint64_t>(kColumn / 2);
+  const cuuint64_t sizes[3] = {elements, static_cast<cuuint64_t>(key.num_heads),
+                               static_cast<cuuint64_t>(key.num_tokens)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(key.head_bytes),
+                                 static_cast<cuuint64_t>(key.token_bytes)};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(elements),
+                             static_cast<cuuint32_t>(key.box_heads),
+                             static_cast<cuuint32_t>(key.box_tokens)};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  return encode(key.dtype, 3, key.data, sizes, strides, box, steps);
 }
 
 bool fits(const KvParams& kv, std::int64_t head_bytes, std::int64_t slot_bytes,
@@ -160,6 +195,61 @@ const KvMaps& kv_maps(const KernelParams& p, int tile_keys) {
     entry.maps = {encode(k), encode(v), box_keys};
     entry.k = k;
     entry.v = v;
+  }
+  return entry.maps;
+}
+
+namespace {
+
+// What the driver asks of the addresses and strides of rows.
+bool rows_fit(const void* data, std::int64_t head_stride, std::int64_t token_stride) {
+  const auto fits = [](std::int64_t stride) {
+    return stride > 0 && stride % 8 == 0 && stride < (std::int64_t{1} << 39);
+  };
+  return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && fits(head_stride) &&
+         fits(token_stride);
+}
+
+struct RowMemory {
+  struct Entry {
+    RowKey query{};
+    RowKey output{};
+    RowMaps maps{};
+  };
+  std::array<Entry, 64> entries;
+};
+
+}  // namespace
+
+bool row_maps_fit(const KernelParams& p) {
+  return p.layer.head_size == 64 && p.layer.head_size_v == 64 && size_of(p.layer.dtype) == 2 &&
+         p.batch.num_tokens > 0 && p.batch.num_tokens < (std::int64_t{1} << 31) &&
+         rows_fit(p.query, p.query_head_stride, p.query_token_stride) &&
+         rows_fit(p.output, p.output_head_stride, p.output_token_stride);
+}
+
+const RowMaps& row_maps(const KernelParams& p, int box_tokens) {
+  thread_local RowMemory memory;
+  const auto key = [&](const void* data, std::int64_t head_stride, std::int64_t token_stride) {
+    return RowKey{data,
+                  p.layer.dtype,
+                  head_stride * 2,
+                  token_stride * 2,
+                  p.batch.num_tokens,
+                  p.layer.num_heads,
+                  p.layer.group,
+                  box_tokens};
+  };
+  const RowKey query = key(p.query, p.query_head_stride, p.query_token_stride);
+  const RowKey output = key(p.output, p.output_head_stride, p.output_token_stride);
+  const auto address = reinterpret_cast<std::uintptr_t>(p.output);
+  const std::uint64_t hash =
+      (address / 256 + static_cast<std::uint64_t>(p.batch.num_tokens)) * 0x9E3779B97F4A7C15U;
+  RowMemory::Entry& entry = memory.entries[hash >> 58];
+  if (entry.query != query || entry.output != output) {
+    entry.maps = {encode(query), encode(output)};
+    entry.query = query;
+    entry.output = output;
   }
   return entry.maps;
 }

@@ -51,4 +51,17 @@ bool maps_fit(const KernelParams& params);
 // reference is valid until the thread's next call.
 const KvMaps& kv_maps(const KernelParams& params, int tile_keys);
 
+// Queries and outputs as three dimensions, 64 elements | heads | tokens, and boxes of them: some
+// tokens' rows of all query heads of a kv head, one behind the other under the 128-byte swizzle.
+struct RowMaps {
+  ptx::TensorMap query;
+  ptx::TensorMap output;
+};
+
+// Whether there are maps for the rows of a call. Head size 64 in 16 bits.
+bool row_maps_fit(const KernelParams& params);
+
+// The maps of a call's rows, remembered as those of its caches are.
+const RowMaps& row_maps(const KernelParams& params, int box_tokens);
+
 }  // namespace quire::cuda::sm90
