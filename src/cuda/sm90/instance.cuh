@@ -9,7 +9,6 @@
 namespace quire::cuda::sm90 {
 
 // The words of instances.def.
-// The prefill kernel for layers whose windows fit one kv tile is "window".
 enum class Phase { decode, prefill, window };
 enum class Compute { fp16, bf16 };
 
@@ -25,28 +24,23 @@ struct PrefillKernel {
     instance.function = reinterpret_cast<const void*>(&attention_prefill<Config>);
     instance.threads = Config::kThreads;
     instance.shared_bytes = prefill_shared_bytes<Config>();
-    instance.tile_keys = Config::kKvTile;
+    instance.tile_keys = Config::kKeys;
     return instance;
   }
   static void describe(AttentionKernel* row) {
     row->whole_items = true;
     row->policy = prefill_policy<Config>();
   }
-  static bool takes(const LayerParams& layer) {
-    return !Config::kOnePass || fits_one_pass<Config>(layer);
-  }
+  static bool takes(const LayerParams&) { return true; }
   static bool takes(const KernelParams& p) {
-    // Of modified scores those with a soft cap alone; of masks in one pass the window alone.
-    return p.layer.alibi_slopes == nullptr && p.batch.qq_bias == nullptr &&
-           (!Config::kOnePass ||
-            (p.batch.causal == nullptr && p.batch.num_ranges == 0 &&
-             p.batch.visible_prefix_lens == nullptr && !p.batch.has_positions()));
+    // Of modified scores those with a soft cap alone.
+    return p.layer.alibi_slopes == nullptr && p.batch.qq_bias == nullptr;
   }
 };
 
 template <class Type, int kHeadSize, bool kScoreMod>
 struct Kernel<Phase::prefill, Type, false, kHeadSize, 0, kScoreMod>
-    : PrefillKernel<PrefillConfig<Type, kHeadSize, kScoreMod, false>> {};
+    : PrefillKernel<PrefillConfig<Type, kHeadSize, kScoreMod>> {};
 
 }  // namespace quire::cuda::sm90
 

@@ -11,24 +11,14 @@ template <class C>
 constexpr TilePolicy prefill_policy() {
   TilePolicy policy;
   policy.rows = C::kRows;
-  policy.kv_tile = C::kKvTile;
+  policy.kv_tile = C::kKeys;
   policy.v_columns = C::kHeadSize;
   policy.item_overhead = 1;
   policy.min_range_cost = 4;
   policy.cut_cost = 4;
-  policy.max_uncut = C::kOnePass ? C::kKeys / C::kKvTile : 8;
+  policy.max_uncut = 8;
   policy.min_chunk = 4;
   return policy;
-}
-
-// Whether what the rows of a tile see is never more than one kv tile, wherever it begins.
-template <class C>
-bool fits_one_pass(const LayerParams& layer) {
-  const Mask& mask = layer.mask;
-  const int tokens =
-      (C::kRows + layer.group - 1) / layer.group + (C::kRows % layer.group > 0 ? 1 : 0);
-  return mask.causal && mask.window == WindowKind::kLeft &&
-         mask.window_size - 1 + tokens + C::kKvTile - 1 <= C::kKeys;
 }
 
 }  // namespace quire::cuda::sm90

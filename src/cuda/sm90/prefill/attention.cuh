@@ -22,8 +22,7 @@
 // to the output in whole rows; meanwhile the next item's queries and keys are already there.
 //
 // Shared memory at head size 128: Q 2 x 48 KB, K 2 x 32 KB, V 2 x 32 KB, 2 KB of the rest. Head
-// size 256: two consumers with 232 registers, one Q of 64 KB, tiles of 64 keys. One pass: a tile of
-// 176 keys is all that the rows of an item see in a window of 128, two of them under way.
+// size 256: two consumers with 232 registers, one Q of 64 KB, tiles of 64 keys.
 //
 // Why this tile: 192 rows of 128 keys are 12.6 Mflop, 3,072 clocks of the tensor cores, for 64 KB
 // of K and V: 21 of the 33 bytes a clock that a multiprocessor gets from L2 when all ask. 128 rows
@@ -138,7 +137,7 @@ class PrefillConsumer {
       MaskedTile tile;
       if (!has_rows) {
         skip();
-      } else if (!C::kOnePass && !__any_sync(~0U, tile_info().masked)) {
+      } else if (!__any_sync(~0U, tile_info().masked)) {
         step<false>(tile);
       } else if (see(task, tile_info(), &tile)) {
         step<true>(tile);
@@ -172,18 +171,10 @@ class PrefillConsumer {
       end = visible_of_row(p_, task, last).w - info.first;
     } else {
       end = max(tile->visible[0].last_end(), tile->visible[1].last_end());
-      if constexpr (C::kOnePass) {
-        end = any(end > 0) ? C::kKeys : 0;
-      } else {
-        end = any(end > kHalf) ? C::kKeys : (any(end > kHalf / 2) ? kHalf : (any(end > 0) ? 1 : 0));
-      }
+      end = any(end > kHalf) ? C::kKeys : (any(end > kHalf / 2) ? kHalf : (any(end > 0) ? 1 : 0));
     }
-    if constexpr (C::kOnePass) {
-      tile->keys = ptx::uniform(end > 0 ? C::kKeys : 0);
-    } else {
-      tile->keys = ptx::uniform(
-          end > kHalf ? C::kKeys : (end > kHalf / 2 ? kHalf : (end > 0 ? kHalf / 2 : 0)));
-    }
+    tile->keys = ptx::uniform(end > kHalf ? C::kKeys
+                                          : (end > kHalf / 2 ? kHalf : (end > 0 ? kHalf / 2 : 0)));
     return tile->keys > 0;
   }
 
@@ -221,14 +212,12 @@ class PrefillConsumer {
     }
     await_turn();
     // Each a whole fence to wait of its own: no product crosses a branch.
-    if (!kMasked || C::kOnePass || tile.keys == C::kKeys) {
+    if (!kMasked || tile.keys == C::kKeys) {
       multiply_values<C::kKeys>(weights);
-    } else if constexpr (!C::kOnePass) {
-      if (tile.keys == kHalf) {
-        multiply_values<kHalf>(weights);
-      } else {
-        multiply_values<kHalf / 2>(weights);
-      }
+    } else if (tile.keys == kHalf) {
+      multiply_values<kHalf>(weights);
+    } else {
+      multiply_values<kHalf / 2>(weights);
     }
     release(shared_.v_empty[s]);
   }

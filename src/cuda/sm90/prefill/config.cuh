@@ -14,25 +14,19 @@ namespace quire::cuda::sm90 {
 
 inline constexpr int kWarpgroup = 128;
 
-// kOnePass: all keys that a tile's rows see, in a window, fit one kv tile: it begins where they do,
-// at a multiple of 16, and nothing is to be combined or rescaled.
-template <class Type_, int kHeadSize_, bool kSoftCap_, bool kOnePass_>
+template <class Type_, int kHeadSize_, bool kSoftCap_>
 struct PrefillConfig {
   using Type = Type_;
   static constexpr int kHeadSize = kHeadSize_;
   static constexpr bool kSoftCap = kSoftCap_;
-  static constexpr bool kOnePass = kOnePass_;
   static constexpr bool kUnmappedApart = std::is_same_v<Type, ptx::Half>;
   // At head size 256 O takes 128 registers: two warpgroups, half the keys, and one buffer of
   // queries.
   static constexpr bool kWide = kHeadSize > 128;
   static constexpr int kConsumers = kWide ? 2 : 3;  // warpgroups, 64 rows each
   static constexpr int kRows = 64 * kConsumers;
-  // Of a tile of K and V; and what the plan counts and cuts in, where a tile begins at a multiple
-  // of.
-  static constexpr int kKeys = kOnePass ? 176 : (kWide ? 64 : 128);
-  static constexpr int kKvTile = kOnePass ? 16 : kKeys;
-  static constexpr int kStages = kHeadSize <= 64 && !kOnePass ? 4 : 2;  // of K and of V
+  static constexpr int kKeys = kWide ? 64 : 128;           // of a tile of K and V
+  static constexpr int kStages = kHeadSize <= 64 ? 4 : 2;  // of K and of V
   static constexpr int kQueryBuffers = kWide ? 1 : 2;
   static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;

@@ -42,8 +42,7 @@ __device__ __forceinline__ void describe_task(const KernelParams& p, int box_key
                                               const WorkQueue& queue, PrefillTask* task) {
   Split& split = task->split;
   if (split.kv_tile_end < 0) split.kv_tile_end = split.tile.num_kv_tiles();
-  task->count = split.existing_end(keys_of(p, split.tile), C::kKvTile) - split.kv_tile_begin;
-  if (C::kOnePass) task->count = min(task->count, 1);
+  task->count = split.existing_end(keys_of(p, split.tile), C::kKeys) - split.kv_tile_begin;
   task->keys = loadable_keys(p, split.tile);
   task->unreadable = unreadable_keys(p, split.tile, task->keys, box_keys);
   task->item_ctas = queue.item_ctas(split);
@@ -164,7 +163,7 @@ class KvLoader {
 
   __device__ __forceinline__ KvBox look_up(const PrefillTask& task, std::int32_t i) const {
     if (i < 0 || lane_ >= boxes_) return {-1, 0, false};
-    const std::int32_t first = task.split.tile.kv_tile(task.split.kv_tile_begin + i) * C::kKvTile;
+    const std::int32_t first = task.split.tile.kv_tile(task.split.kv_tile_begin + i) * C::kKeys;
     return kv_box(p_, task, first + lane_ * maps_.box_keys, maps_.box_keys);
   }
 
@@ -182,7 +181,7 @@ class KvLoader {
                                            std::uint32_t unmapped) const {
     const WorkTile& tile = task.split.tile;
     const LoadableKeys& keys = task.keys;
-    const int first = tile.kv_tile(task.split.kv_tile_begin + i) * C::kKvTile;
+    const int first = tile.kv_tile(task.split.kv_tile_begin + i) * C::kKeys;
     const int end = first + C::kKeys;
     TileInfo& info = shared_.tile[stage_.index + stage_.parity * C::kStages];
     info.first = first;
