@@ -88,6 +88,24 @@ void add_windows(std::vector<CaseSpec>* specs) {
   }
 }
 
+// The same over 8-bit caches, each kind with several groups.
+void add_byte_groups(std::vector<CaseSpec>* specs) {
+  constexpr KvCacheDType kCaches[] = {KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead,
+                                      KvCacheDType::kFp8E5M2, KvCacheDType::kFp8E4M3PerTokenHead};
+  std::size_t next = 0;
+  for (const DType model : {DType::kBFloat16, DType::kFloat16}) {
+    for (const std::int64_t head_size : {64, 128}) {
+      for (const std::int64_t group : {4, 5, 8, 12, 20}) {
+        CaseSpec spec = layer_spec(model, kCaches[next++ % std::size(kCaches)], head_size);
+        spec.config.num_heads = 2 * group;
+        spec.config.block_size = next % 2 == 0 ? 16 : 32;
+        spec.sequences = {{1, 70}, {2, 90}, {5, 200}, {1, 1300}, {20, 60}};
+        specs->push_back(spec);
+      }
+    }
+  }
+}
+
 void add_storage(std::vector<CaseSpec>* specs) {
   for (const KvCacheDType cache : {KvCacheDType::kInt8PerTokenHead,
                                    KvCacheDType::kFp8E4M3PerTokenHead, KvCacheDType::kFp8E5M2}) {
@@ -187,6 +205,7 @@ std::vector<CaseSpec> covering_specs() {
   add_instances(&specs);
   add_groups(&specs);
   add_windows(&specs);
+  add_byte_groups(&specs);
   add_storage(&specs);
   add_masks(&specs);
   add_plans_and_outputs(&specs);

@@ -29,7 +29,8 @@ std::string describe(const AttentionKernel& kernel) {
     text = "everything, in fp32 arithmetic";
   } else {
     const std::string compute = to_string(key.compute);
-    const bool takes_fp8 = key.kv8 && key.compute == DType::kFloat16;
+    // Those of single head sizes take 16-bit queries.
+    const bool takes_fp8 = key.kv8 && key.compute == DType::kFloat16 && !key.exact_head_size;
     text = compute + (takes_fp8 ? " and fp8" : "") + " queries; K and V in " +
            (key.kv8 ? "8 bits" : compute);
   }

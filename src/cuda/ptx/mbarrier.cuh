@@ -27,6 +27,11 @@ __device__ __forceinline__ void mbarrier_arrive_expect(std::uint32_t barrier, in
                : "memory");
 }
 
+// Arrives when this thread's copies so far (cp_async.cuh) are there.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(std::uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ bool mbarrier_try_wait(std::uint32_t barrier, std::uint32_t parity) {
   std::uint32_t done;
   asm volatile(

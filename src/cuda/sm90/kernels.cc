@@ -1,6 +1,9 @@
 #include "cuda/sm90/kernels.h"
 
+#include <deque>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "cuda/check.h"
 
@@ -11,11 +14,31 @@ namespace quire::cuda::sm90 {
 #include "sm90_instances.inc"
 #undef X
 
+namespace {
+
+// Kernels over 8-bit caches multiply in fp16 but take queries in bf16 too: each gets a second row
+// for those.
+std::vector<AttentionKernel> with_bf16_queries(std::vector<AttentionKernel> rows) {
+  static std::deque<std::string> names;
+  for (std::size_t i = 0, count = rows.size(); i < count; ++i) {
+    if (!rows[i].key.kv8) continue;
+    AttentionKernel row = rows[i];
+    row.key.compute = DType::kBFloat16;
+    std::string& name = names.emplace_back(row.name);
+    name.replace(name.find("fp16"), 4, "bf16");
+    row.name = name.c_str();
+    rows.push_back(row);
+  }
+  return rows;
+}
+
+}  // namespace
+
 std::span<const AttentionKernel> kernels() {
 #define X(name) name(),
-  static const std::vector<AttentionKernel> rows = {
+  static const std::vector<AttentionKernel> rows = with_bf16_queries({
 #include "sm90_instances.inc"
-  };
+  });
 #undef X
   return rows;
 }

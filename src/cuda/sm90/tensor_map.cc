@@ -11,7 +11,9 @@
 namespace quire::cuda::sm90 {
 namespace {
 
-constexpr std::int64_t kColumn = 128;  // bytes of a column: the swizzle's width
+// Bytes of a column, the swizzle's width; of rows of 64 bytes that is all.
+constexpr std::int64_t kColumn = 128;
+std::int64_t column_bytes(std::int64_t row_bytes) { return row_bytes < kColumn ? 64 : kColumn; }
 
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                             const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
@@ -32,19 +34,20 @@ Encode encoder() {
   return encode;
 }
 
-// With the 128-byte swizzle; what is outside reads as zeros.
+// With the swizzle of the box's rows, 64 or 128 bytes; what is outside reads as zeros.
 ptx::TensorMap encode(DType dtype, int rank, const void* data, const cuuint64_t* sizes,
                       const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps) {
   const CUtensorMapDataType type = size_of(dtype) == 1         ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                    : dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const bool narrow = box[0] * size_of(dtype) == 64;
   ptx::TensorMap map;
   static_assert(sizeof(CUtensorMap) == sizeof(ptx::TensorMap));
   const CUresult status =
       encoder()(reinterpret_cast<CUtensorMap*>(&map), type, static_cast<cuuint32_t>(rank),
                 const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                narrow ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw CudaError("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(status)));
   }
@@ -78,14 +81,15 @@ std::int64_t row_bytes(const Key& key) {
 
 KvMap encode(const Key& key) {
   const std::int64_t element = size_of(key.dtype);
-  const auto columns = static_cast<cuuint64_t>(key.head_size * element / kColumn);
+  const std::int64_t column = column_bytes(key.head_size * element);
+  const auto columns = static_cast<cuuint64_t>(key.head_size * element / column);
   const auto rows =
       static_cast<cuuint64_t>((key.num_blocks - 1) * heads_per_block(key) + key.num_heads);
-  const auto in_column = static_cast<cuuint64_t>(kColumn / element);
+  const auto in_column = static_cast<cuuint64_t>(column / element);
   const cuuint64_t sizes[5] = {in_column, 8, columns, rows,
                                static_cast<cuuint64_t>(key.block_size / 8)};
   const cuuint64_t strides[4] = {
-      static_cast<cuuint64_t>(key.slot_bytes), static_cast<cuuint64_t>(kColumn),
+      static_cast<cuuint64_t>(key.slot_bytes), static_cast<cuuint64_t>(column),
       static_cast<cuuint64_t>(row_bytes(key)), static_cast<cuuint64_t>(8 * key.slot_bytes)};
   const cuuint32_t box[5] = {static_cast<cuuint32_t>(in_column), 8,
                              static_cast<cuuint32_t>(columns), 1,
@@ -170,8 +174,11 @@ bool has_tensor_maps() { return encoder() != nullptr; }
 
 bool maps_fit(const LayerParams& layer) {
   const std::int64_t element = size_of(layer.kv_dtype);
-  return layer.paged && layer.block_size % 16 == 0 && layer.head_size * element % kColumn == 0 &&
-         layer.head_size_v * element % kColumn == 0;
+  const auto has_columns = [element](std::int64_t size) {
+    return size * element % column_bytes(size * element) == 0;
+  };
+  return layer.paged && layer.block_size % 16 == 0 && has_columns(layer.head_size) &&
+         has_columns(layer.head_size_v);
 }
 
 bool maps_fit(const KernelParams& p) {

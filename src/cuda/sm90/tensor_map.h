@@ -14,6 +14,8 @@
 // calls a matrix; from eight keys to the next eight is always head_size * 16 bytes, also from one
 // box to the next. So one descriptor spans a tile of many pages.
 //
+// 8-bit caches: columns of 128 elements; head size 64 is one of 64 bytes, under the 64-byte swizzle.
+//
 // Blocks and heads are one dimension, whose stride is that of heads: block b, head h is at
 // b * heads_per_block + h. That takes NHD and HND, packed K and V, separate tensors and padded
 // blocks, as long as the block stride is a multiple of the head stride.

@@ -123,12 +123,20 @@ class DecodeAttention {
       state.sum[i] = 0.0F;
     }
     if (C::kUnmappedApart) {
-      for (int row = lane_; row < C::kRows; row += 32) num_unmapped(row) = 0.0F;
+      for (int row = lane_; row < C::kRows; row += 32) {
+        num_unmapped(row) = 0.0F;
+        if (C::kKv8) value_log2(row) = 0.0F;
+      }
       __syncwarp();
     }
 #pragma unroll 1
     for (int kv_tile = begin; kv_tile < end; ++kv_tile) {
-      attend_tile(split.tile.kv_tile(kv_tile) * kKvTile, state);
+      const int first = split.tile.kv_tile(kv_tile) * kKvTile;
+      if constexpr (C::kKv8) {
+        attend_byte_tile(first, state);
+      } else {
+        attend_tile(first, state);
+      }
     }
   }
 
@@ -143,10 +151,7 @@ class DecodeAttention {
     const std::uint32_t unmapped = C::kUnmappedApart ? shared_.unmapped[tile_.index] : 0U;
     __syncwarp();
     if (lane_ == 0) tile_.arrive_empty(k_barriers);
-    const int4 common = *reinterpret_cast<const int4*>(table_->common);
-    const bool all_visible = (first >= common.z && first + kKvTile <= common.w) ||
-                             (first >= common.x && first + kKvTile <= common.y);
-    if (!all_visible) {
+    if (!all_visible(first)) {
       mask(first, s);
       clear_values(first);
     }
@@ -160,7 +165,32 @@ class DecodeAttention {
     weights_ ^= 1;
   }
 
+  // Whether every row sees all keys of the tile.
+  __device__ __forceinline__ bool all_visible(int first) const {
+    const int4 common = *reinterpret_cast<const int4*>(table_->common);
+    return (first >= common.z && first + kKvTile <= common.w) ||
+           (first >= common.x && first + kKvTile <= common.y);
+  }
+
   using Scores = float[C::kRows / 2];
+
+  // For 8-bit caches: byte_tile.cuh.
+  __device__ __forceinline__ void attend_byte_tile(int first, State& state);
+  __device__ __forceinline__ void multiply_byte_keys(const ByteKeys<C::kHeadSize>& keys,
+                                                     Scores& s) const;
+  __device__ __forceinline__ void multiply_byte_values(const ByteValues<C::kHeadSize>& values,
+                                                       State& state) const;
+  __device__ __forceinline__ void scale_scores(float2 key_scales, Scores& s) const;
+  __device__ __forceinline__ bool weigh_scaled(const Scores& s, const State& state,
+                                               float (&sum)[State::kOwnRows]) const;
+  __device__ __forceinline__ void find_value_log2(const Scores& s, const State& state,
+                                                  float (&log2_change)[State::kOwnRows]);
+  __device__ __forceinline__ float& value_log2(int row) const {
+    return shared_.value_log2[warp_][row];
+  }
+  __device__ __forceinline__ bool scales_values() const {
+    return C::kKv8 && p_.v.token_scales != nullptr;
+  }
 
   __device__ __forceinline__ std::uint32_t tile_address(int side) const {
     return ptx::shared_address(shared_.tiles[side][tile_.index]);
@@ -232,18 +262,26 @@ class DecodeAttention {
     tile_.wait_full(shared_.tile_barriers[1]);
     const int key = Team::thread() / 2;
     if (!table_->may_read(first + key)) {
+      // A row of eight keys of a column, and columns.
+      constexpr int kRowBytes = C::kKv8 ? C::kHeadSize : 128;
+      constexpr int kColumns = C::kKv8 ? 1 : C::kColumns;
       const std::uint32_t row =
-          tile_address(1) + static_cast<std::uint32_t>(key / 8 * C::kGroupBytes + key % 8 * 128 +
-                                                       Team::thread() % 2 * 64);
+          tile_address(1) +
+          static_cast<std::uint32_t>(key / 8 * C::kGroupBytes + key % 8 * kRowBytes +
+                                     Team::thread() % 2 * (kRowBytes / 2));
 #pragma unroll
-      for (int h = 0; h < C::kColumns; ++h) {
+      for (int h = 0; h < kColumns; ++h) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          ptx::store_piece(row + static_cast<std::uint32_t>(h * 1024 + i * 16), 0, 0, 0, 0);
+        for (int i = 0; i < kRowBytes / 2; i += 16) {
+          ptx::store_piece(row + static_cast<std::uint32_t>(h * 1024 + i), 0, 0, 0, 0);
         }
       }
     }
-    ptx::fence_async_proxy();  // soften() has a barrier
+    if (C::kKv8) {
+      Team::sync();
+    } else {
+      ptx::fence_async_proxy();  // soften() has a barrier
+    }
   }
 
   // Unmapped keys, those whose block does not exist, read as zeros: they have weight but no value.
@@ -274,14 +312,19 @@ class DecodeAttention {
   // Scores -> weights in shared memory, and what follows for the state.
   __device__ __forceinline__ void soften(const Scores& s, State& state) {
     float sum[State::kOwnRows];
-    const bool passes = weigh(s, state, sum);
-    ptx::fence_async_proxy();
-    if (ptx::any_of_threads(kMultiplierBarrier, kWarpgroupThreads, passes)) {
-      // Rarely, after a row's first few kv tiles.
+    // A second time rarely, after a row's first few kv tiles. 8-bit caches: by a loop, which takes
+    // fewer registers there and more elsewhere.
+#pragma unroll 1
+    for (;;) {
+      const bool passes = weigh(s, state, sum);
+      ptx::fence_async_proxy();
+      if (!ptx::any_of_threads(kMultiplierBarrier, kWarpgroupThreads, passes)) break;
       find_reference(s, state);
+      if (C::kKv8) continue;
       weigh(s, state, sum);
       ptx::fence_async_proxy();
       Team::sync();
+      break;
     }
 #pragma unroll
     for (int i = 0; i < State::kOwnRows; ++i) state.sum[i] += sum[i];
@@ -291,25 +334,40 @@ class DecodeAttention {
   // difference comes first: logits near the end of fp32's range do not overflow then.
   __device__ __forceinline__ bool weigh(const Scores& s, const State& state,
                                         float (&sum)[State::kOwnRows]) const {
-    const std::uint32_t to = weights_address() + static_cast<std::uint32_t>(
-                                                     (warp_ * 16 + ptx::fragment_row(lane_)) * 16 +
-                                                     ptx::fragment_column(lane_) * 2);
+    if (scales_values()) return weigh_scaled(s, state, sum);
+    const std::uint32_t to = own_weights();
     float most = 0.0F;
 #pragma unroll
     for (int g = 0; g < C::kRows / 8; ++g) {
       float w[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float x = (s[4 * g + e] - state.reference[2 * g + e % 2]) * to_log2_;
+        const float x = weight_log2(s[4 * g + e], state.reference[2 * g + e % 2]);
         most = fmaxf(most, x);
         w[e] = ptx::exp2_approx(x);
       }
       sum[2 * g] = w[0] + w[2];
       sum[2 * g + 1] = w[1] + w[3];
-      ptx::store_word(to + g * 1024, C::Type::pack(w[0], w[1]));
-      ptx::store_word(to + g * 1024 + 128, C::Type::pack(w[2], w[3]));
+      store_weights(to, g, w);
     }
-    return most > 8.0F;
+    return most > kMostWeightLog2;
+  }
+
+  static constexpr float kMostWeightLog2 = 8.0F + C::kWeightLog2;
+  __device__ __forceinline__ float weight_log2(float score, float reference) const {
+    const float x = score - reference;
+    return C::kWeightLog2 == 0 ? x * to_log2_ : fmaf(x, to_log2_, C::kWeightLog2);
+  }
+  // Where the thread's weights of the first eight rows are, and those of rows from 8 g on.
+  __device__ __forceinline__ std::uint32_t own_weights() const {
+    return weights_address() +
+           static_cast<std::uint32_t>((warp_ * 16 + ptx::fragment_row(lane_)) * 16 +
+                                      ptx::fragment_column(lane_) * 2);
+  }
+  static __device__ __forceinline__ void store_weights(std::uint32_t to, int g,
+                                                       const float (&w)[4]) {
+    ptx::store_word(to + g * 1024, C::Type::pack(w[0], w[1]));
+    ptx::store_word(to + g * 1024 + 128, C::Type::pack(w[2], w[3]));
   }
 
   // The tile's maxima, where they are above the references, become the new ones.
@@ -323,6 +381,7 @@ class DecodeAttention {
       if (lane_ < 4) maxima[warp_][row_of(element)] = max;
     }
     Team::sync();
+    float log2_change[State::kOwnRows];  // of what weights are relative to
 #pragma unroll
     for (int i = 0; i < State::kOwnRows; ++i) {
       const int row = row_of(i / 2 * 4 + i % 2);
@@ -330,9 +389,14 @@ class DecodeAttention {
       float max =
           fmaxf(fmaxf(maxima[0][row], maxima[1][row]), fmaxf(maxima[2][row], maxima[3][row]));
       max = fmaxf(max, before);
-      const float alpha = ptx::exp2_approx((before - max) * to_log2_);
+      log2_change[i] = (before - max) * to_log2_;
       state.reference[i] = max;
-      state.sum[i] *= alpha;
+      state.sum[i] *= ptx::exp2_approx(log2_change[i]);
+    }
+    if (scales_values()) find_value_log2(s, state, log2_change);
+#pragma unroll
+    for (int i = 0; i < State::kOwnRows; ++i) {
+      const float alpha = ptx::exp2_approx(log2_change[i]);
 #pragma unroll
       for (int h = 0; h < C::kColumns; ++h) {
         state.o[h][i / 2 * 4 + i % 2] *= alpha;
@@ -345,22 +409,31 @@ class DecodeAttention {
   Shared& shared_;
   DecodeCombine<C> combine_;
   const int box_shift_;  // log2 of the keys of a box
-  const int lane_;
+  int lane_;
   const int warp_;  // of the warpgroup
   const float to_log2_;
   RingPlace<Shared::kStages> tile_;
-  RowTable<C::kRows>* table_ = nullptr;  // of the split at work
+  DecodeRows<C::kRows>* table_ = nullptr;  // of the split at work
+  float2 value_scales_;                    // of the thread's keys of the tile, if tokens have such
   int weights_ = 0;          // which buffer: in the other a warp that is behind may still multiply
   std::uint32_t query_ = 0;  // likewise, as a descriptor's low word
 };
 
+}  // namespace quire::cuda::sm90
+
+#include "cuda/sm90/decode/byte_tile.cuh"
+
+namespace quire::cuda::sm90 {
+
 template <class C>
-__device__ __forceinline__ void init_barriers(DecodeShared<C>& shared) {
+__device__ __forceinline__ void init_barriers(const KernelParams& p, DecodeShared<C>& shared) {
   const auto init = [](auto& barriers, int full, int empty) {
     for (auto& barrier : barriers.full) ptx::mbarrier_init(ptx::shared_address(&barrier), full);
     for (auto& barrier : barriers.empty) ptx::mbarrier_init(ptx::shared_address(&barrier), empty);
   };
-  for (auto& side : shared.tile_barriers) init(side, 1, kWarpgroupWarps);
+  // The copies' bytes; of tokens' scales, each lane's.
+  init(shared.tile_barriers[0], C::kKv8 && p.k.token_scales != nullptr ? 33 : 1, kWarpgroupWarps);
+  init(shared.tile_barriers[1], C::kKv8 && p.v.token_scales != nullptr ? 33 : 1, kWarpgroupWarps);
   init(shared.split_barriers, 1, 2 + kWarpgroupWarps);  // tiles, row tables; multiplying warps
   init(shared.row_barriers, 1, kWarpgroupWarps);
   ptx::mbarrier_fence_init();
@@ -371,13 +444,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     attention_decode(const __grid_constant__ KernelParams p, const __grid_constant__ KvMaps maps) {
   extern __shared__ __align__(1024) char decode_memory[];
   auto& shared = *reinterpret_cast<DecodeShared<C>*>(decode_memory);
-  if (threadIdx.x == 0) init_barriers(shared);
+  if (threadIdx.x == 0) init_barriers(p, shared);
   __syncthreads();
   if (ptx::warpgroup_index() == 0) {
-    if constexpr (C::kMovesRegisters) ptx::take_registers<176>();
+    if constexpr (C::kMovesRegisters) ptx::take_registers<C::kMultiplierRegisters>();
     DecodeAttention<C>(p, shared, 31 - __clz(maps.box_keys)).run();
   } else {
-    if constexpr (C::kMovesRegisters) ptx::give_registers<80>();
+    if constexpr (C::kMovesRegisters) ptx::give_registers<C::kLoaderRegisters>();
     DecodeLoader<C>(p, maps, shared).run(static_cast<int>(threadIdx.x / 32) % kWarpgroupWarps);
   }
 }

@@ -5,6 +5,7 @@
 
 #include "cuda/ptx/fragment.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/sm90/decode/bytes.cuh"
 #include "cuda/sm90/decode/config.cuh"
 
 namespace quire::cuda::sm90 {
@@ -20,7 +21,7 @@ struct DecodeState {
   static constexpr int kOwnRows = C::kRows / 4;
   float o[C::kColumns][C::kRows / 2];
   float reference[kOwnRows];  // what weights are relative to, in raw scores; all threads agree
-  float sum[kOwnRows];        // of weights, over the thread's own keys
+  float sum[kOwnRows];        // of weights, over the thread's own keys, in units of 2^-kWeightLog2
 };
 
 // Over the keys of a warp: lanes of equal lane % 4 have the same rows.
@@ -74,7 +75,9 @@ class DecodeCombine {
 #pragma unroll
       for (int i = 0; i < C::kRows / 2; ++i) {
         const int row = i / 4 * 8 + ptx::fragment_column(lane, i % 4);
-        const int column = h * 64 + warp * 16 + ptx::fragment_row(lane, i % 4);
+        const int column =
+            C::kKv8 ? BytePlaces<C::kHeadSize>::column(warp, ptx::fragment_row(lane), h, i % 4 / 2)
+                    : h * 64 + warp * 16 + ptx::fragment_row(lane, i % 4);
         shared_.o[row][column] = state.o[h][i];
       }
     }
@@ -96,18 +99,20 @@ class DecodeCombine {
   // logits are 0 and so are their values.
   __device__ __forceinline__ void gather(int row, int c, float* max, float* sum,
                                          float (&o)[8]) const {
-    *sum = over_warps(shared_.sum, row);
+    constexpr float kWeightUnit = 1.0F / static_cast<float>(1 << C::kWeightLog2);
+    *sum = over_warps(shared_.sum, row) * kWeightUnit;
     const float reference = shared_.max[row];
     const bool has_none = reference == kNoReference && *sum == 0.0F;
     *max = has_none ? -INFINITY : reference * score_scale_;
     const float num_unmapped = C::kUnmappedApart ? over_warps(shared_.num_unmapped, row) : 0.0F;
-    float weight = 1.0F;
+    float weight = kWeightUnit;
+    if (C::kKv8) weight *= ptx::exp2_approx(shared_.value_log2[0][row]);
     if (C::kUnmappedApart && num_unmapped != 0.0F) {
       Combine combine{*max, *sum};
       combine.add(0.0F, num_unmapped);
       *max = combine.max;
       *sum = combine.sum;
-      weight = combine.weight_before;
+      weight *= combine.weight_before;
     }
     const auto* part = reinterpret_cast<const float4*>(&shared_.o[row][c]);
     const float4 low = part[0];

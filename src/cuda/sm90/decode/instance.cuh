@@ -6,9 +6,9 @@
 
 namespace quire::cuda::sm90 {
 
-template <class Type, int kHeadSize, int kRows>
-struct Kernel<Phase::decode, Type, false, kHeadSize, kRows, false> {
-  using Config = DecodeConfig<Type, kHeadSize, kRows>;
+template <class Type, bool kKv8, int kHeadSize, int kRows>
+struct Kernel<Phase::decode, Type, kKv8, kHeadSize, kRows, false> {
+  using Config = DecodeConfig<Type, kKv8, kHeadSize, kRows>;
   static_assert(sizeof(DecodeShared<Config>) <= kDecodeSharedBytes<Config>);
   static Instance instance(const char* name) {
     Instance instance;
@@ -25,7 +25,9 @@ struct Kernel<Phase::decode, Type, false, kHeadSize, kRows, false> {
     row->policy = decode_policy<Config>();
   }
   static bool takes(const KernelParams&) { return true; }
-  static bool takes(const LayerParams& layer) { return decode_rows_fit(kRows, layer.group); }
+  static bool takes(const LayerParams& layer) {
+    return size_of(layer.dtype) == 2 && decode_rows_fit(kRows, layer.group);
+  }
 };
 
 }  // namespace quire::cuda::sm90

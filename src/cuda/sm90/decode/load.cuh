@@ -12,6 +12,7 @@
 #include "cuda/ptx/fragment.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/decode/bytes.cuh"
 #include "cuda/sm90/decode/config.cuh"
 #include "cuda/sm90/tensor_map.h"
 
@@ -38,6 +39,11 @@ struct RingPlace : ptx::RingPosition {
 
 using SplitPlace = RingPlace<kSplitsAhead>;
 using RowPlaceInRing = RingPlace<kRowsAhead>;
+
+// As RowTable::may_read().
+__device__ __forceinline__ bool may_read(const LoadableKeys& keys, std::int32_t key) {
+  return key < keys.kv_len && (key < keys.out_of_window_begin || key >= keys.out_of_window_end);
+}
 
 template <class C>
 class DecodeLoader {
@@ -97,7 +103,12 @@ class DecodeLoader {
     RowPlaceInRing at;
     for_each_split([&](const Split& split) {
       at.wait_empty(shared_.row_barriers);
-      load_query(split, change, ptx::shared_address(shared_.query[at.index]));
+      const std::uint32_t query = ptx::shared_address(shared_.query[at.index]);
+      if constexpr (C::kKv8) {
+        load_query_for_bytes<C>(p_, split, change, query, shared_.rows[at.index].score_factors);
+      } else {
+        load_query(split, change, query);
+      }
       fill_rows<WarpTeam>(p_, split, split.head, shared_.rows[at.index]);
       ptx::commit_copies();
       ptx::wait_copies<0>();
@@ -136,6 +147,7 @@ class DecodeLoader {
   struct Box {
     std::int32_t row[2] = {-1, -1};  // fourth coordinate; -1: outside, which reads as zeros
     std::int32_t slots = 0;          // fifth coordinate
+    std::int32_t block = 0;
     bool is_unmapped = false;
   };
 
@@ -156,6 +168,7 @@ class DecodeLoader {
     box.slots = (first - logical * p_.layer.block_size) / 8;
     box.is_unmapped = static_cast<std::uint32_t>(entry) >= p_.block_limit;
     if (!box.is_unmapped) {
+      box.block = entry;
       box.row[0] = entry * maps_.k.heads_per_block + split.head;
       box.row[1] = entry * maps_.v.heads_per_block + split.head;
     }
@@ -181,15 +194,16 @@ class DecodeLoader {
           box = next;
           next = find_box(split, boxes, known + tiles_known);
         }
-        load_side<0>(boxes, box, kv_tile - known, at);
-        load_side<1>(boxes, box, kv_tile - known, at);
+        load_side<0>(split, kv_tile, boxes, box, kv_tile - known, at);
+        load_side<1>(split, kv_tile, boxes, box, kv_tile - known, at);
       }
     });
   }
 
-  // K or V of tile `n` of those that the lanes' boxes are of.
+  // K or V of kv tile `kv_tile`, the n-th of those that the lanes' boxes are of.
   template <int kSide>
-  __device__ __forceinline__ void load_side(int boxes, const Box& box, int n,
+  __device__ __forceinline__ void load_side(const Split& split, int kv_tile, int boxes,
+                                            const Box& box, int n,
                                             const RingPlace<Shared::kStages>& at) {
     const KvMap& map = kSide == 0 ? maps_.k : maps_.v;
     const int from = n * boxes + lane_ % boxes;
@@ -202,12 +216,40 @@ class DecodeLoader {
       const std::uint32_t unmapped = __ballot_sync(~0U, box.is_unmapped) >> (n * boxes);
       if (lane_ == 0) shared_.unmapped[at.index] = unmapped & ((1U << boxes) - 1U);
     }
+    if constexpr (C::kKv8) {
+      const KvParams& kv = kSide == 0 ? p_.k : p_.v;
+      if (kv.token_scales != nullptr) {
+        const int first = split.tile.kv_tile(kv_tile) * kKvTile;
+        load_token_scales(kv, split, first, box, n * boxes,
+                          ptx::shared_address(shared_.token_scales[kSide][at.index]));
+        ptx::mbarrier_arrive_after_copies(full);
+      }
+    }
     if (lane_ == 0) ptx::mbarrier_arrive_expect(full, C::kTileBytes);
     __syncwarp();
     if (lane_ < boxes) {
       const std::uint32_t to = ptx::shared_address(shared_.tiles[kSide][at.index]) +
                                static_cast<std::uint32_t>(lane_ * (C::kTileBytes / boxes));
       ptx::load_box(to, &map.map, full, 0, 0, 0, row, slots, ptx::kEvictFirst);
+    }
+  }
+
+  // Of the 64 keys from `first` on, whose boxes lanes know from `first_lane` on; 0 for keys that may
+  // not be read or do not exist, whose values are 0 too.
+  __device__ __forceinline__ void load_token_scales(const KvParams& kv, const Split& split,
+                                                    int first, const Box& box, int first_lane,
+                                                    std::uint32_t to) const {
+    const LoadableKeys keys = loadable_keys(p_, split.tile);
+#pragma unroll
+    for (int key = lane_; key < kKvTile; key += 32) {
+      const int lane = first_lane + key / maps_.box_keys;
+      const std::int32_t block = __shfl_sync(~0U, box.block, lane);
+      const std::int32_t slot = __shfl_sync(~0U, box.slots, lane) * 8 + key % maps_.box_keys;
+      const bool is_there = __shfl_sync(~0U, box.row[0], lane) >= 0 && may_read(keys, first + key);
+      ptx::copy_async<4>(to + static_cast<std::uint32_t>(key * 4),
+                         kv.token_scales + semantics::cache_offset(kv.token_scale_strides, block,
+                                                                   slot, split.head),
+                         is_there ? 4 : 0);
     }
   }
 

@@ -13,7 +13,10 @@ inline constexpr int kRowsAhead = 2;  // splits whose queries and row tables are
 
 // CTAs of a multiprocessor: while an item ends in one, the others' loads go on. Four where a kv
 // tile is 16 KiB: more short spans are at work at once then.
-constexpr int decode_ctas(int head_size, int rows) { return head_size == 64 && rows == 8 ? 4 : 2; }
+constexpr int decode_ctas(int head_size, int rows, bool kv8) {
+  if (head_size == 64 && rows == 8) return kv8 ? 3 : 4;
+  return 2;
+}
 
 inline constexpr int kMostRows = 40;
 
