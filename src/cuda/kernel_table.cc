@@ -67,7 +67,7 @@ bool takes_layer(const KernelKey& key, const LayerParams& layer, const DeviceInf
 bool share_tiles(const AttentionKernel& a, const AttentionKernel& b) {
   return a.key.max_rows == b.key.max_rows && a.policy == b.policy &&
          a.whole_items == b.whole_items && a.shared_prefix == b.shared_prefix &&
-         a.kv_chunks == b.kv_chunks;
+         a.kv_chunks == b.kv_chunks && a.awaits_partials == b.awaits_partials;
 }
 
 // Whether some member takes the layer's usual calls: its own scores, the strides of its caches.

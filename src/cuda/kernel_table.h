@@ -50,9 +50,10 @@ struct AttentionKernel {
   KernelKey key;
   const char* name = nullptr;
   TilePolicy policy;
-  bool whole_items = false;    // knows ScheduleHeader::whole
-  bool shared_prefix = false;  // may be given the tiles of shared prefixes
-  bool kv_chunks = false;      // batch-invariant mode: leaves a partial for each kv chunk
+  bool whole_items = false;      // knows ScheduleHeader::whole
+  bool shared_prefix = false;    // may be given the tiles of shared prefixes
+  bool kv_chunks = false;        // batch-invariant mode: leaves a partial for each kv chunk
+  bool awaits_partials = false;  // uses ScheduleView::awaited_partials and first_tiles
   // Pipeline depth, shared memory, CTAs of a multiprocessor for a layer, on the current device.
   // False: the device has too little shared memory, or the layer is none of the kernel's.
   bool (*prepare)(const LayerParams& layer, const DeviceInfo& device, Launch* launch) = nullptr;

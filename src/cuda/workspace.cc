@@ -12,7 +12,7 @@ DeviceBuffer::~DeviceBuffer() {
   if (data_ != nullptr) cudaFree(data_);
 }
 
-void DeviceBuffer::allocate(std::size_t bytes, cudaStream_t stream) {
+void DeviceBuffer::allocate(std::size_t bytes, cudaStream_t stream, int fill) {
   if (is_capturing(stream)) {
     throw Error("stream",
                 "a plan that has run a batch of this size before the capture (warm up first)",
@@ -25,7 +25,7 @@ void DeviceBuffer::allocate(std::size_t bytes, cudaStream_t stream) {
   }
   data_ = static_cast<char*>(memory);
   size_ = bytes;
-  check(cudaMemset(data_, 0, bytes), "cudaMemset of a workspace");
+  check(cudaMemset(data_, fill, bytes), "cudaMemset of a workspace");
   check(cudaStreamSynchronize(nullptr), "cudaMemset of a workspace");
 }
 
@@ -47,25 +47,30 @@ class Carver {
 };
 
 struct RuleOffsets {
-  std::size_t header, tiles, work_ranges, seq_tiles, buckets;
+  std::size_t header, tiles, work_ranges, first_tiles, seq_tiles, buckets;
 };
 
-RuleOffsets carve(Carver* carver, const TileRule& rule, std::int32_t max_seqs) {
+RuleOffsets carve(Carver* carver, const TileRule& rule, std::int32_t max_seqs,
+                  const AttentionKernel& kernel) {
   RuleOffsets at{};
   at.header = carver->take<ScheduleHeader>(1);
   at.tiles = carver->take<WorkTile>(rule.max_tiles);
   at.work_ranges = carver->take<WorkRange>(kMaxGrid + 1);
+  at.first_tiles = carver->take<WorkTile>(kernel.awaits_partials ? rule.grid : 0);
   at.seq_tiles = carver->take<std::int32_t>(max_seqs);
   at.buckets = carver->take<CostBuckets>(1);
   return at;
 }
 
-void set_pointers(char* base, const RuleOffsets& at, bool whole_items, TileRule* rule) {
+void set_pointers(char* base, const RuleOffsets& at, const AttentionKernel& kernel,
+                  TileRule* rule) {
   rule->header = reinterpret_cast<ScheduleHeader*>(base + at.header);
   rule->tiles = reinterpret_cast<WorkTile*>(base + at.tiles);
   rule->work_ranges = reinterpret_cast<WorkRange*>(base + at.work_ranges);
   rule->seq_tiles = reinterpret_cast<std::int32_t*>(base + at.seq_tiles);
-  rule->buckets = whole_items ? reinterpret_cast<CostBuckets*>(base + at.buckets) : nullptr;
+  rule->first_tiles =
+      kernel.awaits_partials ? reinterpret_cast<WorkTile*>(base + at.first_tiles) : nullptr;
+  rule->buckets = kernel.whole_items ? reinterpret_cast<CostBuckets*>(base + at.buckets) : nullptr;
 }
 
 // Partial results that a CTA may leave: one of the item that it begins, and of the item that it
@@ -86,13 +91,21 @@ void Workspace::allocate_partials(cudaStream_t stream) {
   if (arrivals_.data() != nullptr) return;
   // The kernels run one after the other and share the memory.
   std::int64_t floats = 0;
+  std::int64_t awaited_floats = 0;
   for (const KernelFamily& family : families_) {
-    floats = std::max(floats, std::int64_t{family.grid} * partials_per_cta(layer_, family.first()) *
-                                  partial_floats(family.first().policy, layer_));
+    const bool awaits = family.first().awaits_partials && !layer_.batch_invariant;
+    std::int64_t& most = awaits ? awaited_floats : floats;
+    most = std::max(most, std::int64_t{family.grid} * partials_per_cta(layer_, family.first()) *
+                              partial_floats(family.first().policy, layer_));
   }
   // There already, if memory ran out between the two in an earlier update.
-  if (partials_.data() == nullptr) {
+  if (partials_.data() == nullptr && floats > 0) {
     partials_.allocate(static_cast<std::size_t>(floats) * sizeof(float), stream);
+  }
+  if (awaited_partials_.data() == nullptr && awaited_floats > 0) {
+    static_assert(kMissing == 0xFFFFFFFFU);
+    awaited_partials_.allocate(static_cast<std::size_t>(awaited_floats) * sizeof(float), stream,
+                               0xFF);
   }
   arrivals_.allocate((kMaxGrid + 1) * sizeof(std::int32_t), stream);
 }
@@ -134,11 +147,11 @@ BatchBuffers& Workspace::buffers_for(const BatchParams& batch, cudaStream_t stre
   RuleOffsets at[kMaxFamilies];
   for (std::size_t i = 0; i < families_.size(); ++i) {
     made->rules[i] = rule_of(families_[i], *made);
-    at[i] = carve(&carver, made->rules[i], made->max_seqs);
+    at[i] = carve(&carver, made->rules[i], made->max_seqs, families_[i].first());
   }
   made->memory.allocate(carver.size(), stream);
   for (std::size_t i = 0; i < families_.size(); ++i) {
-    set_pointers(made->memory.data(), at[i], families_[i].first().whole_items, &made->rules[i]);
+    set_pointers(made->memory.data(), at[i], families_[i].first(), &made->rules[i]);
   }
   // Smaller buffers that no graph refers to are not needed any more.
   std::erase_if(buffers_, [&](const auto& old) {
@@ -175,7 +188,7 @@ void Workspace::allocate_cascade(BatchBuffers* buffers, cudaStream_t stream) con
   const std::size_t o = carver.take<float>(prefix_rows * prefix_partials.pitch);
   const std::size_t max = carver.take<float>(prefix_rows * prefix_partials.passes);
   const std::size_t sum = carver.take<float>(prefix_rows * prefix_partials.passes);
-  const RuleOffsets tiles = carve(&carver, rule, 0);
+  const RuleOffsets tiles = carve(&carver, rule, 0, family.first());
   buffers->cascade.allocate(carver.size(), stream);
 
   char* base = buffers->cascade.data();
@@ -187,7 +200,7 @@ void Workspace::allocate_cascade(BatchBuffers* buffers, cudaStream_t stream) con
   prefix_partials.o = reinterpret_cast<float*>(base + o);
   prefix_partials.max = reinterpret_cast<float*>(base + max);
   prefix_partials.sum = reinterpret_cast<float*>(base + sum);
-  set_pointers(base, tiles, family.first().whole_items, &rule);
+  set_pointers(base, tiles, family.first(), &rule);
 }
 
 float* Workspace::block_output(BatchBuffers* buffers, cudaStream_t stream) const {
@@ -214,9 +227,11 @@ ScheduleView Workspace::view_of(const BatchBuffers& buffers, const KernelFamily&
   view.header = rule.header;
   view.tiles = rule.tiles;
   view.work_ranges = rule.work_ranges;
+  view.first_tiles = rule.first_tiles;
   view.arrivals = reinterpret_cast<std::int32_t*>(arrivals_.data());
   view.taken = view.arrivals + kMaxGrid;
   view.partials = reinterpret_cast<float*>(partials_.data());
+  view.awaited_partials = reinterpret_cast<float*>(awaited_partials_.data());
   view.partial_floats = partial_floats(family.first().policy, layer_);
   view.partials_per_cta = partials_per_cta(layer_, family.first());
   view.heads = rule.heads;
@@ -225,7 +240,7 @@ ScheduleView Workspace::view_of(const BatchBuffers& buffers, const KernelFamily&
 }
 
 std::int64_t Workspace::bytes() const {
-  std::size_t bytes = partials_.size() + arrivals_.size();
+  std::size_t bytes = partials_.size() + awaited_partials_.size() + arrivals_.size();
   for (const auto& buffers : buffers_) {
     bytes += buffers->memory.size() + buffers->block_output.size() + buffers->cascade.size();
   }

@@ -20,8 +20,8 @@ class DeviceBuffer {
   DeviceBuffer(const DeviceBuffer&) = delete;
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
 
-  // Takes zeroed memory, once. Throws Error while `stream` is being captured.
-  void allocate(std::size_t bytes, cudaStream_t stream);
+  // Takes memory, once, each byte set to `fill`. Throws Error while `stream` is being captured.
+  void allocate(std::size_t bytes, cudaStream_t stream, int fill = 0);
   char* data() const { return data_; }
   std::size_t size() const { return size_; }
 
@@ -86,6 +86,7 @@ class Workspace {
   const DeviceInfo& device_;
   const std::vector<KernelFamily>& families_;
   DeviceBuffer partials_;
+  DeviceBuffer awaited_partials_;
   DeviceBuffer arrivals_;
   std::vector<std::unique_ptr<BatchBuffers>> buffers_;  // from small to large
   int families_captured_ = kMaxFamilies;

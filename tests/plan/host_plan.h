@@ -6,6 +6,7 @@
 #include <atomic>
 #include <barrier>
 #include <cstdint>
+#include <cstring>
 #include <set>
 #include <string>
 #include <thread>
@@ -250,6 +251,7 @@ class HostPlan {
     view.header = rule.header;
     view.tiles = rule.tiles;
     view.work_ranges = rule.work_ranges;
+    view.first_tiles = rule.first_tiles;
     view.heads = rule.heads;
     const ScheduleHeader& header = *rule.header;
     if (header.whole_tiles < 0 || header.whole_tiles > header.num_tiles) return "whole tiles";
@@ -272,7 +274,11 @@ class HostPlan {
     for (std::int32_t cta = 0; cta < rule.grid; ++cta) {
       WorkIterator iterator(view, cta);
       Split split;
-      while (iterator.next(view, &split)) {
+      for (bool is_first = true; iterator.next(view, &split); is_first = false) {
+        if (is_first && view.first_tiles != nullptr &&
+            std::memcmp(view.first_tiles + cta, &split.tile, sizeof split.tile) != 0) {
+          return "CTA " + std::to_string(cta) + " has another first tile";
+        }
         if (tile == rule.header->num_tiles) return "more items than there are";
         if (cta % header.cta_step != 0) return "a CTA works out of step";
         const WorkTile& expected = rule.tiles[tile];
@@ -299,6 +305,13 @@ class HostPlan {
           num_partials += rule.work_ranges[at_work[i]].num_partials;
         if (num_partials < static_cast<std::int32_t>(at_work.size()) - 1)
           return "a part is missing";
+        // Whoever waits for partials waits for all of these CTAs', and for no other's.
+        for (const ItemCtas& claim : claims) {
+          for (std::int32_t c = claim.first + 1; c <= claim.last; ++c) {
+            const bool works = std::count(at_work.begin(), at_work.end(), c) > 0;
+            if (works != (rule.work_ranges[c].num_partials > 0)) return "a part that is not there";
+          }
+        }
         at_work.clear();
         claims.clear();
         kv_tile = 0;
@@ -333,6 +346,10 @@ class HostPlan {
     rule->header = &headers_[index];
     rule->tiles = tiles_[index].data();
     rule->work_ranges = starts_[index].data();
+    if (index == 1) {
+      first_tiles_.resize(40);
+      rule->first_tiles = first_tiles_.data();
+    }
     rule->seq_tiles = seq_tiles_[index].data();
   }
 
@@ -395,6 +412,7 @@ class HostPlan {
   CostBuckets buckets_;
   std::vector<WorkTile> tiles_[kNumRules + 1];
   std::vector<WorkRange> starts_[kNumRules + 1];
+  std::vector<WorkTile> first_tiles_;
   std::vector<std::int32_t> seq_tiles_[kNumRules + 1];
   std::vector<std::int32_t> lists_[6];
   std::vector<SharedPrefix> groups_;

@@ -190,14 +190,21 @@ struct CostBuckets {
   std::int32_t kv_tiles;  // of all sequences
 };
 
+// A word of a partial that is not there yet: a NaN that no arithmetic gives.
+inline constexpr std::uint32_t kMissing = 0xFFFFFFFF;
+
 // What one attention kernel sees of the plan.
 struct ScheduleView {
   const ScheduleHeader* header = nullptr;
   const WorkTile* tiles = nullptr;
   const WorkRange* work_ranges = nullptr;  // [grid + 1]
+  const WorkTile* first_tiles = nullptr;   // [grid]: that each work range begins in, beside it
   std::int32_t* arrivals = nullptr;        // [ctas], all 0 between launches
   std::int32_t* taken = nullptr;           // whole items taken beyond each CTA's first, likewise
   float* partials = nullptr;
+  // Two of a CTA, as in `partials` without batch-invariant mode; each word is kMissing between
+  // launches, see sm90/decode/fold.cuh. Null: no kernel of the layer waits for partials.
+  float* awaited_partials = nullptr;
   std::int64_t partial_floats = 0;
   // A CTA's partial 0 is of the item that it begins, the others are of the one that it found begun.
   std::int32_t partials_per_cta = 2;
@@ -224,6 +231,7 @@ struct TileRule {
   ScheduleHeader* header = nullptr;
   WorkTile* tiles = nullptr;
   WorkRange* work_ranges = nullptr;
+  WorkTile* first_tiles = nullptr;    // null: no kernel asks for them
   std::int32_t* seq_tiles = nullptr;  // [num_seqs + 1]
 };
 

@@ -16,4 +16,28 @@ __device__ __forceinline__ std::int32_t count_arrival(std::int32_t* counter) {
   return before;
 }
 
+// Words that other CTAs wait for, each by itself: a reader sees each either as it was or as it has
+// become, in no order.
+__device__ __forceinline__ void store_relaxed(float4* to, const float4& x) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y),
+               "f"(x.z), "f"(x.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_relaxed(float* to, float x) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(x) : "memory");
+}
+__device__ __forceinline__ float4 load_relaxed(const float4* from) {
+  float4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(from)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ float load_relaxed(const float* from) {
+  float x;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
+}
+
 }  // namespace quire::cuda::ptx
