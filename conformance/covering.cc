@@ -67,6 +67,10 @@ void add_groups(std::vector<CaseSpec>* specs) {
     CaseSpec spec = layer_spec(model, KvCacheDType::kAuto, 256);
     specs->push_back(spec);
     specs->push_back(with_soft_cap(spec));
+    spec.config.num_heads = 4;
+    spec.sequences = {{1, 70}, {2, 90}, {5, 200}, {1, 1300}, {8, 1100}};
+    specs->push_back(spec);
+    specs->push_back(with_soft_cap(spec));
   }
 }
 

@@ -5,6 +5,7 @@
 //   one warpgroup, a kv tile of 64 keys after the other:
 //     S^T = K Q^T -> mask, softmax -> P^T to shared memory -> O^T += V^T P^T
 //   at an item's end (combine.cuh): O -> shared memory -> output or a partial
+//   when all is done (fold.cuh): the partials of the item that it had the last kv tiles of -> output
 //
 // Products are transposed, since wgmma takes 64 rows at least of its first operand but any multiple
 // of eight of the second: keys and value columns are rows, the few query rows columns.
@@ -13,11 +14,14 @@
 // for the warpgroup to find a new one (in fp32 and in 16 bits there is room for that). So a kv tile
 // costs one barrier, which asks whether some score does, and no exchange.
 //
-// Barriers: full and empty of each tile of K and of V in the ring (full: the copies' bytes; empty:
-// the four warps that multiply), of the published splits (empty: two loading warps, those four) and
-// of the row tables with their queries. Named: 1, the warpgroup.
+// Barriers: full and empty of each tile in the ring, K and V in turn (full: the copies' bytes;
+// empty: the four warps that multiply), of the published splits (empty: each thread of two loading
+// warps and of those four) and of the row tables with their queries (full and empty: each thread).
+// Named: 1, the warpgroup. What threads read or write themselves they give on themselves: one
+// arrival of a lane behind __syncwarp() is as good, but compute-sanitizer's racecheck does not see
+// it.
 //
-// Shared memory of a CTA at d128, 8 rows: the ring 96 KiB (three tiles of 32 KiB), O at an item's
+// Shared memory of a CTA at d128, 8 rows: the ring 96 KiB (six tiles of 16 KiB), O at an item's
 // end 4 KiB, two queries 4 KiB, P^T twice 2 KiB, tables.
 //
 // Why this: a kv tile takes the warpgroup some 1,700 clocks; HBM delivers one to each of an H100's
@@ -29,6 +33,7 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/decode/combine.cuh"
 #include "cuda/sm90/decode/load.cuh"
+#include "cuda/sm90/soft_cap.cuh"
 
 namespace quire::cuda::sm90 {
 
@@ -46,27 +51,26 @@ class DecodeAttention {
         box_shift_(box_shift),
         lane_(Team::lane()),
         warp_(__shfl_sync(~0U, Team::warp(), 0)),
-        to_log2_(combine_.score_scale_ * kLog2E) {}
+        cap_(p.layer.soft_cap, combine_.score_scale_),
+        to_log2_(combine_.logit_scale_ * kLog2E) {}
 
   __device__ __forceinline__ void run() {
     SplitPlace split_at;
-    RowPlaceInRing rows_at;
+    RingPlace<C::kRowsAhead> rows_at;
     for (;; split_at.next(), rows_at.next()) {
       split_at.wait_full(shared_.split_barriers);
       const PublishedSplit& published = shared_.splits[split_at.index];
-      if (published.split.head < 0) return;
+      if (published.split.head < 0) break;
       rows_at.wait_full(shared_.row_barriers);
       table_ = &shared_.rows[rows_at.index];
       query_ = ptx::wgmma::descriptor_low(ptx::shared_address(shared_.query[rows_at.index]), 16);
       work(published);
-      // Each warp for itself: with one arrival for all, behind a barrier, the split was replaced
+      // Each thread for itself: with one arrival for all, behind a barrier, the split was replaced
       // while warps that were behind still read it.
-      __syncwarp();
-      if (lane_ == 0) {
-        split_at.arrive_empty(shared_.split_barriers);
-        rows_at.arrive_empty(shared_.row_barriers);
-      }
+      split_at.arrive_empty(shared_.split_barriers);
+      rows_at.arrive_empty(shared_.row_barriers);
     }
+    if (holds_) fold();
   }
 
  private:
@@ -92,6 +96,9 @@ class DecodeAttention {
       Emit emit{Emit::kPartial, {}, split.tile.prefix_row < 0 && epilogue.stores_pairs()};
       if (one_state && split.whole()) {
         emit.how = Emit::kWrite;
+      } else if (!p_.layer.batch_invariant) {
+        emit.how = Emit::kAwaited;
+        emit.partial = awaited_rows<C>(p_.schedule, cta, split.kv_tile_begin > 0 ? 1 : 0);
       } else if (split.kv_tile_begin > 0) {
         emit.partial = combiner.partial(cta, ++num_partials);
       } else {
@@ -102,12 +109,38 @@ class DecodeAttention {
       kv_tile = end;
     } while (kv_tile < split.kv_tile_end);
     if (split.whole() && one_state) return;
+    if (!p_.layer.batch_invariant) {
+      if (split.kv_tile_end == split.tile.num_kv_tiles()) hold(published);
+      return;
+    }
     if (split.whole()) {
       epilogue.write(split, combiner.partial(cta, 0));
     } else {
       combiner.combine_if_last(published.item_ctas, split);
     }
     Team::sync();  // the combiner's memory is no longer read
+  }
+
+  // Keeps what fold() needs of an item that other CTAs have begun.
+  __device__ __forceinline__ void hold(const PublishedSplit& published) {
+    const RowTable<C::kRows>& rows = *table_;
+    copy_words(&shared_.held, published);
+    copy_words(&shared_.held_rows, rows);
+    holds_ = true;
+  }
+  template <class T>
+  static __device__ __forceinline__ void copy_words(T* to, const T& from) {
+    static_assert(sizeof(T) % 4 == 0);
+#pragma unroll 1
+    for (int i = Team::thread(); i < static_cast<int>(sizeof(T) / 4); i += Team::kSize) {
+      reinterpret_cast<std::uint32_t*>(to)[i] = reinterpret_cast<const std::uint32_t*>(&from)[i];
+    }
+  }
+  __device__ __forceinline__ void fold() {
+    Team::sync();
+    DecodeEpilogue<C> epilogue(p_, shared_.held_rows);
+    epilogue.set_pass(0, C::kHeadSize);
+    PartialFold<C>(p_, epilogue, shared_.held, shared_.cta_step).run();
   }
 
   // The kv tiles [begin, end).
@@ -143,26 +176,32 @@ class DecodeAttention {
   // ---- a kv tile --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void attend_tile(int first, State& state) {
-    const auto& k_barriers = shared_.tile_barriers[0];
-    const auto& v_barriers = shared_.tile_barriers[1];
     Scores s;
-    tile_.wait_full(k_barriers);
+    tile_.wait_full(shared_.tile_barriers);
     multiply_keys(s);
+    if constexpr (C::kSoftCap) {
+#pragma unroll
+      for (float& score : s) score = cap_(score);
+    }
     const std::uint32_t unmapped = C::kUnmappedApart ? shared_.unmapped[tile_.index] : 0U;
-    __syncwarp();
-    if (lane_ == 0) tile_.arrive_empty(k_barriers);
+    give_tile_back();
     if (!all_visible(first)) {
       mask(first, s);
       clear_values(first);
     }
     if (C::kUnmappedApart && unmapped != 0) set_unmapped_apart(unmapped, s);
     soften(s, state);
-    tile_.wait_full(v_barriers);
+    tile_.wait_full(shared_.tile_barriers);
     multiply_values(state);
-    __syncwarp();
-    if (lane_ == 0) tile_.arrive_empty(v_barriers);
-    tile_.next();
+    give_tile_back();
     weights_ ^= 1;
+  }
+
+  // To the loader; the next one is next.
+  __device__ __forceinline__ void give_tile_back() {
+    if (!C::kUnmappedApart) __syncwarp();
+    if (C::kUnmappedApart || lane_ == 0) tile_.arrive_empty(shared_.tile_barriers);
+    tile_.next();
   }
 
   // Whether every row sees all keys of the tile.
@@ -192,15 +231,15 @@ class DecodeAttention {
     return C::kKv8 && p_.v.token_scales != nullptr;
   }
 
-  __device__ __forceinline__ std::uint32_t tile_address(int side) const {
-    return ptx::shared_address(shared_.tiles[side][tile_.index]);
+  __device__ __forceinline__ std::uint32_t tile_address() const {
+    return ptx::shared_address(shared_.tiles[tile_.index]);
   }
   __device__ __forceinline__ std::uint32_t weights_address() const {
     return ptx::shared_address(shared_.weights[weights_]);
   }
 
   __device__ __forceinline__ void multiply_keys(Scores& s) const {
-    const std::uint32_t k = ptx::wgmma::descriptor_low(tile_address(0), 16);
+    const std::uint32_t k = ptx::wgmma::descriptor_low(tile_address(), 16);
     ptx::wgmma::fence();
 #pragma unroll
     for (int i = 0; i < C::kHeadSize / 16; ++i) {
@@ -216,7 +255,7 @@ class DecodeAttention {
   // P^T lies without swizzle, key by key in groups of eight rows: there, unlike what wgmma.cuh says
   // of the swizzled ones, `lead` goes from eight keys to the next and `stride` from eight rows.
   __device__ __forceinline__ void multiply_values(State& state) const {
-    const std::uint32_t v = ptx::wgmma::descriptor_low(tile_address(1), 1024);
+    const std::uint32_t v = ptx::wgmma::descriptor_low(tile_address(), 1024);
     const std::uint32_t weights = ptx::wgmma::descriptor_low(weights_address(), 128);
     ptx::wgmma::fence();
 #pragma unroll
@@ -259,14 +298,14 @@ class DecodeAttention {
         (first + kKvTile <= keys.out_of_window_begin || first >= keys.out_of_window_end ||
          keys.out_of_window_begin >= keys.out_of_window_end);
     if (may_read_all) return;
-    tile_.wait_full(shared_.tile_barriers[1]);
+    tile_.wait_full(shared_.tile_barriers);
     const int key = Team::thread() / 2;
     if (!table_->may_read(first + key)) {
       // A row of eight keys of a column, and columns.
       constexpr int kRowBytes = C::kKv8 ? C::kHeadSize : 128;
       constexpr int kColumns = C::kKv8 ? 1 : C::kColumns;
       const std::uint32_t row =
-          tile_address(1) +
+          tile_address() +
           static_cast<std::uint32_t>(key / 8 * C::kGroupBytes + key % 8 * kRowBytes +
                                      Team::thread() % 2 * (kRowBytes / 2));
 #pragma unroll
@@ -410,11 +449,13 @@ class DecodeAttention {
   DecodeCombine<C> combine_;
   const int box_shift_;  // log2 of the keys of a box
   int lane_;
-  const int warp_;  // of the warpgroup
+  const int warp_;     // of the warpgroup
+  const SoftCap cap_;  // unless C::kSoftCap not used
   const float to_log2_;
-  RingPlace<Shared::kStages> tile_;
+  RingPlace<Shared::kTiles> tile_;         // K or V, whichever is next
   DecodeRows<C::kRows>* table_ = nullptr;  // of the split at work
   float2 value_scales_;                    // of the thread's keys of the tile, if tokens have such
+  bool holds_ = false;                     // DecodeShared::held
   int weights_ = 0;          // which buffer: in the other a warp that is behind may still multiply
   std::uint32_t query_ = 0;  // likewise, as a descriptor's low word
 };
@@ -431,11 +472,16 @@ __device__ __forceinline__ void init_barriers(const KernelParams& p, DecodeShare
     for (auto& barrier : barriers.full) ptx::mbarrier_init(ptx::shared_address(&barrier), full);
     for (auto& barrier : barriers.empty) ptx::mbarrier_init(ptx::shared_address(&barrier), empty);
   };
-  // The copies' bytes; of tokens' scales, each lane's.
-  init(shared.tile_barriers[0], C::kKv8 && p.k.token_scales != nullptr ? 33 : 1, kWarpgroupWarps);
-  init(shared.tile_barriers[1], C::kKv8 && p.v.token_scales != nullptr ? 33 : 1, kWarpgroupWarps);
-  init(shared.split_barriers, 1, 2 + kWarpgroupWarps);  // tiles, row tables; multiplying warps
-  init(shared.row_barriers, 1, kWarpgroupWarps);
+  for (int i = 0; i < DecodeShared<C>::kTiles; ++i) {
+    // The copies' bytes; of tokens' scales, each lane's.
+    const KvParams& kv = i % 2 == 0 ? p.k : p.v;
+    const int full = C::kKv8 && kv.token_scales != nullptr ? 33 : 1;
+    ptx::mbarrier_init(ptx::shared_address(&shared.tile_barriers.full[i]), full);
+    ptx::mbarrier_init(ptx::shared_address(&shared.tile_barriers.empty[i]), C::kTileArrivals);
+  }
+  // Two warps that load, tiles and row tables, and the warpgroup.
+  init(shared.split_barriers, 1, 2 * 32 + kWarpgroupThreads);
+  init(shared.row_barriers, 32, kWarpgroupThreads);
   ptx::mbarrier_fence_init();
 }
 

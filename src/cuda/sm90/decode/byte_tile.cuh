@@ -17,15 +17,13 @@ namespace quire::cuda::sm90 {
 
 template <class C>
 __device__ __forceinline__ void DecodeAttention<C>::attend_byte_tile(int first, State& state) {
-  const auto& k_barriers = shared_.tile_barriers[0];
-  const auto& v_barriers = shared_.tile_barriers[1];
   constexpr bool kValuesLate = C::kRows >= 32 || C::kCtas == 4;
   const bool masked = !all_visible(first);
   // Opaque: addresses are computed here, not ahead of the loop and then kept in registers.
   lane_ = static_cast<int>(ptx::opaque(static_cast<std::uint32_t>(lane_)));
   const int key = key_of(0);
-  const auto scales_of = [&](int side) {
-    const float* scales = shared_.token_scales[side][tile_.index];
+  const auto scales_of_tile = [&] {
+    const float* scales = shared_.token_scales[tile_.index];
     return make_float2(scales[key], scales[key + 8]);
   };
   float2 key_scales = make_float2(1.0F, 1.0F);
@@ -33,12 +31,11 @@ __device__ __forceinline__ void DecodeAttention<C>::attend_byte_tile(int first, 
   std::uint32_t unmapped;
   {
     ByteKeys<C::kHeadSize> keys;
-    tile_.wait_full(k_barriers);
-    keys.load(tile_address(0), warp_, lane_);
-    if (p_.k.token_scales != nullptr) key_scales = scales_of(0);
+    tile_.wait_full(shared_.tile_barriers);
+    keys.load(tile_address(), warp_, lane_);
+    if (p_.k.token_scales != nullptr) key_scales = scales_of_tile();
     unmapped = shared_.unmapped[tile_.index];
-    __syncwarp();
-    if (lane_ == 0) tile_.arrive_empty(k_barriers);
+    give_tile_back();
     if (masked) clear_values(first);
     multiply_byte_keys(keys, s);
   }
@@ -47,11 +44,10 @@ __device__ __forceinline__ void DecodeAttention<C>::attend_byte_tile(int first, 
     ptx::wgmma::keep(s);
   }
   ByteValues<C::kHeadSize> values;
-  tile_.wait_full(v_barriers);
-  values.load(tile_address(1), warp_, lane_);
-  if (scales_values()) value_scales_ = scales_of(1);
-  __syncwarp();
-  if (lane_ == 0) tile_.arrive_empty(v_barriers);
+  tile_.wait_full(shared_.tile_barriers);
+  values.load(tile_address(), warp_, lane_);
+  if (scales_values()) value_scales_ = scales_of_tile();
+  give_tile_back();
   if (!kValuesLate) {
     ptx::wgmma::wait<0>();
     ptx::wgmma::keep(s);
@@ -61,7 +57,6 @@ __device__ __forceinline__ void DecodeAttention<C>::attend_byte_tile(int first, 
   if (unmapped != 0) set_unmapped_apart(unmapped, s);
   soften(s, state);
   multiply_byte_values(values, state);
-  tile_.next();
   weights_ ^= 1;
 }
 

@@ -1,12 +1,13 @@
 // The end of an item in the decode kernel:
 //
-//   O, maximum and the warps' sums -> shared memory -> output, or a partial for combine_splits.cuh
+//   O, maximum and the warps' sums -> shared memory -> output, or a partial for fold.cuh or, in
+//   batch-invariant mode, combine_splits.cuh
 #pragma once
 
 #include "cuda/ptx/fragment.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/sm90/decode/bytes.cuh"
-#include "cuda/sm90/decode/config.cuh"
+#include "cuda/sm90/decode/fold.cuh"
 
 namespace quire::cuda::sm90 {
 
@@ -20,7 +21,7 @@ template <class C>
 struct DecodeState {
   static constexpr int kOwnRows = C::kRows / 4;
   float o[C::kColumns][C::kRows / 2];
-  float reference[kOwnRows];  // what weights are relative to, in raw scores; all threads agree
+  float reference[kOwnRows];  // what weights are relative to, in scores; all threads agree
   float sum[kOwnRows];        // of weights, over the thread's own keys, in units of 2^-kWeightLog2
 };
 
@@ -32,7 +33,7 @@ __device__ __forceinline__ float over_keys(float x) {
 
 // Where the result for some keys of an item goes.
 struct Emit {
-  enum { kWrite, kPartial, kCombine } how;
+  enum { kWrite, kPartial, kCombine, kAwaited } how;
   PartialRows partial;
   bool simple;  // kWrite: see Epilogue::stores_pairs(), and the rows have no shared prefix
 };
@@ -48,6 +49,7 @@ class DecodeCombine {
     const float scale = p.layer.softmax_scale * value_of(p.q_scale) * value_of(p.k.scale);
     // At 0 a masked -inf would turn into NaN.
     score_scale_ = fmaxf(fabsf(scale), 1e-37F);
+    logit_scale_ = C::kSoftCap ? 1.0F : score_scale_;
   }
 
   __device__ __forceinline__ void combine(const DecodeEpilogue<C>& epilogue, const Split& split,
@@ -64,7 +66,8 @@ class DecodeCombine {
     Team::sync();
   }
 
-  float score_scale_;  // from raw scores to natural units
+  float score_scale_;  // from products to natural units
+  float logit_scale_;  // the same from what scores are after a soft cap
 
  private:
   __device__ __forceinline__ void spill(const State& state) {
@@ -103,7 +106,7 @@ class DecodeCombine {
     *sum = over_warps(shared_.sum, row) * kWeightUnit;
     const float reference = shared_.max[row];
     const bool has_none = reference == kNoReference && *sum == 0.0F;
-    *max = has_none ? -INFINITY : reference * score_scale_;
+    *max = has_none ? -INFINITY : reference * logit_scale_;
     const float num_unmapped = C::kUnmappedApart ? over_warps(shared_.num_unmapped, row) : 0.0F;
     float weight = kWeightUnit;
     if (C::kKv8) weight *= ptx::exp2_approx(shared_.value_log2[0][row]);
@@ -154,6 +157,10 @@ class DecodeCombine {
       Team::sync();  // all threads of a row have read its state
     }
     if (!mine) return;
+    if (emit.how == Emit::kAwaited) {
+      store_awaited(emit.partial, row, c, max, sum, o);
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
       *reinterpret_cast<float4*>(to + i) = make_float4(o[i], o[i + 1], o[i + 2], o[i + 3]);
@@ -161,6 +168,17 @@ class DecodeCombine {
     if (c == 0) {
       emit.partial.max[row] = max;
       emit.partial.sum[row] = sum;
+    }
+  }
+
+  __device__ __forceinline__ void store_awaited(const PartialRows& to, int row, int c, float max,
+                                                float sum, const float (&o)[8]) const {
+    auto* columns = reinterpret_cast<float4*>(to.o + row * to.pitch + c);
+    ptx::store_relaxed(columns, not_missing(make_float4(o[0], o[1], o[2], o[3])));
+    ptx::store_relaxed(columns + 1, not_missing(make_float4(o[4], o[5], o[6], o[7])));
+    if (c == 0) {
+      ptx::store_relaxed(to.max + row, not_missing(max));
+      ptx::store_relaxed(to.sum + row, not_missing(sum));
     }
   }
 

@@ -26,29 +26,35 @@ struct FirstThreads {
 inline constexpr int kMultiplierBarrier = 1;
 using Multipliers = FirstThreads<kWarpgroupThreads, kMultiplierBarrier>;
 
-template <class Type_, bool kKv8_, int kHeadSize_, int kRows_>
+template <class Type_, bool kKv8_, int kHeadSize_, int kRows_, bool kSoftCap_>
 struct DecodeConfig {
   using Type = Type_;                           // of the products
   static constexpr bool kKv8 = kKv8_;           // K and V of 8 bits
   static constexpr int kHeadSize = kHeadSize_;  // of K and V
   static constexpr int kRows = kRows_;
+  static constexpr bool kSoftCap = kSoftCap_;
   // CTAs of a multiprocessor: while an item ends in one, the other's loads go on.
   static constexpr int kCtas = decode_ctas(kHeadSize, kRows, kKv8);
   static constexpr int kColumns = kHeadSize / 64;                  // of 64 elements
   static constexpr int kGroupBytes = kHeadSize * (kKv8 ? 8 : 16);  // eight keys of K or V
   static constexpr int kTileBytes = kKvTile / 8 * kGroupBytes;
   static constexpr int kQueryBytes = kRows * kHeadSize * 2;
+  // Splits whose queries and row tables are ready or in use. At head size 256 a second query would
+  // cost the ring its third tile.
+  static constexpr int kRowsAhead = kHeadSize > 128 ? 1 : 2;
   static constexpr int kWeightBytes = kRows / 8 * 1024;  // of a kv tile
   static constexpr int kOutputPitch = kHeadSize + 4;     // floats
   // Where the products' registers do not fit an equal share.
   static constexpr bool kMovesRegisters =
-      (kKv8 && kCtas == 2) || kRows >= 32 ||
-      (kRows == 24 && kHeadSize == 128 && std::is_same_v<Type, ptx::Half>);
-  static constexpr int kMultiplierRegisters = kKv8 ? 184 : 176;
-  static constexpr int kLoaderRegisters = kKv8 ? 72 : 80;
+      (kKv8 && kCtas == 2) || kRows >= 24 || kRows * kHeadSize >= 4096;
+  static constexpr int kMultiplierRegisters = 184;
+  static constexpr int kLoaderRegisters = 72;
   // A warpgroup that multiplies, three warps that load; registers move between whole warpgroups.
   static constexpr int kThreads = kWarpgroupThreads + (kMovesRegisters ? 128 : 96);
   static constexpr bool kUnmappedApart = std::is_same_v<Type, ptx::Half>;
+  // Who gives a tile back: a lane of each warp, or, where threads read DecodeShared::unmapped
+  // themselves, each of them.
+  static constexpr int kTileArrivals = kUnmappedApart ? kWarpgroupThreads : kWarpgroupWarps;
   // Weights are up to 2^(8 + this), see DecodeAttention: as large as they may be in fp16, since
   // small ones lose bits below 2^-14.
   static constexpr int kWeightLog2 = kKv8 ? 7 : 0;
@@ -83,10 +89,13 @@ struct DecodeRows : RowTable<kRows> {
 // All but the rings of K and V.
 template <class C>
 struct DecodeTables {
-  alignas(1024) char query[kRowsAhead][C::kQueryBytes];
+  alignas(1024) char query[C::kRowsAhead][C::kQueryBytes];
   alignas(1024) char weights[2][C::kWeightBytes];  // P^T
   // At an item's end: O, and each warp's sums, of its keys.
-  alignas(16) float o[C::kRows][C::kOutputPitch];
+  union {
+    alignas(16) float o[C::kRows][C::kOutputPitch];
+    typename DecodeCombiner<C>::Shared combine;  // when `o` has been read
+  };
   float max[C::kRows];
   float sum[kWarpgroupWarps][C::kRows];
   // Counted apart, see DecodeAttention::set_unmapped_apart().
@@ -94,33 +103,39 @@ struct DecodeTables {
   // 8-bit caches: log2 of what O is relative to besides its row's reference (byte_tile.cuh), the
   // same for each warp.
   float value_log2[kWarpgroupWarps][C::kRows];
-  DecodeRows<C::kRows> rows[kRowsAhead];
+  DecodeRows<C::kRows> rows[C::kRowsAhead];
   PublishedSplit splits[kSplitsAhead];
-  typename DecodeCombiner<C>::Shared combine;
+  std::int32_t cta_step;  // ScheduleHeader's
+  // The item whose last kv tiles this CTA has had, see fold.cuh.
+  PublishedSplit held;
+  RowTable<C::kRows> held_rows;
   RingBarriers<kSplitsAhead> split_barriers;
-  RingBarriers<kRowsAhead> row_barriers;
+  RingBarriers<C::kRowsAhead> row_barriers;
 };
 
 // A CTA's part of a multiprocessor's shared memory, of which it costs 1 KiB more.
 template <class C>
 inline constexpr int kDecodeSharedBytes = 228 * 1024 / C::kCtas - 1024;
 
-// Kv tiles in flight or at work: as many as there is room for, with a KiB for their barriers and
-// unmapped boxes.
+// Tiles of K and V in flight or at work: as many as there is room for, with a KiB for their
+// barriers and unmapped boxes.
 template <class C>
-constexpr int decode_stages() {
+constexpr int decode_tiles() {
   const auto others = static_cast<int>(sizeof(DecodeTables<C>)) + 1024;
-  return (kDecodeSharedBytes<C> - others) / (2 * (C::kTileBytes + C::kScaledKeys * 4));
+  const int room = (kDecodeSharedBytes<C> - others) / (C::kTileBytes + C::kScaledKeys * 4);
+  // Tiles of up to 16 KiB in pairs: one more was slower (40 rows of 128: 142 -> 146 us).
+  return C::kHeadSize <= 128 ? room / 2 * 2 : room;
 }
 
 template <class C>
 struct DecodeShared : DecodeTables<C> {
-  static constexpr int kStages = decode_stages<C>();
-  alignas(1024) char tiles[2][kStages][C::kTileBytes];  // K, V
-  RingBarriers<kStages> tile_barriers[2];
-  float token_scales[2][kStages][C::kScaledKeys];
-  // Bit b: box b of the tile is of a block that does not exist, but has keys that may be read.
-  std::uint32_t unmapped[kStages];
+  static constexpr int kTiles = decode_tiles<C>();
+  static_assert(!C::kKv8 || kTiles % 2 == 0);  // a buffer is K's or V's there, see init_barriers()
+  alignas(1024) char tiles[kTiles][C::kTileBytes];  // K and V of a kv tile in turn
+  RingBarriers<kTiles> tile_barriers;
+  float token_scales[kTiles][C::kScaledKeys];
+  // Of a tile of K, bit b: box b is of a block that does not exist, but has keys that may be read.
+  std::uint32_t unmapped[kTiles];
 };
 
 }  // namespace quire::cuda::sm90

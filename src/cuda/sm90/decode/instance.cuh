@@ -6,9 +6,9 @@
 
 namespace quire::cuda::sm90 {
 
-template <class Type, bool kKv8, int kHeadSize, int kRows>
-struct Kernel<Phase::decode, Type, kKv8, kHeadSize, kRows, false> {
-  using Config = DecodeConfig<Type, kKv8, kHeadSize, kRows>;
+template <class Type, bool kKv8, int kHeadSize, int kRows, bool kScoreMod>
+struct Kernel<Phase::decode, Type, kKv8, kHeadSize, kRows, kScoreMod> {
+  using Config = DecodeConfig<Type, kKv8, kHeadSize, kRows, kScoreMod>;
   static_assert(sizeof(DecodeShared<Config>) <= kDecodeSharedBytes<Config>);
   static Instance instance(const char* name) {
     Instance instance;
@@ -22,11 +22,16 @@ struct Kernel<Phase::decode, Type, kKv8, kHeadSize, kRows, false> {
   static void describe(AttentionKernel* row) {
     row->key.max_rows = kRows;
     row->kv_chunks = true;
+    row->awaits_partials = true;
     row->policy = decode_policy<Config>();
   }
-  static bool takes(const KernelParams&) { return true; }
+  static bool takes(const KernelParams& p) {
+    // Of modified scores those with a soft cap alone.
+    return p.batch.qq_bias == nullptr;
+  }
   static bool takes(const LayerParams& layer) {
-    return size_of(layer.dtype) == 2 && decode_rows_fit(kRows, layer.group);
+    return size_of(layer.dtype) == 2 && decode_rows_fit(kRows, layer.group) &&
+           layer.alibi_slopes == nullptr;
   }
 };
 

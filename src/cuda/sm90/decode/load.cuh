@@ -1,7 +1,7 @@
 // The loading side of the decode kernel: three warps, each a loop over the CTA's splits.
 //
 //   splits: work ranges and tiles of the plan -> PublishedSplit, kSplitsAhead of them
-//   rows:   row tables and queries of the splits, kRowsAhead of them
+//   rows:   row tables and queries of the splits, DecodeConfig::kRowsAhead of them
 //   tiles:  block table -> boxes of K and V by the copy engine -> the ring
 //
 // A warp gets a box out every 150 clocks, a kv tile of eight boxes every 1,200: with two CTAs a
@@ -38,7 +38,6 @@ struct RingPlace : ptx::RingPosition {
 };
 
 using SplitPlace = RingPlace<kSplitsAhead>;
-using RowPlaceInRing = RingPlace<kRowsAhead>;
 
 // As RowTable::may_read().
 __device__ __forceinline__ bool may_read(const LoadableKeys& keys, std::int32_t key) {
@@ -68,18 +67,28 @@ class DecodeLoader {
 
   // One lane.
   __device__ __forceinline__ void publish_splits() {
-    WorkIterator iterator(p_.schedule, static_cast<std::int32_t>(blockIdx.x));
+    const ScheduleView& s = p_.schedule;
+    const auto cta = static_cast<std::int32_t>(blockIdx.x);
+    // What is needed first is on its way at once: a load through the L2 cache takes 0.6 us.
+    WorkIterator iterator(s, cta);
+    shared_.splits[0].split.tile = s.first_tiles[cta];
+    shared_.cta_step = s.header->cta_step;
     SplitPlace at;
-    for (bool found = true; found; at.next()) {
+    for (bool is_first = true;; is_first = false, at.next()) {
       at.wait_empty(shared_.split_barriers);
       PublishedSplit& to = shared_.splits[at.index];
-      found = iterator.next(p_.schedule, &to.split);
-      if (found) {
-        to.item_ctas = iterator.item_ctas(to.split);
+      Split& split = to.split;
+      const WorkTile* tile =
+          iterator.next(s, &split.head, &split.kv_tile_begin, &split.kv_tile_end);
+      if (tile == nullptr) {
+        split.head = -1;
       } else {
-        to.split.head = -1;
+        if (!is_first) split.tile = *tile;
+        if (split.kv_tile_end < 0) split.kv_tile_end = split.tile.num_kv_tiles();
+        to.item_ctas = iterator.item_ctas(split);
       }
       at.arrive_full(shared_.split_barriers);
+      if (tile == nullptr) return;
     }
   }
 
@@ -91,8 +100,7 @@ class DecodeLoader {
       const Split& split = shared_.splits[at.index].split;
       if (split.head < 0) return;
       take(split);
-      __syncwarp();
-      if (lane_ == 0) at.arrive_empty(shared_.split_barriers);
+      at.arrive_empty(shared_.split_barriers);
     }
   }
 
@@ -100,7 +108,7 @@ class DecodeLoader {
 
   __device__ __forceinline__ void load_rows() {
     const QueryChange change = query_change(p_);
-    RowPlaceInRing at;
+    RingPlace<C::kRowsAhead> at;
     for_each_split([&](const Split& split) {
       at.wait_empty(shared_.row_barriers);
       const std::uint32_t query = ptx::shared_address(shared_.query[at.index]);
@@ -113,8 +121,7 @@ class DecodeLoader {
       ptx::commit_copies();
       ptx::wait_copies<0>();
       ptx::fence_async_proxy();
-      __syncwarp();
-      if (lane_ == 0) at.arrive_full(shared_.row_barriers);
+      at.arrive_full(shared_.row_barriers);
       at.next();
     });
   }
@@ -182,20 +189,22 @@ class DecodeLoader {
     }
     const int boxes = kKvTile / maps_.box_keys;
     const int tiles_known = 32 / boxes;
-    RingPlace<Shared::kStages> at;
+    RingPlace<Shared::kTiles> at;
     for_each_split([&](const Split& split) {
       const int end = split.kv_tile_end;
       int known = split.kv_tile_begin;  // boxes hold kv tiles [known, + tiles_known)
       Box box = find_box(split, boxes, known);
       Box next = find_box(split, boxes, known + tiles_known);
-      for (int kv_tile = known; kv_tile < end; ++kv_tile, at.next()) {
+      for (int kv_tile = known; kv_tile < end; ++kv_tile) {
         if (kv_tile == known + tiles_known) {
           known += tiles_known;
           box = next;
           next = find_box(split, boxes, known + tiles_known);
         }
         load_side<0>(split, kv_tile, boxes, box, kv_tile - known, at);
+        at.next();
         load_side<1>(split, kv_tile, boxes, box, kv_tile - known, at);
+        at.next();
       }
     });
   }
@@ -204,12 +213,12 @@ class DecodeLoader {
   template <int kSide>
   __device__ __forceinline__ void load_side(const Split& split, int kv_tile, int boxes,
                                             const Box& box, int n,
-                                            const RingPlace<Shared::kStages>& at) {
+                                            const RingPlace<Shared::kTiles>& at) {
     const KvMap& map = kSide == 0 ? maps_.k : maps_.v;
     const int from = n * boxes + lane_ % boxes;
     const std::int32_t row = __shfl_sync(~0U, box.row[kSide], from);
     const std::int32_t slots = __shfl_sync(~0U, box.slots, from);
-    const auto& barriers = shared_.tile_barriers[kSide];
+    const auto& barriers = shared_.tile_barriers;
     at.wait_empty(barriers);
     const std::uint32_t full = ptx::shared_address(&barriers.full[at.index]);
     if constexpr (kSide == 0 && C::kUnmappedApart) {
@@ -221,14 +230,14 @@ class DecodeLoader {
       if (kv.token_scales != nullptr) {
         const int first = split.tile.kv_tile(kv_tile) * kKvTile;
         load_token_scales(kv, split, first, box, n * boxes,
-                          ptx::shared_address(shared_.token_scales[kSide][at.index]));
+                          ptx::shared_address(shared_.token_scales[at.index]));
         ptx::mbarrier_arrive_after_copies(full);
       }
     }
     if (lane_ == 0) ptx::mbarrier_arrive_expect(full, C::kTileBytes);
     __syncwarp();
     if (lane_ < boxes) {
-      const std::uint32_t to = ptx::shared_address(shared_.tiles[kSide][at.index]) +
+      const std::uint32_t to = ptx::shared_address(shared_.tiles[at.index]) +
                                static_cast<std::uint32_t>(lane_ * (C::kTileBytes / boxes));
       ptx::load_box(to, &map.map, full, 0, 0, 0, row, slots, ptx::kEvictFirst);
     }

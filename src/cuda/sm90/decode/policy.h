@@ -9,7 +9,6 @@ namespace quire::cuda::sm90 {
 
 inline constexpr int kKvTile = 64;  // keys: what a product of a warpgroup takes
 inline constexpr int kSplitsAhead = 4;
-inline constexpr int kRowsAhead = 2;  // splits whose queries and row tables are ready
 
 // CTAs of a multiprocessor: while an item ends in one, the others' loads go on. Four where a kv
 // tile is 16 KiB: more short spans are at work at once then.

@@ -195,7 +195,7 @@ class PrefillConsumer {
     const std::uint32_t s = stage_.index<C::kStages>();
     multiply_keys();
     release(shared_.k_empty[s]);
-    if constexpr (C::kSoftCap) rows_.cap(p_.layer.soft_cap, scale_);
+    if constexpr (C::kSoftCap) rows_.apply(SoftCap(p_.layer.soft_cap, scale_));
     if constexpr (kMasked) rows_.mask(tile.visible);
     if constexpr (kMasked && C::kUnmappedApart) {
       const std::uint32_t unmapped = tile_info().unmapped;

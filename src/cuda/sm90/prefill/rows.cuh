@@ -3,10 +3,10 @@
 // column i / 4 * 8 + fragment_column(lane) + i % 2.
 #pragma once
 
-#include "cuda/kernel/score_mod.cuh"
 #include "cuda/ptx/fragment.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/sm90/prefill/config.cuh"
+#include "cuda/sm90/soft_cap.cuh"
 
 namespace quire::cuda::sm90 {
 
@@ -99,15 +99,9 @@ class PrefillRows {
     sum[0] = sum[1] = 0.0F;
   }
 
-  // Products to natural logits with a soft cap: cap * tanh(x), with an absolute error of about 1e-7
-  // of the cap (tanh.approx's is 5e-4 of it).
-  __device__ __forceinline__ void cap(float cap, float score_scale) {
-    // Finite where a denormal cap's inverse is not: a score of 0 stays 0.
-    const float in = fminf(score_scale * score::inverse_of_cap(cap) * (2.0F * kLog2E), 3.4e38F);
+  __device__ __forceinline__ void apply(const SoftCap& cap) {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      s[i] = fmaf(-2.0F * cap, ptx::reciprocal_approx(ptx::exp2_approx(s[i] * in) + 1.0F), cap);
-    }
+    for (int i = 0; i < kScores; ++i) s[i] = cap(s[i]);
   }
 
   // Scores of keys that a row does not see to -inf.
