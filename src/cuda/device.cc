@@ -47,6 +47,15 @@ Inventory take_inventory() {
   return result;
 }
 
+// Both edges of the clock, in bytes.
+std::int64_t memory_rate(int index) {
+  int khz = 0;
+  int bits = 0;
+  check(cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, index), "memory clock");
+  check(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, index), "memory bus");
+  return std::int64_t{khz} * 2 * bits / 8 / 1000;
+}
+
 DeviceInfo read_info(int index) {
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
@@ -56,6 +65,7 @@ DeviceInfo read_info(int index) {
   info.minor = properties.minor;
   info.shared_bytes_per_block = static_cast<int>(properties.sharedMemPerBlockOptin);
   info.l2_bytes = properties.l2CacheSize;
+  info.memory_bytes_per_us = memory_rate(index);
   info.name = properties.name;
   return info;
 }

@@ -16,6 +16,7 @@ struct DeviceInfo {
   int minor = 0;
   int shared_bytes_per_block = 0;  // with opt-in
   std::int64_t l2_bytes = 0;
+  std::int64_t memory_bytes_per_us = 0;  // by its clock
   std::string name;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <string_view>
 
 #include "cuda/kernels.h"
 #include "cuda/plan/shared_prefix.h"
@@ -12,7 +13,30 @@ FamilyPlan::FamilyPlan(const LayerParams& layer, const DeviceInfo& device, Calls
     : layer_(layer),
       device_(device),
       families_(choose_kernels(kernel_table(), layer, device, calls)),
-      workspace_(layer_, device_, families_) {}
+      workspace_(layer_, device_, families_) {
+  find_mixed();
+}
+
+// In batch-invariant mode items are cut where the mixed kernels cannot combine them.
+void FamilyPlan::find_mixed() {
+  const KernelFamily& many = families_.back();
+  if (layer_.batch_invariant || many.members.size() > 1) return;
+  for (int i = 0; i < num_families() - 1; ++i) {
+    for (const FamilyMember& member : families_[i].members) {
+      const char* beside = member.kernel->beside;
+      if (beside == nullptr || !std::string_view(many.first().name).starts_with(beside)) continue;
+      few_ = i;
+      mixed_ = &member;
+      return;
+    }
+  }
+}
+
+// Whether the planned batch's first and last families can be one launch. Which of them has work
+// does not matter.
+bool FamilyPlan::can_mix() const {
+  return mixed_ != nullptr && !shares_ && !buffers_->captured_apart && end_used_ == num_families();
+}
 
 // How many of the families, from the first on, sequences of up to so many rows need.
 int FamilyPlan::families_for(std::int64_t most_rows) const {
@@ -66,6 +90,13 @@ void FamilyPlan::update(const BatchParams& batch, cudaStream_t stream) {
     for (int i = 0; i < first_used_; ++i) args.rules[i].up_to_rows = 0;
     args.rules[first_used_].above_rows = 0;
   }
+  is_mixed_ = first_used_ == 0 && can_mix();
+  if (is_mixed_) {
+    args.rules[few_].buckets = buffers_->buckets[few_];
+    TileRule& many = args.rules[num_families() - 1];
+    many.policy = mixed_->kernel->beside_policy;
+    many.beside = few_;
+  }
   args.shared = buffers_->shared;
   args.prefixes = buffers_->prefixes;
   args.prefixes.rule = rule;
@@ -86,11 +117,17 @@ bool FamilyPlan::takes(const KernelParams& params, bool capturing) const {
 void FamilyPlan::attention(KernelParams p, cudaStream_t stream) {
   if (p.block_scales != nullptr) p.block_output = workspace_.block_output(buffers_, stream);
   const bool capturing = is_capturing(stream);
-  if (capturing) workspace_.capture_attention(buffers_, shares_, end_used_);
+  const bool mixed = capturing ? can_mix() : is_mixed_;
+  if (capturing) {
+    const bool apart = mixed_ != nullptr && !mixed && end_used_ == num_families();
+    workspace_.capture_attention(buffers_, shares_, apart, end_used_);
+  }
   if (shares_) launch(families_.back(), buffers_->shared, buffers_->prefixes.rows, p, stream);
   for (int i = capturing ? 0 : first_used_; i < end_used_; ++i) {
+    if (mixed && (i == few_ || i == num_families() - 1)) continue;
     launch(families_[i], buffers_->rules[i], nullptr, p, stream);
   }
+  if (mixed) launch_mixed(p, stream);
   if (p.block_output != nullptr) {
     launch_block_quantize(
         p, static_cast<int>(std::min(p.batch.num_tokens, std::int64_t{device_.sm_count} * 4)),
@@ -98,13 +135,30 @@ void FamilyPlan::attention(KernelParams p, cudaStream_t stream) {
   }
 }
 
-void FamilyPlan::launch(const KernelFamily& family, const TileRule& rule,
-                        const SharedRow* shared_rows, KernelParams params,
-                        cudaStream_t stream) const {
+KernelParams FamilyPlan::with_schedule(KernelParams params, const KernelFamily& family,
+                                       const TileRule& rule, const SharedRow* shared_rows) const {
   params.schedule = workspace_.view_of(*buffers_, family, rule);
   params.schedule.shared_rows = shared_rows;
   params.columns = rule.policy.v_columns;
   params.passes = rule.heads / layer_.num_kv_heads;
+  return params;
+}
+
+// The first and the last family in one launch. Both take the call, so their kernel does.
+void FamilyPlan::launch_mixed(const KernelParams& params, cudaStream_t stream) const {
+  const KernelFamily& many = families_.back();
+  const KernelParams few_params =
+      with_schedule(params, families_[few_], buffers_->rules[few_], nullptr);
+  TileRule rule = buffers_->rules[num_families() - 1];
+  rule.policy = mixed_->kernel->beside_policy;
+  const KernelParams many_params = with_schedule(params, many, rule, nullptr);
+  mixed_->kernel->launch_beside(mixed_->launch, many.grid, few_params, many_params, stream);
+}
+
+void FamilyPlan::launch(const KernelFamily& family, const TileRule& rule,
+                        const SharedRow* shared_rows, KernelParams params,
+                        cudaStream_t stream) const {
+  params = with_schedule(params, family, rule, shared_rows);
   const FamilyMember* member = family.member_for(params);
   params.pipeline_stages = member->launch.pipeline_stages;
   member->kernel->launch(member->launch, family.grid, params, stream);
@@ -119,8 +173,9 @@ std::string FamilyPlan::to_string() const {
       char line[240];
       std::snprintf(line, sizeof line,
                     "%s: tiles of %d rows, %d CTAs, %d stages, %d column passes\n",
-                    member.kernel->name, policy.rows, family.grid, member.launch.pipeline_stages,
-                    num_passes(layer_, policy));
+                    member.kernel->name, policy.rows,
+                    member.kernel->beside == nullptr ? family.grid : families_.back().grid,
+                    member.launch.pipeline_stages, num_passes(layer_, policy));
       text += line;
     }
   }

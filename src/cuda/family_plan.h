@@ -37,6 +37,11 @@ class FamilyPlan {
   planning::PrefixRule cascade_rule(const BatchParams& batch) const;
   void launch(const KernelFamily& family, const TileRule& rule, const SharedRow* shared_rows,
               KernelParams params, cudaStream_t stream) const;
+  KernelParams with_schedule(KernelParams params, const KernelFamily& family, const TileRule& rule,
+                             const SharedRow* shared_rows) const;
+  void find_mixed();
+  bool can_mix() const;
+  void launch_mixed(const KernelParams& params, cudaStream_t stream) const;
 
   const LayerParams& layer_;
   const DeviceInfo& device_;
@@ -47,6 +52,10 @@ class FamilyPlan {
   BatchBuffers* buffers_ = nullptr;
   int first_used_ = 0;
   int end_used_ = 0;
+  // The family whose work `mixed_` does together with the last one's, in one launch; null: none.
+  int few_ = 0;
+  const FamilyMember* mixed_ = nullptr;
+  bool is_mixed_ = false;  // the planned batch is launched so
   bool shares_ = false;
 };
 

@@ -40,6 +40,7 @@ std::string describe(const AttentionKernel& kernel) {
     text += "; sequences of up to " + std::to_string(key.max_rows) + " query rows";
   }
   if (!key.plain) text += "; soft cap, ALiBi or query-query bias";
+  if (kernel.beside != nullptr) text += std::string("; in one launch with ") + kernel.beside;
   if (kernel.takes != nullptr) text += "; caches that tensor maps fit";
   return text;
 }
@@ -113,7 +114,7 @@ std::vector<KernelFamily> choose_kernels(const KernelTable& table, const LayerPa
       const bool is_served = std::any_of(
           families.begin(), families.end(),
           [&](const KernelFamily& family) { return family.first().key.max_rows == rows; });
-      if ((rows <= newer && rows != kAnyRows) || is_served) continue;
+      if ((rows <= newer && rows != kAnyRows) || is_served || kernel->beside != nullptr) continue;
       KernelFamily family = family_of(*kernel, candidates, layer, device, calls);
       if (family.members.empty()) continue;
       families.push_back(std::move(family));
@@ -143,7 +144,7 @@ const FamilyMember* KernelFamily::member_for(const KernelParams& params) const {
       layer.soft_cap > 0 || layer.alibi_slopes != nullptr || params.batch.qq_bias != nullptr;
   for (const FamilyMember& member : members) {
     const KernelKey& key = member.kernel->key;
-    if ((score_mod ? key.score_mod : key.plain) &&
+    if (member.kernel->launch_beside == nullptr && (score_mod ? key.score_mod : key.plain) &&
         (member.kernel->takes == nullptr || member.kernel->takes(params))) {
       return &member;
     }

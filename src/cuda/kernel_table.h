@@ -59,6 +59,13 @@ struct AttentionKernel {
   bool (*prepare)(const LayerParams& layer, const DeviceInfo& device, Launch* launch) = nullptr;
   void (*launch)(const Launch& launch, int grid, const KernelParams& params,
                  cudaStream_t stream) = nullptr;
+  // Not null: does its family's work beside that of the kernels for any rows whose names begin with
+  // `beside`, both in one launch of as many CTAs as there are multiprocessors. `launch` is null then.
+  // Of the others' work it takes any tiles, best those of `beside_policy`.
+  void (*launch_beside)(const Launch& launch, int grid, const KernelParams& few,
+                        const KernelParams& many, cudaStream_t stream) = nullptr;
+  const char* beside = nullptr;
+  TilePolicy beside_policy;
   // Whether it takes the strides and addresses of a call; null: any.
   bool (*takes)(const KernelParams& params) = nullptr;
 };

@@ -62,6 +62,10 @@ RuleOffsets carve(Carver* carver, const TileRule& rule, std::int32_t max_seqs,
   return at;
 }
 
+CostBuckets* buckets_at(char* base, const RuleOffsets& at) {
+  return reinterpret_cast<CostBuckets*>(base + at.buckets);
+}
+
 void set_pointers(char* base, const RuleOffsets& at, const AttentionKernel& kernel,
                   TileRule* rule) {
   rule->header = reinterpret_cast<ScheduleHeader*>(base + at.header);
@@ -70,8 +74,11 @@ void set_pointers(char* base, const RuleOffsets& at, const AttentionKernel& kern
   rule->seq_tiles = reinterpret_cast<std::int32_t*>(base + at.seq_tiles);
   rule->first_tiles =
       kernel.awaits_partials ? reinterpret_cast<WorkTile*>(base + at.first_tiles) : nullptr;
-  rule->buckets = kernel.whole_items ? reinterpret_cast<CostBuckets*>(base + at.buckets) : nullptr;
+  rule->buckets = kernel.whole_items ? buckets_at(base, at) : nullptr;
 }
+
+// Of a family: arrivals of each CTA's item, and whole items taken.
+constexpr std::size_t kCounters = kMaxGrid + 1;
 
 // Partial results that a CTA may leave: one of the item that it begins, and of the item that it
 // found begun one, or in batch-invariant mode one for each chunk.
@@ -87,16 +94,29 @@ std::int64_t partial_floats(const TilePolicy& policy, const LayerParams& layer) 
 
 }  // namespace
 
+// Of the partials of a family, whose tiles may be those of a kernel beside it.
+std::int64_t Workspace::floats_of(const KernelFamily& family) const {
+  std::int64_t floats = partial_floats(family.first().policy, layer_);
+  for (const KernelFamily& few : families_) {
+    for (const FamilyMember& member : few.members) {
+      if (member.kernel->beside == nullptr || &family != &families_.back()) continue;
+      floats = std::max(floats, partial_floats(member.kernel->beside_policy, layer_));
+    }
+  }
+  return std::int64_t{family.grid} * partials_per_cta(layer_, family.first()) * floats;
+}
+
 void Workspace::allocate_partials(cudaStream_t stream) {
   if (arrivals_.data() != nullptr) return;
-  // The kernels run one after the other and share the memory.
+  // Each family has its own, since two may run side by side; but for those that are waited for,
+  // which only kernels have that run one after the other.
   std::int64_t floats = 0;
   std::int64_t awaited_floats = 0;
   for (const KernelFamily& family : families_) {
-    const bool awaits = family.first().awaits_partials && !layer_.batch_invariant;
-    std::int64_t& most = awaits ? awaited_floats : floats;
-    most = std::max(most, std::int64_t{family.grid} * partials_per_cta(layer_, family.first()) *
-                              partial_floats(family.first().policy, layer_));
+    floats += floats_of(family);
+    if (family.first().awaits_partials && !layer_.batch_invariant) {
+      awaited_floats = std::max(awaited_floats, floats_of(family));
+    }
   }
   // There already, if memory ran out between the two in an earlier update.
   if (partials_.data() == nullptr && floats > 0) {
@@ -107,7 +127,7 @@ void Workspace::allocate_partials(cudaStream_t stream) {
     awaited_partials_.allocate(static_cast<std::size_t>(awaited_floats) * sizeof(float), stream,
                                0xFF);
   }
-  arrivals_.allocate((kMaxGrid + 1) * sizeof(std::int32_t), stream);
+  arrivals_.allocate(families_.size() * kCounters * sizeof(std::int32_t), stream);
 }
 
 TileRule Workspace::rule_of(const KernelFamily& family, const BatchBuffers& buffers) const {
@@ -152,6 +172,7 @@ BatchBuffers& Workspace::buffers_for(const BatchParams& batch, cudaStream_t stre
   made->memory.allocate(carver.size(), stream);
   for (std::size_t i = 0; i < families_.size(); ++i) {
     set_pointers(made->memory.data(), at[i], families_[i].first(), &made->rules[i]);
+    made->buckets[i] = buckets_at(made->memory.data(), at[i]);
   }
   // Smaller buffers that no graph refers to are not needed any more.
   std::erase_if(buffers_, [&](const auto& old) {
@@ -215,8 +236,10 @@ void Workspace::capture_plan(BatchBuffers* buffers) {
   buffers->captured = buffers->captured_plain = true;
 }
 
-void Workspace::capture_attention(BatchBuffers* buffers, bool shares, int num_families) {
+void Workspace::capture_attention(BatchBuffers* buffers, bool shares, bool apart,
+                                  int num_families) {
   buffers->captured = true;
+  buffers->captured_apart = buffers->captured_apart || apart;
   buffers->captured_plain = buffers->captured_plain || !shares;
   families_captured_ = std::min(families_captured_, num_families);
 }
@@ -229,10 +252,14 @@ ScheduleView Workspace::view_of(const BatchBuffers& buffers, const KernelFamily&
   view.work_ranges = rule.work_ranges;
   view.first_tiles = rule.first_tiles;
   view.arrivals = reinterpret_cast<std::int32_t*>(arrivals_.data());
-  view.taken = view.arrivals + kMaxGrid;
   view.partials = reinterpret_cast<float*>(partials_.data());
+  for (const KernelFamily* before = families_.data(); before != &family; ++before) {
+    view.arrivals += kCounters;
+    view.partials += floats_of(*before);
+  }
+  view.taken = view.arrivals + kMaxGrid;
   view.awaited_partials = reinterpret_cast<float*>(awaited_partials_.data());
-  view.partial_floats = partial_floats(family.first().policy, layer_);
+  view.partial_floats = partial_floats(rule.policy, layer_);
   view.partials_per_cta = partials_per_cta(layer_, family.first());
   view.heads = rule.heads;
   view.prefix_partials = buffers.prefix_partials;

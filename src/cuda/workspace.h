@@ -43,6 +43,8 @@ struct BatchBuffers {
   PrefixPartials prefix_partials;
   bool captured = false;        // some graph has its addresses
   bool captured_plain = false;  // some graph attends without the launch for shared prefixes
+  bool captured_apart = false;  // some graph launches families apart that may run in one launch
+  CostBuckets* buckets[kMaxFamilies] = {};  // of each rule, also where it does not use them yet
 };
 
 // A captured graph keeps the addresses and the launches that it was captured with, and serves every
@@ -53,7 +55,9 @@ struct BatchBuffers {
 //      smallest buffers that it fits, so that a graph finds it there;
 //   3. where a graph attends without the launch for shared prefixes, or was captured together with
 //      its planning, which does without them, every batch in its buffers is planned without them;
-//   4. a batch whose longest query is not known is planned for the kernels that all graphs launch:
+//   4. where a graph launches apart what may run side by side, every batch in its buffers is planned
+//      to be launched apart (the other way round any plan will do);
+//   5. a batch whose longest query is not known is planned for the kernels that all graphs launch:
 //      families_captured() of them, from the first on.
 class Workspace {
  public:
@@ -70,7 +74,7 @@ class Workspace {
 
   // A plan, or an attention call that launches `num_families`, is part of a graph from now on.
   static void capture_plan(BatchBuffers* buffers);
-  void capture_attention(BatchBuffers* buffers, bool shares, int num_families);
+  void capture_attention(BatchBuffers* buffers, bool shares, bool apart, int num_families);
   int families_captured() const { return families_captured_; }
 
   // What a kernel of `family` sees of the plan that `rule` led to.
@@ -81,6 +85,7 @@ class Workspace {
 
  private:
   TileRule rule_of(const KernelFamily& family, const BatchBuffers& buffers) const;
+  std::int64_t floats_of(const KernelFamily& family) const;
 
   const LayerParams& layer_;
   const DeviceInfo& device_;

@@ -137,13 +137,22 @@ TEST(CudaPlan, EveryPairOnce) {
   int some_whole = 0;
   int by_heads = 0;
   int in_steps = 0;
+  int beside_whole = 0;
+  int beside_cut = 0;
   for (std::uint64_t index = 0; index < 1500; ++index) {
     Rng rng(21, index);
     const Batch b = random_batch(&rng, false);
     const auto max_rows = static_cast<std::int32_t>(rng.chance(0.2) ? 7 : 2048);
-    const HostPlan plan(b, max_rows, 1);
+    const bool mixed = index % 2 == 0 && !b.layer.batch_invariant;
+    const auto kind = mixed ? HostPlan::kMixed : HostPlan::kPlain;
+    const HostPlan plan(b, max_rows, 1, kind);
     ASSERT_EQ(problem_of(b, plan), "") << "case " << index;
     const ScheduleHeader& header = *plan.args().rules[kNumRules - 1].header;
+    if (mixed) {
+      const ScheduleHeader& beside = *plan.args().rules[1].header;
+      beside_whole += beside.whole_tiles > 0 ? 1 : 0;
+      beside_cut += beside.whole_tiles < beside.num_tiles ? 1 : 0;
+    }
     if (header.whole_tiles > 0) {
       ++(header.whole_tiles == header.num_tiles ? all_whole : some_whole);
       by_heads += header.heads_at_once < b.layer.num_kv_heads ? 1 : 0;
@@ -158,9 +167,9 @@ TEST(CudaPlan, EveryPairOnce) {
     }
     ++by_groups[groups];
     if (index % 10 != 0) continue;
-    const HostPlan uncut(b, max_rows, 1, true);
+    const HostPlan uncut(b, max_rows, 1, HostPlan::kNeverCut);
     ASSERT_EQ(problem_of(b, uncut), "") << "case " << index << ", never cut";
-    const HostPlan together(b, max_rows, 3);
+    const HostPlan together(b, max_rows, 3, kind);
     ASSERT_EQ(problem_of(b, together), "") << "case " << index << ", 3 threads";
     EXPECT_TRUE(same_tiles(plan.args().shared, together.args().shared)) << "case " << index;
     EXPECT_TRUE(same_tiles(plan.args().rules[0], together.args().rules[0])) << "case " << index;
@@ -168,10 +177,39 @@ TEST(CudaPlan, EveryPairOnce) {
   EXPECT_GT(all_whole, 100) << "the cases do not reach whole items";
   EXPECT_GT(some_whole, 10) << "the cases do not reach whole items before cut ones";
   EXPECT_GT(in_steps, 10) << "the cases do not reach CTAs far apart";
+  EXPECT_GT(beside_whole, 20) << "the cases do not reach whole items beside another kernel's";
+  EXPECT_GT(beside_cut, 20) << "the cases do not reach cut items beside another kernel's";
   EXPECT_GT(by_heads, 10) << "the cases do not reach some heads at a time";
   EXPECT_GT(by_groups[1], 100) << "the cases do not reach shared prefixes";
   EXPECT_GT(by_groups[2] + by_groups[3], 50) << "the cases do not reach several groups";
   EXPECT_GT(cut, 50) << "the cases do not run out of room";
+}
+
+// CTAs of a mixed batch: as many for the prefill as its part of the time of both, at most all.
+TEST(CudaPlan, MixedBatchesShareTheGridByCost) {
+  const auto prefill_ctas = [](int decodes, int prompts) {
+    Batch b;
+    b.layer.num_heads = b.layer.group = 20;  // a token is 20 rows: the second rule's
+    b.layer.num_kv_heads = 1;
+    b.layer.block_size = 16;
+    b.width = 256;
+    for (int i = 0; i < decodes + prompts; ++i) {
+      b.table.resize(b.table.size() + static_cast<std::size_t>(b.width), 0);
+      b.lens.push_back(4096);
+      b.work_ranges.push_back(b.work_ranges.back() + (i < decodes ? 1 : 16));
+    }
+    b.finish(b.work_ranges.back());
+    const HostPlan plan(b, 2048, 1, HostPlan::kMixed);
+    EXPECT_EQ(plan.out_of_bounds(), "");
+    return plan.args().rules[kNumRules - 1].header->num_ctas;
+  };
+  // A grid of 7. A prompt of 320 rows is three tiles, each of 5.4 times the cost of a decode.
+  EXPECT_EQ(prefill_ctas(0, 8), 7);
+  EXPECT_EQ(prefill_ctas(8, 0), 0);
+  EXPECT_EQ(prefill_ctas(16, 1), 4);
+  EXPECT_EQ(prefill_ctas(48, 3), 4);
+  EXPECT_LE(prefill_ctas(400, 1), 1);
+  EXPECT_EQ(prefill_ctas(1, 100), 7);
 }
 
 // Two families that take turns, a sequence of neither, a long query.

@@ -188,9 +188,10 @@ inline void draw_masks(bool wild, Rng* rng, Batch* b) {
 // A plan with buffers of just the size that it may use.
 class HostPlan {
  public:
-  // `never_cut`: by the last rule.
-  HostPlan(const Batch& b, std::int32_t max_rows, int num_threads, bool never_cut = false)
-      : batch_(b) {
+  // `kMixed`: the last rule's kernel runs beside the second's, as in a mixed batch; `kNeverCut`: it
+  // knows whole items only.
+  enum Kind { kPlain, kMixed, kNeverCut };
+  HostPlan(const Batch& b, std::int32_t max_rows, int num_threads, Kind kind = kPlain) : batch_(b) {
     const auto seqs = static_cast<std::size_t>(b.params.num_seqs);
     args_.layer = b.layer;
     args_.batch = b.params;
@@ -199,7 +200,12 @@ class HostPlan {
       static_assert(sizeof kRows / sizeof *kRows == kNumRules);
       set_rule(kRows[i], b.params.num_tokens, b.params.num_seqs, i, &args_.rules[i]);
     }
-    if (never_cut) args_.rules[kNumRules - 1].policy.max_uncut = kNeverCut;
+    if (kind == kNeverCut) args_.rules[kNumRules - 1].policy.max_uncut = cuda::kNeverCut;
+    if (kind == kMixed) {
+      args_.rules[1].buckets = &buckets_[1];
+      args_.rules[1].policy.uncut_percent = 900;
+      args_.rules[kNumRules - 1].beside = 1;
+    }
     share_out(args_.rules, kNumRules);
     set_rule(128, max_rows, kMaxSharedPrefixes, kNumRules, &args_.shared);
     SharedPrefixes& prefixes = args_.prefixes;
@@ -281,6 +287,7 @@ class HostPlan {
         }
         if (tile == rule.header->num_tiles) return "more items than there are";
         if (cta % header.cta_step != 0) return "a CTA works out of step";
+        if (cta >= header.num_ctas * header.cta_step) return "a CTA works that should not";
         const WorkTile& expected = rule.tiles[tile];
         if (split.tile.cost_begin != expected.cost_begin || split.head != head ||
             split.kv_tile_begin != kv_tile || split.kv_tile_end > expected.num_kv_tiles()) {
@@ -334,10 +341,12 @@ class HostPlan {
     const bool last = index == kNumRules - 1;
     rule->grid = last ? 7 : 40;
     // The last rule's kernel knows whole items.
-    rule->buckets = last ? &buckets_ : nullptr;
+    rule->buckets = last ? &buckets_[index] : nullptr;
     rule->l2_kv_tiles = 40;
     // The second's is limited by memory.
     rule->policy.uncut_percent = index == 1 ? 225 : 0;
+    rule->policy.cost_ns = index == 1 ? 500 : 2700;
+    rule->least_cost_ps = 12'000;
     rule->max_tiles =
         static_cast<std::int32_t>(more + (tokens * args_.layer.group + tile_rows - 1) / tile_rows);
     tiles_[index].resize(static_cast<std::size_t>(rule->max_tiles));
@@ -409,7 +418,7 @@ class HostPlan {
   const Batch& batch_;
   PlanArgs args_;
   ScheduleHeader headers_[kNumRules + 1];
-  CostBuckets buckets_;
+  CostBuckets buckets_[kNumRules + 1];
   std::vector<WorkTile> tiles_[kNumRules + 1];
   std::vector<WorkRange> starts_[kNumRules + 1];
   std::vector<WorkTile> first_tiles_;

@@ -34,7 +34,8 @@ TEST(KernelTable, RowsCanBePlannedFor) {
     EXPECT_GT(policy.min_chunk, 0);
     EXPECT_TRUE(kernel.key.plain || kernel.key.score_mod) << "takes no call";
     EXPECT_NE(kernel.prepare, nullptr);
-    EXPECT_NE(kernel.launch, nullptr);
+    EXPECT_NE(kernel.launch == nullptr, kernel.launch_beside == nullptr);
+    EXPECT_EQ(kernel.beside == nullptr, kernel.launch_beside == nullptr);
   }
 }
 

@@ -90,8 +90,8 @@ __device__ __forceinline__ int4 visible_keys(const semantics::Spans& spans) {
 // it. Rows of a shared prefix are of several sequences: its keys come before all of their rows and
 // there is no window (FamilyPlan::cascade_rule), so every row sees them all.
 template <class Team, int kRows>
-__device__ __noinline__ void fill_rows(const KernelParams& p, const Split& split,
-                                       std::int32_t kv_head, RowTable<kRows>& table) {
+__device__ __forceinline__ void fill_row_table(const KernelParams& p, const Split& split,
+                                               std::int32_t kv_head, RowTable<kRows>& table) {
   const WorkTile& tile = split.tile;
   const SharedRow* shared_rows = p.schedule.shared_rows;
   const std::int32_t kv_len = keys_of(p, tile);
@@ -127,6 +127,13 @@ __device__ __noinline__ void fill_rows(const KernelParams& p, const Split& split
     table.keys = loadable_keys(p, tile);
     table.kv_stride = p.batch.kv_stride != nullptr ? max(p.batch.kv_stride[tile.seq], 1) : 1;
   }
+}
+
+// The same out of line, for kernels where its registers would be taken from others.
+template <class Team, int kRows>
+__device__ __noinline__ void fill_rows(const KernelParams& p, const Split& split,
+                                       std::int32_t kv_head, RowTable<kRows>& table) {
+  fill_row_table<Team>(p, split, kv_head, table);
 }
 
 __device__ __forceinline__ bool sees(const int4& visible, int j) {

@@ -10,8 +10,13 @@ namespace quire::cuda {
 class WorkQueue {
  public:
   WorkQueue() = default;
-  __device__ WorkQueue(const ScheduleView& schedule, std::int32_t cta)
-      : header_(*schedule.header), range_(schedule, cta), turn_(0) {}
+  // Of CTA `cta` of the `num_ctas` that take whole items.
+  __device__ WorkQueue(const ScheduleView& schedule, std::int32_t cta, std::int32_t num_ctas)
+      : header_(*schedule.header),
+        range_(schedule, cta),
+        turn_(0),
+        cta_(cta),
+        num_ctas_(num_ctas) {}
 
   // As WorkIterator::next().
   __device__ const WorkTile* next(const ScheduleView& schedule, std::int32_t* head,
@@ -32,6 +37,7 @@ class WorkQueue {
     if (split->kv_tile_end < 0) split->kv_tile_end = split->tile.num_kv_tiles();
     return true;
   }
+  __device__ std::int32_t cta() const { return cta_; }
   __device__ ItemCtas item_ctas(const Split& split) const { return range_.item_ctas(split); }
 
  private:
@@ -39,11 +45,11 @@ class WorkQueue {
   // the last puts the counter back to 0.
   __device__ const WorkTile* next_whole(const ScheduleView& schedule, std::int32_t* head) {
     const int items = header_.whole_tiles * schedule.heads;
-    int item = static_cast<int>(blockIdx.x);
+    int item = cta_;
     if (turn_ > 0) {
       const int taken = atomicAdd(schedule.taken, 1);
       if (taken == items - 1) *schedule.taken = 0;
-      item = static_cast<int>(gridDim.x) + taken;
+      item = num_ctas_ + taken;
     }
     turn_ = 1;
     if (item >= items) return nullptr;
@@ -56,6 +62,8 @@ class WorkQueue {
   ScheduleHeader header_;
   WorkIterator range_;
   std::int32_t turn_;  // 0: it has taken nothing yet; -1: no whole items are left
+  std::int32_t cta_;
+  std::int32_t num_ctas_;
 };
 
 }  // namespace quire::cuda

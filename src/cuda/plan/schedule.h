@@ -42,6 +42,10 @@ struct TilePolicy {
   // hundredths, none is cut; and if there is little work, CTAs far apart do it.
   std::int32_t uncut_percent = 0;
   std::int32_t min_chunk = 0;  // batch-invariant mode: kv tiles of a chunk, at least
+  // Of a multiprocessor's time, what a unit of cost takes and what an item takes besides, in kernels
+  // that run beside others in one launch.
+  std::int32_t cost_ns = 0;
+  std::int32_t item_ns = 0;
 
   friend bool operator==(const TilePolicy&, const TilePolicy&) = default;
 };
@@ -188,6 +192,7 @@ struct CostBuckets {
   std::int32_t lowest;
   std::int32_t makespan;
   std::int32_t kv_tiles;  // of all sequences
+  std::int64_t cost;      // of all items
 };
 
 // A word of a partial that is not there yet: a NaN that no arithmetic gives.
@@ -227,6 +232,10 @@ struct TileRule {
   // Batch-invariant mode: items may be cut, at kv_chunks of the sequence's own; else not at all.
   bool kv_chunks = false;
   CostBuckets* buckets = nullptr;  // null: the kernel does not know ScheduleHeader::whole_tiles
+  // The rule whose kernel runs beside this one's in one launch, planned earlier; -1: none. Then
+  // this one's work is cut for fewer CTAs than the grid has, which the plan finds.
+  std::int32_t beside = -1;
+  std::int32_t least_cost_ps = 0;         // what a unit of cost takes of the memory's time
   std::int32_t l2_kv_tiles = 0x7FFFFFFF;  // of one head, that half of the L2 cache holds
   ScheduleHeader* header = nullptr;
   WorkTile* tiles = nullptr;

@@ -298,11 +298,29 @@ QUIRE_DEVICE void copy_first_tiles(const Team& team, const TileRule& rule, std::
   }
 }
 
+// How many of the grid's CTAs begin with the work of `rule`, of which there is `cost`, where that of
+// `other` is done beside it: so many that both are done together, if memory gives as much as the
+// other's CTAs ask for; if not, as few as are done as soon as that.
+QUIRE_DEVICE std::int32_t ctas_beside(const TileRule& rule, std::int64_t cost, std::int64_t items,
+                                      const TileRule& other) {
+  // Wild lengths must not pass 64 bits.
+  const auto bounded = [](std::int64_t x) { return semantics::min_of(x, std::int64_t{1} << 40); };
+  const std::int64_t other_cost = bounded(other.buckets->cost);
+  const std::int64_t own_ns =
+      bounded(cost) * rule.policy.cost_ns + bounded(items) * rule.policy.item_ns;
+  const std::int64_t all_ns = own_ns + other_cost * other.policy.cost_ns;
+  const std::int64_t time_ns =
+      semantics::max_of(all_ns / rule.grid, other_cost * other.least_cost_ps / 1000);
+  return static_cast<std::int32_t>(
+      semantics::min_of(own_ns / semantics::max_of(time_ns, 1) + 1, rule.grid));
+}
+
 // Work tiles, and where each CTA's work range begins. make(t) is tile t without its place in the
-// line.
+// line. `beside`: see TileRule; null: none.
 template <class Team, class Make>
-QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_partial,
+QUIRE_DEVICE void lay_out(const Team& team, TileRule rule, const TileRule* beside, bool one_partial,
                           std::int64_t num_tiles, const Make& make) {
+  const std::int32_t grid = rule.grid;
   std::int64_t cost = 0;
   for (std::int64_t base = 0; base < num_tiles; base += team.size()) {
     const std::int64_t t = base + team.thread();
@@ -314,19 +332,24 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_parti
     cost += total;
   }
   team.sync();
+  if (beside != nullptr) rule.grid = ctas_beside(rule, cost, num_tiles * rule.heads, *beside);
   ScheduleHeader header;
   header.num_tiles = static_cast<std::int32_t>(num_tiles);
   header.num_ctas = rule.grid;
+  if (rule.buckets != nullptr && team.thread() == 0) rule.buckets->cost = cost;
+  const bool by_memory = rule.policy.uncut_percent > 0;
+  const bool uncut = by_memory && none_is_long(team, rule, num_tiles, cost);
   if (rule.buckets != nullptr && num_tiles > 0) {
     const bool balanced = whole_items_balance(team, rule, num_tiles, cost);
-    header.heads_at_once = heads_at_once(rule);
-    if (balanced || !one_partial || rule.policy.max_uncut == kNeverCut) {
+    header.heads_at_once = by_memory ? rule.heads : heads_at_once(rule);
+    const bool never_cut = rule.policy.max_uncut == kNeverCut;
+    if (by_memory ? uncut : balanced || !one_partial || never_cut) {
       header.whole_tiles = header.num_tiles;
       for (std::int64_t t = team.thread(); t < num_tiles; t += team.size()) {
         const WorkTile tile = make(t);
         rule.tiles[team.take(&rule.buckets->next[bucket_of(*rule.buckets, tile.cost)])] = tile;
       }
-    } else {
+    } else if (!by_memory) {
       header.whole_tiles = tiles_of_full_waves(rule, header.num_tiles);
     }
   }
@@ -337,21 +360,18 @@ QUIRE_DEVICE void lay_out(const Team& team, const TileRule& rule, bool one_parti
     const std::int64_t wanted = semantics::max_of(num_ranges(rule, cost), num_tiles * rule.heads);
     header.num_ctas = static_cast<std::int32_t>(semantics::min_of(wanted, rule.grid));
   }
-  const bool uncut = rule.policy.uncut_percent > 0 && none_is_long(team, rule, num_tiles, cost);
-  if (rule.policy.uncut_percent > 0 && header.num_ctas > 0) {
+  if (by_memory && header.num_ctas > 0) {
     header.cta_step = rule.grid / header.num_ctas;
   }
   if (team.thread() == 0) *rule.header = header;
   if (header.whole_tiles == header.num_tiles) {
     WorkRange none;
     none.tile = header.num_tiles;
-    for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) {
-      rule.work_ranges[c] = none;
-    }
+    for (std::int32_t c = team.thread(); c <= grid; c += team.size()) rule.work_ranges[c] = none;
     return;
   }
   const std::int64_t left = cost - first_cost;
-  for (std::int32_t c = team.thread(); c <= rule.grid; c += team.size()) {
+  for (std::int32_t c = team.thread(); c <= grid; c += team.size()) {
     // A CTA without a range of its own begins where the next one does.
     const std::int32_t range = (c + header.cta_step - 1) / header.cta_step;
     const std::int64_t position =
@@ -387,7 +407,8 @@ QUIRE_DEVICE void schedule(const Team& team, const PlanArgs& args, const TileRul
   }
   num_tiles = semantics::min_of(num_tiles, rule.max_tiles);
   team.sync();
-  lay_out(team, rule, !args.layer.batch_invariant, num_tiles, [&](std::int64_t t) {
+  const TileRule* beside = rule.beside >= 0 ? &args.rules[rule.beside] : nullptr;
+  lay_out(team, rule, beside, !args.layer.batch_invariant, num_tiles, [&](std::int64_t t) {
     const std::int32_t s =
         last_at_most(num_seqs, t, [&](std::int32_t i) { return rule.seq_tiles[i]; });
     return make_tile(args, rule, s, t - rule.seq_tiles[s]);
@@ -402,7 +423,7 @@ QUIRE_DEVICE void schedule_shared(const Team& team, const PlanArgs& args) {
   const SharedPrefix* list = args.prefixes.list;
   std::int64_t num_tiles = 0;
   for (std::int32_t g = 0; g < num_shared; ++g) num_tiles += cascade::tiles_of(args, list[g]);
-  lay_out(team, args.shared, true, num_tiles, [&](std::int64_t t) {
+  lay_out(team, args.shared, nullptr, true, num_tiles, [&](std::int64_t t) {
     const SharedPrefix* prefix = list;
     for (; t >= cascade::tiles_of(args, *prefix); ++prefix) t -= cascade::tiles_of(args, *prefix);
     return make_shared_tile(args, *prefix, t);

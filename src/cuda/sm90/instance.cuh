@@ -9,7 +9,7 @@
 namespace quire::cuda::sm90 {
 
 // The words of instances.def.
-enum class Phase { decode, prefill, window };
+enum class Phase { decode, prefill, window, mixed };
 enum class Compute { fp16, bf16 };
 
 template <Phase, class Type, bool kKv8, int kHeadSize, int kRows, bool kScoreMod>
@@ -46,6 +46,7 @@ struct Kernel<Phase::prefill, Type, false, kHeadSize, 0, kScoreMod>
 
 // Those of the other kernels.
 #include "cuda/sm90/decode/instance.cuh"
+#include "cuda/sm90/mixed/instance.cuh"
 #include "cuda/sm90/window/instance.cuh"
 
 namespace quire::cuda::sm90 {
@@ -70,9 +71,17 @@ AttentionKernel make_row() {
   row.prepare = [](const LayerParams& layer, const DeviceInfo& device, Launch* launch) {
     return Row::takes(layer) && sm90::prepare(Row::instance(kName), layer, device, launch);
   };
-  row.launch = [](const Launch& launch, int grid, const KernelParams& params, cudaStream_t stream) {
-    sm90::launch(Row::instance(kName), launch, grid, params, stream);
-  };
+  if constexpr (kPhase == Phase::mixed) {
+    row.launch_beside = [](const Launch& launch, int grid, const KernelParams& few,
+                           const KernelParams& many, cudaStream_t stream) {
+      sm90::launch_beside(Row::instance(kName), launch, grid, few, many, stream);
+    };
+  } else {
+    row.launch = [](const Launch& launch, int grid, const KernelParams& params,
+                    cudaStream_t stream) {
+      sm90::launch(Row::instance(kName), launch, grid, params, stream);
+    };
+  }
   // Queries and outputs go in whole pieces, outputs in the type of queries, without block scales.
   row.takes = [](const KernelParams& params) {
     return params.query_aligned && params.output_aligned && params.block_output == nullptr &&

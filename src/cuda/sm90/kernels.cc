@@ -62,6 +62,20 @@ bool prepare(const Instance& instance, const LayerParams& layer, const DeviceInf
   return launch->ctas_per_sm > 0;
 }
 
+namespace {
+
+void launch_with(const Instance& instance, const Launch& launch, int grid, void** arguments,
+                 cudaStream_t stream) {
+  const auto shared_bytes = static_cast<std::size_t>(launch.shared_bytes);
+  const dim3 shape(static_cast<unsigned>(grid));
+  const cudaError_t error =
+      cudaLaunchKernel(instance.function, shape, dim3(static_cast<unsigned>(instance.threads)),
+                       arguments, shared_bytes, stream);
+  if (error != cudaSuccess) check_launch(instance.name, shape, instance.threads, shared_bytes);
+}
+
+}  // namespace
+
 void launch(const Instance& instance, const Launch& launch, int grid, const KernelParams& params,
             cudaStream_t stream) {
   KvMaps maps = kv_maps(params, instance.tile_keys);
@@ -69,12 +83,16 @@ void launch(const Instance& instance, const Launch& launch, int grid, const Kern
   if (instance.box_tokens != nullptr) rows = row_maps(params, instance.box_tokens(params.layer));
   // A function without RowMaps reads two of them.
   void* arguments[] = {const_cast<KernelParams*>(&params), &maps, &rows};
-  const auto shared_bytes = static_cast<std::size_t>(launch.shared_bytes);
-  const dim3 shape(static_cast<unsigned>(grid));
-  const cudaError_t error =
-      cudaLaunchKernel(instance.function, shape, dim3(static_cast<unsigned>(instance.threads)),
-                       arguments, shared_bytes, stream);
-  if (error != cudaSuccess) check_launch(instance.name, shape, instance.threads, shared_bytes);
+  launch_with(instance, launch, grid, arguments, stream);
+}
+
+void launch_beside(const Instance& instance, const Launch& launch, int grid,
+                   const KernelParams& few, const KernelParams& many, cudaStream_t stream) {
+  KvMaps few_maps = kv_maps(few, instance.tile_keys);
+  KvMaps many_maps = kv_maps(many, instance.tile_keys_beside);
+  void* arguments[] = {const_cast<KernelParams*>(&few), &few_maps, const_cast<KernelParams*>(&many),
+                       &many_maps};
+  launch_with(instance, launch, grid, arguments, stream);
 }
 
 }  // namespace quire::cuda::sm90

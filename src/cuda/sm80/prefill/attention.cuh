@@ -50,7 +50,8 @@ class PrefillAttention : PrefillRows<C> {
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
-      shared_.queue = WorkQueue(p_.schedule, static_cast<std::int32_t>(blockIdx.x));
+      shared_.queue = WorkQueue(p_.schedule, static_cast<std::int32_t>(blockIdx.x),
+                                static_cast<std::int32_t>(gridDim.x));
     }
     if (warp() == 0) prepare(p_, shared_, 0);
     __syncthreads();

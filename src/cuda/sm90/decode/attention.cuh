@@ -33,6 +33,7 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/decode/combine.cuh"
 #include "cuda/sm90/decode/load.cuh"
+#include "cuda/sm90/mixed/combine_ranges.cuh"
 #include "cuda/sm90/soft_cap.cuh"
 
 namespace quire::cuda::sm90 {
@@ -42,7 +43,8 @@ class DecodeAttention {
  public:
   using Shared = DecodeShared<C>;
   using State = DecodeState<C>;
-  using Team = Multipliers;
+  using Team = typename C::Team;
+  using SplitPlace = RingPlace<C::kSplitsAhead>;
 
   __device__ __forceinline__ DecodeAttention(const KernelParams& p, Shared& shared, int box_shift)
       : p_(p),
@@ -64,13 +66,19 @@ class DecodeAttention {
       rows_at.wait_full(shared_.row_barriers);
       table_ = &shared_.rows[rows_at.index];
       query_ = ptx::wgmma::descriptor_low(ptx::shared_address(shared_.query[rows_at.index]), 16);
-      work(published);
+      if constexpr (C::kInTeams) {
+        work_in_team(published);
+      } else {
+        work(published);
+      }
       // Each thread for itself: with one arrival for all, behind a barrier, the split was replaced
       // while warps that were behind still read it.
       split_at.arrive_empty(shared_.split_barriers);
       rows_at.arrive_empty(shared_.row_barriers);
     }
-    if (holds_) fold();
+    if constexpr (!C::kInTeams) {
+      if (holds_) fold();
+    }
   }
 
  private:
@@ -119,6 +127,22 @@ class DecodeAttention {
       combiner.combine_if_last(published.item_ctas, split);
     }
     Team::sync();  // the combiner's memory is no longer read
+  }
+
+  // One of the teams of the mixed kernel: in the free mode, and results are plain rows of 16 bits.
+  __device__ __forceinline__ void work_in_team(const PublishedSplit& published) {
+    const Split& split = published.split;
+    DecodeEpilogue<C> epilogue(p_, *table_);
+    epilogue.set_pass(0, C::kHeadSize);
+    State state;
+    attend(split, split.kv_tile_begin, split.kv_tile_end, state);
+    Emit emit{Emit::kWrite, {}, true};
+    if (!split.whole()) {
+      const int part = split.kv_tile_begin > 0 ? 1 : 0;
+      emit = {Emit::kPartial, partial_rows<C::kRows>(p_.schedule, published.cta, part), true};
+    }
+    combine_.combine(epilogue, split, emit, state);
+    if (!split.whole()) combine_ranges<C>(p_, published, shared_.combine.last);
   }
 
   // Keeps what fold() needs of an item that other CTAs have begun.
@@ -357,7 +381,7 @@ class DecodeAttention {
     for (;;) {
       const bool passes = weigh(s, state, sum);
       ptx::fence_async_proxy();
-      if (!ptx::any_of_threads(kMultiplierBarrier, kWarpgroupThreads, passes)) break;
+      if (!Team::any(passes)) break;
       find_reference(s, state);
       if (C::kKv8) continue;
       weigh(s, state, sum);

@@ -41,7 +41,7 @@ struct Emit {
 template <class C>
 class DecodeCombine {
  public:
-  using Team = Multipliers;
+  using Team = typename C::Team;
   using State = DecodeState<C>;
 
   __device__ DecodeCombine(const KernelParams& p, DecodeShared<C>& shared)
@@ -133,11 +133,11 @@ class DecodeCombine {
     float max = -INFINITY;
     float sum = 0.0F;
     if (mine) gather(row, c, &max, &sum, o);
-    if (emit.how == Emit::kWrite && emit.simple) {
+    if (emit.how == Emit::kWrite && (C::kInTeams || emit.simple)) {
       if (mine) write_simply(epilogue, row, c, max, sum, o);
       return;
     }
-    if (emit.how == Emit::kWrite) {
+    if (!C::kInTeams && emit.how == Emit::kWrite) {
       if (mine) {
         epilogue.normalise(split.tile, row, c, max, sum, make_float4(o[0], o[1], o[2], o[3]),
                            make_float4(o[4], o[5], o[6], o[7]));
@@ -145,7 +145,7 @@ class DecodeCombine {
       return;
     }
     float* to = emit.partial.o + std::int64_t{row} * emit.partial.pitch + c;
-    if (emit.how == Emit::kCombine) {
+    if (!C::kInTeams && emit.how == Emit::kCombine) {
       if (mine) {
         Combine combine{emit.partial.max[row], emit.partial.sum[row]};
         combine.add(max, sum);
@@ -157,7 +157,7 @@ class DecodeCombine {
       Team::sync();  // all threads of a row have read its state
     }
     if (!mine) return;
-    if (emit.how == Emit::kAwaited) {
+    if (!C::kInTeams && emit.how == Emit::kAwaited) {
       store_awaited(emit.partial, row, c, max, sum, o);
       return;
     }

@@ -20,6 +20,10 @@ struct FirstThreads {
   static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / 32); }
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
   static __device__ __forceinline__ void sync() { ptx::sync_threads(kBarrier, kThreads); }
+  // Waits like sync(); whether any of the threads came with `value`.
+  static __device__ __forceinline__ bool any(bool value) {
+    return ptx::any_of_threads(kBarrier, kThreads, value);
+  }
 };
 
 // The warpgroup that multiplies.
@@ -28,7 +32,10 @@ using Multipliers = FirstThreads<kWarpgroupThreads, kMultiplierBarrier>;
 
 template <class Type_, bool kKv8_, int kHeadSize_, int kRows_, bool kSoftCap_>
 struct DecodeConfig {
-  using Type = Type_;                           // of the products
+  using Type = Type_;  // of the products
+  using Team = Multipliers;
+  static constexpr int kSplitsAhead = 4;        // that are published
+  static constexpr bool kInTeams = false;       // see ../mixed/config.cuh
   static constexpr bool kKv8 = kKv8_;           // K and V of 8 bits
   static constexpr int kHeadSize = kHeadSize_;  // of K and V
   static constexpr int kRows = kRows_;
@@ -63,15 +70,16 @@ struct DecodeConfig {
 };
 
 template <class C>
-using DecodeEpilogue = Epilogue<Multipliers, C::kRows>;
+using DecodeEpilogue = Epilogue<typename C::Team, C::kRows>;
 template <class C>
 using DecodeCombiner =  // as many partials ahead as registers allow
-    SplitCombiner<Multipliers, C::kRows, (C::kCtas > 2) ? 4 : 8>;
+    SplitCombiner<typename C::Team, C::kRows, (C::kCtas > 2) ? 4 : 8>;
 
 // A split, and the CTAs that work on its item. head -1: there is none, the work is done.
 struct PublishedSplit {
   Split split;
   ItemCtas item_ctas;
+  std::int32_t cta;  // DecodeConfig::kInTeams: whose work range it is of
 };
 
 // Parity barriers of a ring of buffers, as shared addresses are made of them.
@@ -104,12 +112,12 @@ struct DecodeTables {
   // same for each warp.
   float value_log2[kWarpgroupWarps][C::kRows];
   DecodeRows<C::kRows> rows[C::kRowsAhead];
-  PublishedSplit splits[kSplitsAhead];
+  PublishedSplit splits[C::kSplitsAhead];
   std::int32_t cta_step;  // ScheduleHeader's
   // The item whose last kv tiles this CTA has had, see fold.cuh.
   PublishedSplit held;
   RowTable<C::kRows> held_rows;
-  RingBarriers<kSplitsAhead> split_barriers;
+  RingBarriers<C::kSplitsAhead> split_barriers;
   RingBarriers<C::kRowsAhead> row_barriers;
 };
 

@@ -1,6 +1,6 @@
 // The loading side of the decode kernel: three warps, each a loop over the CTA's splits.
 //
-//   splits: work ranges and tiles of the plan -> PublishedSplit, kSplitsAhead of them
+//   splits: work ranges and tiles of the plan -> PublishedSplit, C::kSplitsAhead of them
 //   rows:   row tables and queries of the splits, DecodeConfig::kRowsAhead of them
 //   tiles:  block table -> boxes of K and V by the copy engine -> the ring
 //
@@ -37,8 +37,6 @@ struct RingPlace : ptx::RingPosition {
   __device__ __forceinline__ void next() { advance(kSize); }
 };
 
-using SplitPlace = RingPlace<kSplitsAhead>;
-
 // As RowTable::may_read().
 __device__ __forceinline__ bool may_read(const LoadableKeys& keys, std::int32_t key) {
   return key < keys.kv_len && (key < keys.out_of_window_begin || key >= keys.out_of_window_end);
@@ -48,6 +46,7 @@ template <class C>
 class DecodeLoader {
  public:
   using Shared = DecodeShared<C>;
+  using SplitPlace = RingPlace<C::kSplitsAhead>;
 
   __device__ DecodeLoader(const KernelParams& p, const KvMaps& maps, Shared& shared)
       : p_(p), maps_(maps), shared_(shared), lane_(static_cast<int>(threadIdx.x % 32)) {}
@@ -58,7 +57,11 @@ class DecodeLoader {
     } else if (warp == 1) {
       load_rows();
     } else if (warp == 2 && lane_ == 0) {
-      publish_splits();
+      if constexpr (C::kInTeams) {
+        publish_taken();
+      } else {
+        publish_splits();
+      }
     }
   }
 
@@ -92,6 +95,19 @@ class DecodeLoader {
     }
   }
 
+  // The same where teams take splits one by one. One lane.
+  __device__ __forceinline__ void publish_taken() {
+    typename C::Splits splits(p_.schedule);
+    SplitPlace at;
+    for (bool found = true; found; at.next()) {
+      at.wait_empty(shared_.split_barriers);
+      PublishedSplit& to = shared_.splits[at.index];
+      found = splits.next(p_.schedule, &to);
+      if (!found) to.split.head = -1;
+      at.arrive_full(shared_.split_barriers);
+    }
+  }
+
   // Calls take(split) for each split of the CTA, which the other warps are done with then.
   template <class Take>
   __device__ __forceinline__ void for_each_split(const Take& take) {
@@ -117,7 +133,11 @@ class DecodeLoader {
       } else {
         load_query(split, change, query);
       }
-      fill_rows<WarpTeam>(p_, split, split.head, shared_.rows[at.index]);
+      if constexpr (C::kInTeams) {
+        fill_row_table<WarpTeam>(p_, split, split.head, shared_.rows[at.index]);
+      } else {
+        fill_rows<WarpTeam>(p_, split, split.head, shared_.rows[at.index]);
+      }
       ptx::commit_copies();
       ptx::wait_copies<0>();
       ptx::fence_async_proxy();

@@ -8,7 +8,6 @@
 namespace quire::cuda::sm90 {
 
 inline constexpr int kKvTile = 64;  // keys: what a product of a warpgroup takes
-inline constexpr int kSplitsAhead = 4;
 
 // CTAs of a multiprocessor: while an item ends in one, the others' loads go on. Four where a kv
 // tile is 16 KiB: more short spans are at work at once then.
@@ -39,6 +38,7 @@ constexpr TilePolicy decode_policy() {
   policy.max_uncut = 8;
   policy.min_chunk = 8;
   policy.uncut_percent = 225;
+  policy.cost_ns = 550;  // at head size 128 and 8 rows
   return policy;
 }
 

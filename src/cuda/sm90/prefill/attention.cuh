@@ -344,8 +344,7 @@ class PrefillConsumer {
   __device__ __forceinline__ void store_partial(const PrefillTask& task) {
     const Split& split = task.split;
     const int part = split.kv_tile_begin > 0 ? 1 : 0;
-    const PartialRows to =
-        partial_rows<C::kRows>(p_.schedule, static_cast<std::int32_t>(blockIdx.x), part);
+    const PartialRows to = partial_rows<C::kRows>(p_.schedule, shared_.queue.cta(), part);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row(h);
@@ -399,10 +398,10 @@ __device__ __forceinline__ void init_barriers(PrefillShared<C>& shared) {
   shared.part[0].exists = shared.part[1].exists = false;
 }
 
+// All threads of a CTA: its part of the work, as CTA `cta` of `num_ctas`.
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1)
-    attention_prefill(const __grid_constant__ KernelParams p, const __grid_constant__ KvMaps maps) {
-  extern __shared__ __align__(1024) char memory[];
+__device__ __forceinline__ void prefill(const KernelParams& p, const KvMaps& maps, char* memory,
+                                        std::int32_t cta, std::int32_t num_ctas) {
   auto& shared = *reinterpret_cast<PrefillShared<C>*>(memory + C::kSharedAt);
   if (threadIdx.x == 0) init_barriers(shared);
   __syncthreads();
@@ -413,7 +412,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (warp == 0) {
       KvLoader<C>(p, maps, memory, shared).run();
     } else if (warp == 1) {
-      find_tasks(p, maps.box_keys, shared);
+      find_tasks(p, maps.box_keys, shared, cta, num_ctas);
     } else {
       load_queries(p, memory, shared);
     }
@@ -422,6 +421,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     PrefillConsumer<C>(p, maps, memory, shared, warpgroup).run();
     combine_parts(p, shared);
   }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    attention_prefill(const __grid_constant__ KernelParams p, const __grid_constant__ KvMaps maps) {
+  extern __shared__ __align__(1024) char memory[];
+  prefill<C>(p, maps, memory, static_cast<std::int32_t>(blockIdx.x),
+             static_cast<std::int32_t>(gridDim.x));
 }
 
 }  // namespace quire::cuda::sm90

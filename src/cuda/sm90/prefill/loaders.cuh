@@ -48,13 +48,15 @@ __device__ __forceinline__ void describe_task(const KernelParams& p, int box_key
   task->item_ctas = queue.item_ctas(split);
 }
 
-// One warp: the splits of this CTA into task[], one after the other, and one that does not exist.
+// One warp: the splits of CTA `cta` of `num_ctas` into task[], one after the other, and one that
+// does not exist.
 template <class C>
 __device__ __forceinline__ void find_tasks(const KernelParams& p, int box_keys,
-                                           PrefillShared<C>& shared) {
+                                           PrefillShared<C>& shared, std::int32_t cta,
+                                           std::int32_t num_ctas) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   WorkQueue& queue = shared.queue;  // not in registers: there are few
-  if (lane == 0) queue = WorkQueue(p.schedule, static_cast<std::int32_t>(blockIdx.x));
+  if (lane == 0) queue = WorkQueue(p.schedule, cta, num_ctas);
   ptx::RingPosition at;
   std::uint32_t parity = 1;  // of task_wanted: the first task is
   for (bool exists = true; exists; at.advance(kTasks)) {
