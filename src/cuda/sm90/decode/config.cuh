@@ -16,9 +16,14 @@ inline constexpr int kWarpgroupWarps = 4;
 template <int kThreads, int kBarrier>
 struct FirstThreads {
   static constexpr int kSize = kThreads;
-  static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
-  static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / 32); }
-  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
+  // Read anew each time: kept over the loop, it was spilled.
+  static __device__ __forceinline__ int thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+  }
+  static __device__ __forceinline__ int warp() { return thread() / 32; }
+  static __device__ __forceinline__ int lane() { return thread() % 32; }
   static __device__ __forceinline__ void sync() { ptx::sync_threads(kBarrier, kThreads); }
   // Waits like sync(); whether any of the threads came with `value`.
   static __device__ __forceinline__ bool any(bool value) {
