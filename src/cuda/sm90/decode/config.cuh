@@ -12,14 +12,14 @@ namespace quire::cuda::sm90 {
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kWarpgroupWarps = 4;
 
-// The first threads of a CTA, with a named barrier.
-template <int kThreads, int kBarrier>
+// The first threads of a CTA, with a named barrier. kReadsIndex: a thread's index is read anew each
+// time, for kernels that would spill it if it were kept.
+template <int kThreads, int kBarrier, bool kReadsIndex>
 struct FirstThreads {
   static constexpr int kSize = kThreads;
-  // Read anew each time: kept over the loop, it was spilled.
   static __device__ __forceinline__ int thread() {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    auto thread = static_cast<int>(threadIdx.x);
+    if (kReadsIndex) asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread;
   }
   static __device__ __forceinline__ int warp() { return thread() / 32; }
@@ -33,12 +33,14 @@ struct FirstThreads {
 
 // The warpgroup that multiplies.
 inline constexpr int kMultiplierBarrier = 1;
-using Multipliers = FirstThreads<kWarpgroupThreads, kMultiplierBarrier>;
+template <bool kReadsIndex>
+using Multipliers = FirstThreads<kWarpgroupThreads, kMultiplierBarrier, kReadsIndex>;
 
 template <class Type_, bool kKv8_, int kHeadSize_, int kRows_, bool kSoftCap_>
 struct DecodeConfig {
   using Type = Type_;  // of the products
-  using Team = Multipliers;
+  using Team = Multipliers<std::is_same_v<Type_, ptx::Half> &&
+                           (kKv8_ ? kRows_ == 40 : kHeadSize_ == 64 && kRows_ == 8)>;
   static constexpr int kSplitsAhead = 4;        // that are published
   static constexpr bool kInTeams = false;       // see ../mixed/config.cuh
   static constexpr bool kKv8 = kKv8_;           // K and V of 8 bits

@@ -42,7 +42,7 @@ __device__ __forceinline__ float4 not_missing(const float4& x) {
 template <class C>
 class PartialFold {
  public:
-  using Team = Multipliers;
+  using Team = typename C::Team;
 
   __device__ __forceinline__ PartialFold(const KernelParams& p, const DecodeEpilogue<C>& epilogue,
                                          const PublishedSplit& last, std::int32_t cta_step)
