@@ -13,7 +13,10 @@ __device__ __forceinline__ void find_items(const KernelParams& p, WindowShared<C
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int rows = step_tokens(p.layer) * p.layer.group;
   WorkQueue& queue = shared.queue;  // not in registers: there are few
-  if (lane == 0) queue = WorkQueue(p.schedule, static_cast<std::int32_t>(blockIdx.x));
+  if (lane == 0) {
+    queue = WorkQueue(p.schedule, static_cast<std::int32_t>(blockIdx.x),
+                      static_cast<std::int32_t>(gridDim.x));
+  }
   ptx::RingPosition at;
   for (bool exists = true; exists; at.advance(kWindowTasks)) {
     ptx::mbarrier_wait(barrier_address(shared.task_empty[at.index]), at.parity ^ 1U);

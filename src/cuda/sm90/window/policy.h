@@ -1,9 +1,6 @@
 // What the plan and prepare() are told of the window kernel.
 #pragma once
 
-#include <algorithm>
-#include <bit>
-
 #include "cuda/plan/schedule.h"
 
 namespace quire::cuda::sm90 {
@@ -19,11 +16,14 @@ static_assert(kWindowTokens % kMostStepTokens == 0);
 
 // Tokens of a step: a power of two, so that steps fill items. Keys from the first that one of them
 // sees, down to a multiple of 8, to the last are at most kStepKeys. 0: not even one token's are.
-constexpr int step_tokens(const LayerParams& layer) {
+// Plain loops and comparisons: this runs in kernels too, where std::min of a constant and
+// std::bit_floor compiled to a trap.
+QUIRE_HOST_DEVICE constexpr int step_tokens(const LayerParams& layer) {
   const std::int64_t by_keys = kStepKeys - 7 + 1 - layer.mask.window_size;
-  const std::int64_t by_rows = std::min(kStepRows / layer.group, kMostStepTokens);
-  const std::int64_t most = std::min(by_rows, by_keys);
-  return most <= 0 ? 0 : static_cast<int>(std::bit_floor(static_cast<std::uint32_t>(most)));
+  const std::int64_t by_rows = kStepRows / layer.group;
+  int tokens = kMostStepTokens;
+  while (tokens > 0 && (tokens > by_keys || tokens > by_rows)) tokens /= 2;
+  return tokens;
 }
 
 // Layers whose windows fit, and whose steps fill half of the rows that they are multiplied as: with
