@@ -109,6 +109,7 @@ bool FamilyPlan::is_complete() const {
 }
 
 bool FamilyPlan::takes(const KernelParams& params, bool capturing) const {
+  if (shares_ && families_.back().member_for(params) == nullptr) return false;
   return std::all_of(
       families_.begin() + (capturing ? 0 : first_used_), families_.begin() + end_used_,
       [&](const KernelFamily& family) { return family.member_for(params) != nullptr; });

@@ -18,11 +18,12 @@ void CudaPlan::update(const BatchParams& batch, const Context& ctx) {
   if (batch.num_seqs == 0 || batch.num_tokens == 0) return;
   best_.update(batch, stream);
   shares_ = false;
-  const bool announced = any_ != nullptr && !is_capturing(stream) && any_->shares_announced(batch);
+  const bool announced =
+      any_ != nullptr && !best_.shares() && !is_capturing(stream) && any_->shares_announced(batch);
   any_is_planned_ = any_is_captured_ || announced;
   if (!any_is_planned_) return;
   any_->update(batch, stream);
-  shares_ = announced && any_->shares() && !best_.shares();
+  shares_ = announced && any_->shares();
 }
 
 void CudaPlan::attention(const AttentionParams& params, const Context& ctx) {

@@ -147,7 +147,8 @@ TileRule Workspace::rule_of(const KernelFamily& family, const BatchBuffers& buff
     rule.l2_kv_tiles = static_cast<std::int32_t>(device_.l2_bytes / 2 / kv_tile_bytes);
   }
   const std::int64_t tiles =
-      buffers.max_seqs + (buffers.max_tokens * layer_.group + rule.policy.rows - 1) / rule.policy.rows;
+      buffers.max_seqs +
+      (buffers.max_tokens * layer_.group + rule.policy.rows - 1) / rule.policy.rows;
   rule.max_tiles = static_cast<std::int32_t>(std::min<std::int64_t>(tiles, 1 << 30));
   return rule;
 }

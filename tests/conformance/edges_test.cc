@@ -126,6 +126,38 @@ TEST_P(EdgeTest, BlocksThatAreNotThereReadAsZeros) {
   check(spec);
 }
 
+// Keys of a block that is not there have score 0. Where all others are far below, their weights must
+// not underflow in 16 bits beside it: decode, prefill, and a block that every row sees all of.
+TEST_P(EdgeTest, WeightsBesideABlockThatIsNotThere) {
+  for (const std::int64_t query_len : {1, 40, 200}) {
+    for (const std::int64_t head_size : {64, 128, 256}) {
+      CaseSpec spec = small_spec({{query_len, 600}});
+      spec.model_dtype = spec.config.dtype = DType::kFloat16;
+      spec.config.head_size = head_size;
+      spec.config.score.softmax_scale = 1;
+      spec.config.block_size = 16;
+      spec.write = false;
+      const Case c = build_case(spec);
+      for (std::int64_t i = 0; i < query_len; ++i) {
+        for (std::int64_t h = 0; h < 4; ++h) {
+          for (std::int64_t d = 0; d < head_size; ++d) c.query.set({i, h, d}, d == 0 ? 4 : 0);
+        }
+      }
+      for (std::int64_t j = 0; j < 600; ++j) {
+        const Sizes at = slot_of(c, 0, j);
+        for (std::int64_t h = 0; h < 2; ++h) {
+          c.key_cache.set({at[0], at[1], h, 0}, -4.25);
+          for (std::int64_t d = 0; d < head_size; ++d) {
+            c.value_cache.set({at[0], at[1], h, d}, 2000);
+          }
+        }
+      }
+      c.block_table.set({0, 18}, -1);
+      check(c);
+    }
+  }
+}
+
 TEST_P(EdgeTest, BlockSizesThatAreNoPowersOfTwo) {
   for (const std::int64_t block_size : {1, 2, 3, 7, 17, 48, 100, 1000}) {
     CaseSpec spec = small_spec({{1, 130}, {9, 20}});

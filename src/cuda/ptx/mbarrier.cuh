@@ -75,6 +75,12 @@ class RingCounter {
     return count_ / kSize % 2;
   }
   __device__ __forceinline__ void advance() { ++count_; }
+  __device__ __forceinline__ bool is_first() const { return count_ == 0; }
+  __device__ __forceinline__ RingCounter before() const {
+    RingCounter at;
+    at.count_ = count_ - 1;
+    return at;
+  }
 
  private:
   std::uint32_t count_ = 0;

@@ -25,10 +25,12 @@ struct PrefillKernel {
     instance.threads = Config::kThreads;
     instance.shared_bytes = prefill_shared_bytes<Config>();
     instance.tile_keys = Config::kKeys;
+    static_assert(prefill_shared_bytes<Config>() <= 227 * 1024);
     return instance;
   }
   static void describe(AttentionKernel* row) {
     row->whole_items = true;
+    row->shared_prefix = true;
     row->policy = prefill_policy<Config>();
   }
   static bool takes(const LayerParams&) { return true; }

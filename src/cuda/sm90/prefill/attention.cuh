@@ -1,27 +1,29 @@
 // Attention for sequences of many query rows on Hopper: wgmma on tiles that the copy engine brings.
 //
-//   find_tasks -> task[2] -> KvLoader:     page boxes -> K ring, V ring, of tiles of 128 keys
-//                         -> load_queries: rows -> Q[2]
-//                         -> consumers:    S = Q K^T -> mask, softmax in registers -> O += P V
-//                                          -> output
+//   find_tasks -> task[4] -> KvLoader:  page boxes -> K ring, V ring, of tiles of 128 keys
+//                         -> RowCopier: rows -> Q[2]; O over Q -> output
+//                         -> consumers: S = Q K^T -> mask, softmax in registers -> O += P V
 //
 // Roles. Three consumer warpgroups have 64 rows each and all of a tile's keys; a fourth warpgroup
-// has the warps that find work, load K and V, and copy queries (loaders.cuh). Registers go from the
+// has the warps that find work, load K and V, and copy rows (loaders.cuh). Registers go from the
 // fourth (32 a thread) to the first three (160).
 //
-// Barriers. task, query, k and v each have "full" (its loader to the consumers) and "empty" (back).
-// The loader of K and V asks for the next task (task_wanted) when it is nearly done with one. Named
-// barriers hand the turn to multiply by V from one consumer to the next: so one's softmax runs
-// while another multiplies.
+// Barriers. task, query, k and v each have "full" (its loader to the consumers), task, k and v
+// "empty" (back); output_full gives an item's rows of O to the warps that copy. The loader of K and
+// V asks for the next task (task_wanted) when it is nearly done with one. Named barriers hand the
+// turn to multiply by V from one consumer to the next: so one's softmax runs while another
+// multiplies.
 //
 // Within a warpgroup nothing overlaps: products are waited for before the softmax. So branches
 // between them (masks, rows near the end of fp32's range, tiles cut short) cost nothing but
-// themselves.
+// themselves. (A form of two consumers whose products and softmax overlap, as in a probe, was
+// slower: docs/experiments.md.)
 //
-// Output. O of a finished item goes over its own queries (each warp its own rows), and from there
-// to the output in whole rows; meanwhile the next item's queries and keys are already there.
+// Output. O of a finished item goes over its own queries (each warp its own rows). The warps that
+// copy queries bring it to the output in whole rows, while the next item's queries and keys are
+// already there.
 //
-// Shared memory at head size 128: Q 2 x 48 KB, K 2 x 32 KB, V 2 x 32 KB, 2 KB of the rest. Head
+// Shared memory at head size 128: Q 2 x 48 KB, K 2 x 32 KB, V 2 x 32 KB, 3 KB of the rest. Head
 // size 256: two consumers with 232 registers, one Q of 64 KB, tiles of 64 keys.
 //
 // Why this tile: 192 rows of 128 keys are 12.6 Mflop, 3,072 clocks of the tensor cores, for 64 KB
@@ -66,11 +68,9 @@ class PrefillConsumer {
       if (ptx::uniform(task.exists ? 1 : 0) == 0) break;
       attend(task);
       finish(task);
-      __syncwarp();
-      if (lane() == 0)
-        ptx::mbarrier_arrive(barrier_address(shared_.query_empty[task_.index<C::kQueryBuffers>()]));
-      if (lane() == 0)
-        ptx::mbarrier_arrive(barrier_address(shared_.task_empty[task_.index<kTasks>()]));
+      ptx::mbarrier_arrive(
+          barrier_address(shared_.output_full[task_.index<C::kQueryBuffers>()][warpgroup_]));
+      ptx::mbarrier_arrive(barrier_address(shared_.task_empty[task_.index<kTasks>()]));
       task_.advance();
     }
   }
@@ -117,6 +117,14 @@ class PrefillConsumer {
   __device__ __forceinline__ const TileInfo& tile_info() const {
     return shared_.tile[stage_.index<2 * C::kStages>()];
   }
+  __device__ __forceinline__ void wait_keys() const {
+    ptx::mbarrier_wait(barrier_address(shared_.k_full[stage_.index<C::kStages>()]),
+                       stage_.parity<C::kStages>());
+  }
+  __device__ __forceinline__ void wait_values() const {
+    ptx::mbarrier_wait(barrier_address(shared_.v_full[stage_.index<C::kStages>()]),
+                       stage_.parity<C::kStages>());
+  }
 
   // ---- the loop -----------------------------------------------------------------------------
 
@@ -132,8 +140,7 @@ class PrefillConsumer {
     const bool has_rows = warpgroup_ * 64 < ptx::uniform(task.split.tile.rows);
 #pragma unroll 1
     for (int i = ptx::uniform(task.count); i > 0; --i) {
-      const std::uint32_t s = stage_.index<C::kStages>();
-      ptx::mbarrier_wait(barrier_address(shared_.k_full[s]), stage_.parity<C::kStages>());
+      wait_keys();
       MaskedTile tile;
       if (!has_rows) {
         skip();
@@ -154,14 +161,20 @@ class PrefillConsumer {
     int keys;  // that the warpgroup's rows see, rounded up to all, a half or a quarter
   };
 
+  // By this thread's rows. The four threads of a row share the work: even ones look at row 0, odd
+  // ones at row 1.
+  __device__ __forceinline__ void find_visible(const PrefillTask& task, const TileInfo& info,
+                                               VisibleKeys (&visible)[2]) const {
+    const int odd = lane() % 2;
+    const VisibleKeys own(visible_of_row(p_, task, row(odd)), info.first, C::kKeys);
+    visible[0] = own.of_lane(lane() - odd);
+    visible[1] = own.of_lane(lane() - odd + 1);
+  }
+
   // False: no row of the warpgroup sees any of its keys.
   __device__ __forceinline__ bool see(const PrefillTask& task, const TileInfo& info,
                                       MaskedTile* tile) const {
-    // The four threads of a row share the work: even ones look at row 0, odd ones at row 1.
-    const int odd = lane() % 2;
-    const VisibleKeys own(visible_of_row(p_, task, row(odd)), info.first, C::kKeys);
-    tile->visible[0] = own.of_lane(lane() - odd);
-    tile->visible[1] = own.of_lane(lane() - odd + 1);
+    find_visible(task, info, tile->visible);
     const auto any = [&](bool value) {
       return ptx::any_of_threads(kWarpgroupBarrier + warpgroup_, kWarpgroup, value);
     };
@@ -178,12 +191,12 @@ class PrefillConsumer {
     return tile->keys > 0;
   }
 
-  // The tile at stage_, whose K has arrived, without a look at it. It is given back behind the turn,
-  // where all warps of the warpgroup meet: one that has not waited for it yet would miss its phase
-  // when the next tile is there first. (In step() products keep the warps together.)
+  // The tile at stage_, whose K has arrived, without a look at it. It is given back where all warps
+  // of the warpgroup have met: one that has not waited for it yet would miss its phase when the next
+  // tile is there first. (Elsewhere products keep the warps together.)
   __device__ __forceinline__ void skip() {
     const std::uint32_t s = stage_.index<C::kStages>();
-    ptx::mbarrier_wait(barrier_address(shared_.v_full[s]), stage_.parity<C::kStages>());
+    wait_values();
     await_turn();
     release(shared_.k_empty[s]);
     release(shared_.v_empty[s]);
@@ -196,17 +209,13 @@ class PrefillConsumer {
     multiply_keys();
     release(shared_.k_empty[s]);
     if constexpr (C::kSoftCap) rows_.apply(SoftCap(p_.layer.soft_cap, scale_));
-    if constexpr (kMasked) rows_.mask(tile.visible);
-    if constexpr (kMasked && C::kUnmappedApart) {
-      const std::uint32_t unmapped = tile_info().unmapped;
-      if (unmapped != 0) {
-        rows_.set_unmapped_apart(unmapped, maps_.box_keys, to_log2(),
-                                 shared_.unmapped + warp_row());
-      }
+    if constexpr (kMasked) {
+      rows_.mask(tile.visible);
+      set_unmapped_apart();
     }
     std::uint32_t weights[C::kKeys / 4];
     rows_.softmax(to_log2(), weights);
-    ptx::mbarrier_wait(barrier_address(shared_.v_full[s]), stage_.parity<C::kStages>());
+    wait_values();
     if (kMasked && tile_info().partial) {
       clear_values(shared_.task[task_.index<kTasks>()].keys, tile_info().first);
     }
@@ -222,6 +231,17 @@ class PrefillConsumer {
     release(shared_.v_empty[s]);
   }
 
+  __device__ __forceinline__ void set_unmapped_apart() {
+    if constexpr (C::kUnmappedApart) {
+      const std::uint32_t unmapped = tile_info().unmapped;
+      if (unmapped != 0) {
+        rows_.set_unmapped_apart(unmapped, maps_.box_keys, to_log2(),
+                                 shared_.unmapped + warp_row());
+      }
+    }
+  }
+
+  // S = Q K^T of the tile at stage_.
   __device__ __forceinline__ void multiply_keys() {
     namespace wgmma = ptx::wgmma;
     const std::uint32_t a = wgmma::descriptor_low(queries(), 16);
@@ -239,6 +259,7 @@ class PrefillConsumer {
     wgmma::keep(rows_.s);
   }
 
+  // O += P V of the first kCount keys.
   template <int kCount>
   __device__ __forceinline__ void multiply_values(const std::uint32_t (&weights)[C::kKeys / 4]) {
     namespace wgmma = ptx::wgmma;
@@ -286,17 +307,45 @@ class PrefillConsumer {
       __syncwarp();
       rows_.combine_unmapped(shared_.unmapped + warp_row());
     }
-    if (task.split.whole()) {
-      write_rows(task.split);
-    } else {
+    if (!task.split.whole()) {
       store_partial(task);
+    } else if (p_.schedule.shared_rows != nullptr) {
+      store_prefix(task.split);
+    } else {
+      if (task.split.tile.prefix_row >= 0) combine_prefix(task.split);
+      leave_rows(task.split);
     }
   }
 
-  // Normalises the rows of a whole item and writes them: over their queries in shared memory, then
-  // whole rows to the output.
-  __device__ __forceinline__ void write_rows(const Split& split) {
-    const WorkTile& tile = split.tile;
+  // Rows of a shared prefix's tile, as they are, for the tiles behind it.
+  __device__ __forceinline__ void store_prefix(const Split& split) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (row(h) >= split.tile.rows) continue;
+      const PrefixRow to(p_, split, row(h));
+      if (ptx::is_first_of_row(lane())) {
+        *to.max = rows_.max[h];
+        *to.sum = rows_.sum[h];
+      }
+      rows_.store(h, to.o);
+    }
+  }
+
+  // Rows behind a shared prefix with what they saw of it.
+  __device__ __forceinline__ void combine_prefix(const Split& split) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const PrefixRow from(p_, split, row(h));
+      Combine combine{*from.max, *from.sum};
+      combine.add(rows_.max[h], rows_.sum[h]);
+      rows_.max[h] = combine.max;
+      rows_.sum[h] = combine.sum;
+      rows_.combine(h, from.o, combine);
+    }
+  }
+
+  // Normalises the rows of a whole item and leaves them over their queries, for store_output().
+  __device__ __forceinline__ void leave_rows(const Split& split) {
     const std::uint32_t own = queries() + static_cast<std::uint32_t>(warp()) * 16 * 128;
     float scale[2];
 #pragma unroll
@@ -320,24 +369,6 @@ class PrefillConsumer {
                                                            (((piece % 8) ^ (r % 8)) << 4)),
                           words);
     }
-    __syncwarp();
-    const RowPlace place = row_place(p_, tile, split.head, warp_row() + r);
-    const std::int64_t offset =
-        place.token * p_.output_token_stride + place.head * p_.output_head_stride;
-    constexpr int kPieces = C::kRowBytes / 16;
-    constexpr int kRowsAtOnce = 32 / kPieces;
-    const int piece = lane() % kPieces;
-#pragma unroll
-    for (int i = 0; i < 16; i += kRowsAtOnce) {
-      const int to_row = i + lane() / kPieces;
-      const std::int64_t to = __shfl_sync(~0U, offset, to_row);
-      const uint4 x =
-          ptx::load_piece(own + static_cast<std::uint32_t>(piece / 8 * 64 * 128 + to_row * 128 +
-                                                           (((piece % 8) ^ (to_row % 8)) << 4)));
-      if (warp_row() + to_row < tile.rows) {
-        *reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(p_.output) + to + piece * 8) = x;
-      }
-    }
   }
 
   // Rows of a part of an item: as a partial to global memory.
@@ -353,12 +384,7 @@ class PrefillConsumer {
         to.max[r] = rows_.max[h];
         to.sum[r] = rows_.sum[h];
       }
-      float* out = to.o + std::int64_t{r} * to.pitch + ptx::fragment_column(lane());
-#pragma unroll
-      for (int n = 0; n < C::kHeadSize / 8; ++n) {
-        *reinterpret_cast<float2*>(out + n * 8) =
-            make_float2(rows_.o[n * 4 + 2 * h], rows_.o[n * 4 + 2 * h + 1]);
-      }
+      rows_.store(h, to.o + std::int64_t{r} * to.pitch);
     }
     if (threadIdx.x == 0) shared_.part[part] = task;
   }
@@ -377,15 +403,16 @@ class PrefillConsumer {
 
 template <class C>
 __device__ __forceinline__ void init_barriers(PrefillShared<C>& shared) {
-  constexpr int kConsumerWarps = C::kConsumerThreads / 32;
   for (int i = 0; i < kTasks; ++i) {
     ptx::mbarrier_init(barrier_address(shared.task_full[i]), 1);
-    // The loader of K and V, the threads that copy queries, and the consumers.
-    ptx::mbarrier_init(barrier_address(shared.task_empty[i]), 1 + 64 + kConsumerWarps);
+    // The loader of K and V, the threads that copy queries and outputs, and the consumers.
+    ptx::mbarrier_init(barrier_address(shared.task_empty[i]), 1 + 64 + C::kConsumerThreads);
   }
   for (int i = 0; i < C::kQueryBuffers; ++i) {
     ptx::mbarrier_init(barrier_address(shared.query_full[i]), 64);
-    ptx::mbarrier_init(barrier_address(shared.query_empty[i]), kConsumerWarps);
+    for (int w = 0; w < C::kConsumers; ++w) {
+      ptx::mbarrier_init(barrier_address(shared.output_full[i][w]), kWarpgroup);
+    }
   }
   for (int i = 0; i < C::kStages; ++i) {
     ptx::mbarrier_init(barrier_address(shared.k_full[i]), 1);
@@ -414,7 +441,7 @@ __device__ __forceinline__ void prefill(const KernelParams& p, const KvMaps& map
     } else if (warp == 1) {
       find_tasks(p, maps.box_keys, shared, cta, num_ctas);
     } else {
-      load_queries(p, memory, shared);
+      RowCopier<C>(p, memory, shared).run();
     }
   } else {
     ptx::take_registers<C::kConsumerRegisters>();

@@ -26,6 +26,25 @@ struct PartialPiece {
     low = combine.value(low, added_low);
     high = combine.value(high, added_high);
   }
+
+  // As a shared prefix's, for the tiles behind it; and with the prefix's, which comes before.
+  __device__ __forceinline__ void store(const PrefixRow& to, int c) const {
+    auto* o = reinterpret_cast<float4*>(to.o + c);
+    o[0] = low;
+    o[1] = high;
+    if (c == 0) {
+      *to.max = combine.max;
+      *to.sum = combine.sum;
+    }
+  }
+  __device__ __forceinline__ void combine_prefix(const PrefixRow& from, int c) {
+    const auto* o = reinterpret_cast<const float4*>(from.o + c);
+    Combine both{*from.max, *from.sum};
+    both.add(combine.max, combine.sum);
+    low = both.value(o[0], low);
+    high = both.value(o[1], high);
+    combine = both;
+  }
 };
 
 // The partials of an item in the order of its keys, normalised, to the output.
@@ -58,6 +77,14 @@ __device__ __forceinline__ void combine_item(const KernelParams& p, const Prefil
       if (i >= count) break;
       const int r = i / kPieces;
       const int c = i % kPieces * 8;
+      if (tile.prefix_row >= 0) {
+        const PrefixRow prefix(p, task.split, r);
+        if (p.schedule.shared_rows != nullptr) {
+          pieces[u].store(prefix, c);
+          continue;
+        }
+        pieces[u].combine_prefix(prefix, c);
+      }
       const float scale =
           normalise_row(p, task.split, r, pieces[u].combine.max, pieces[u].combine.sum, c == 0);
       const RowPlace place = row_place(p, tile, task.split.head, r);

@@ -35,8 +35,8 @@ struct PrefillConfig {
   static constexpr int kTileBytes = kKeys * kRowBytes;   // of K or V
   // In the image of tensor_map.h: from eight keys to the next eight.
   static constexpr int kKeyStride = 8 * kRowBytes;
-  static constexpr int kConsumerRegisters = kWide ? 232 : 160;
-  static constexpr int kProducerRegisters = kWide ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   // Where things begin in shared memory.
   static constexpr int kKeysAt = kQueryBuffers * kQueryBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
@@ -82,7 +82,8 @@ struct TileInfo {
   bool partial;            // UnreadableKeys
 };
 
-inline constexpr int kTasks = 2;
+// An item's task is needed until its output has been stored, while the next two are under way.
+inline constexpr int kTasks = 4;
 // The next task is looked for when so many tiles of one are left to load: early enough for its
 // first copies to follow, and not earlier, for whole items go to whoever asks first.
 inline constexpr int kTilesLeft = 2;
@@ -93,7 +94,9 @@ struct PrefillShared {
   std::uint64_t task_full[kTasks];
   std::uint64_t task_empty[kTasks];
   std::uint64_t query_full[C::kQueryBuffers];
-  std::uint64_t query_empty[C::kQueryBuffers];
+  // Of each consumer: the item of the buffer is done, its rows of O, if it is whole, lie over the
+  // queries.
+  std::uint64_t output_full[C::kQueryBuffers][C::kConsumers];
   std::uint64_t k_full[C::kStages];
   std::uint64_t k_empty[C::kStages];
   std::uint64_t v_full[C::kStages];

@@ -1,5 +1,5 @@
 // The producer warpgroup of the prefill kernel: one warp finds work, one has the copy engine bring
-// K and V, two copy queries.
+// K and V, two copy queries and outputs.
 #pragma once
 
 #include "cuda/kernel/kv_address.cuh"
@@ -188,7 +188,8 @@ class KvLoader {
     TileInfo& info = shared_.tile[stage_.index + stage_.parity * C::kStages];
     info.first = first;
     info.unmapped = unmapped;
-    info.masked = !((first >= tile.common[2] && end <= min(tile.common[3], keys.kv_len)) ||
+    info.masked = (C::kUnmappedApart && unmapped != 0) ||
+                  !((first >= tile.common[2] && end <= min(tile.common[3], keys.kv_len)) ||
                     (first >= tile.common[0] && end <= min(tile.common[1], keys.kv_len)));
     info.partial = task.unreadable.are_in(keys, first, C::kKeys, maps_.box_keys);
   }
@@ -217,68 +218,126 @@ class KvLoader {
   ptx::RingPosition stage_;
 };
 
-// Two warps: the query rows of each task, as wgmma reads them: 64 rows a warpgroup, columns of 64
-// elements, 128-byte swizzle. Rows may be of any tokens and heads, so this is not the copy
-// engine's.
+// Two warps: the query rows of each task, as wgmma reads them (64 rows a warpgroup, columns of 64
+// elements, 128-byte swizzle), and back from there its rows of output, while consumers are at the
+// next task: at the end of theirs they would wait for the stores. Rows may be of any tokens and
+// heads, so this is not the copy engine's.
 template <class C>
-__device__ __forceinline__ void load_queries(const KernelParams& p, char* memory,
-                                             PrefillShared<C>& shared) {
-  constexpr int kPieces = C::kRowBytes / 16;
-  constexpr int kRowsAtOnce = 32 / kPieces;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int warp = static_cast<int>(threadIdx.x / 32) % 2;
-  const int piece = lane % kPieces;
-  const QueryChange change = query_change(p);
-  ptx::RingPosition at;
-  ptx::RingPosition buffer;
-  while (true) {
-    ptx::mbarrier_wait(barrier_address(shared.task_full[at.index]), at.parity);
-    const PrefillTask& task = shared.task[at.index];
-    if (!task.exists) break;
-    ptx::mbarrier_wait(barrier_address(shared.query_empty[buffer.index]), buffer.parity ^ 1U);
-    const std::uint32_t to = ptx::shared_address(memory) + buffer.index * C::kQueryBytes +
-                             static_cast<std::uint32_t>(piece / 8 * 64 * 128);
-    const auto address = [&](int r) {
-      return to + static_cast<std::uint32_t>(r / 64 * 64 * C::kRowBytes + r % 64 * 128 +
-                                             (((piece % 8) ^ (r % 8)) << 4));
-    };
+class RowCopier {
+  static constexpr int kPieces = C::kRowBytes / 16;
+  static constexpr int kRowsAtOnce = 32 / kPieces;
+
+ public:
+  __device__ __forceinline__ RowCopier(const KernelParams& p, char* memory,
+                                       PrefillShared<C>& shared)
+      : p_(p),
+        shared_(shared),
+        memory_(ptx::shared_address(memory)),
+        lane_(static_cast<int>(threadIdx.x % 32)),
+        warp_(static_cast<int>(threadIdx.x / 32) % 2) {}
+
+  __device__ __forceinline__ void run() {
+    while (true) {
+      if (C::kQueryBuffers == 1) store_before();
+      ptx::mbarrier_wait(barrier_address(shared_.task_full[at_.template index<kTasks>()]),
+                         at_.template parity<kTasks>());
+      const PrefillTask& task = shared_.task[at_.template index<kTasks>()];
+      if (!task.exists) break;
+      load(task);
+      if (C::kQueryBuffers == 2) store_before();
+      at_.advance();
+    }
+    if (C::kQueryBuffers == 2) store_before();
+  }
+
+ private:
+  // Where a piece of a row lies, this lane's of a row.
+  __device__ __forceinline__ std::uint32_t address(const ptx::RingCounter& at, int r) const {
+    const int piece = lane_ % kPieces;
+    return memory_ + at.index<C::kQueryBuffers>() * C::kQueryBytes +
+           static_cast<std::uint32_t>(piece / 8 * 64 * 128 + r / 64 * 64 * C::kRowBytes +
+                                      r % 64 * 128 + (((piece % 8) ^ (r % 8)) << 4));
+  }
+
+  // The buffer is free: what store_before() read it for is done.
+  __device__ __forceinline__ void load(const PrefillTask& task) {
     const WorkTile& tile = task.split.tile;
-    const SharedRow* shared_rows = p.schedule.shared_rows;
+    const SharedRow* shared_rows = p_.schedule.shared_rows;
 #pragma unroll 1
-    for (int base = warp * 32; base < C::kRows; base += 64) {
+    for (int base = warp_ * 32; base < C::kRows; base += 64) {
       // Each lane finds a row, then whole rows are copied, a few at a time.
-      RowPlace place = row_place(p, tile, task.split.head, base + lane);
+      RowPlace place = row_place(p_, tile, task.split.head, base + lane_);
       if (shared_rows != nullptr) {
         place.token = shared_rows[tile.prefix_row + place.index].token;
       }
       const std::int64_t offset =
-          (place.token * p.query_token_stride + place.head * p.query_head_stride) * 2;
+          (place.token * p_.query_token_stride + place.head * p_.query_head_stride) * 2;
 #pragma unroll 4
       for (int i = 0; i < 32; i += kRowsAtOnce) {
-        const int r = i + lane / kPieces;
-        const char* row = static_cast<const char*>(p.query) + __shfl_sync(~0U, offset, r);
-        ptx::copy_async<16>(address(base + r), row + piece * 16);
+        const int r = i + lane_ / kPieces;
+        const char* row = static_cast<const char*>(p_.query) + __shfl_sync(~0U, offset, r);
+        ptx::copy_async<16>(address(at_, base + r), row + lane_ % kPieces * 16);
       }
     }
     ptx::commit_copies();
     ptx::wait_copies<0>();
+    const QueryChange change = query_change(p_);
     if (change.any()) {
 #pragma unroll 1
-      for (int base = warp * 32; base < C::kRows; base += 64) {
+      for (int base = warp_ * 32; base < C::kRows; base += 64) {
 #pragma unroll 1
         for (int i = 0; i < 32; i += kRowsAtOnce) {
-          const std::uint32_t a = address(base + i + lane / kPieces);
+          const std::uint32_t a = address(at_, base + i + lane_ / kPieces);
           const uint4 x = ptx::load_piece(a);
           ptx::store_piece(a, change(x.x), change(x.y), change(x.z), change(x.w));
         }
       }
     }
     ptx::fence_async_proxy();
-    ptx::mbarrier_arrive(barrier_address(shared.query_full[buffer.index]));
-    ptx::mbarrier_arrive(barrier_address(shared.task_empty[at.index]));
-    at.advance(kTasks);
-    buffer.advance(C::kQueryBuffers);
+    ptx::mbarrier_arrive(
+        barrier_address(shared_.query_full[at_.template index<C::kQueryBuffers>()]));
   }
-}
+
+  // The output of the task before this one, if there is one.
+  __device__ __forceinline__ void store_before() {
+    if (at_.is_first()) return;
+    const ptx::RingCounter at = at_.before();
+    const std::uint32_t buffer = at.index<C::kQueryBuffers>();
+    const PrefillTask& task = shared_.task[at.index<kTasks>()];
+    // Others go elsewhere, from the consumers' registers.
+    const bool stores = task.split.whole() && p_.schedule.shared_rows == nullptr;
+#pragma unroll 1
+    for (int base = warp_ * 32; base < C::kRows; base += 64) {
+      ptx::mbarrier_wait(barrier_address(shared_.output_full[buffer][base / 64]),
+                         at.parity<C::kQueryBuffers>());
+      if (stores) store_rows(task.split, at, base);
+    }
+    __syncwarp();  // what is loaded next goes over what other lanes have read
+    ptx::mbarrier_arrive(barrier_address(shared_.task_empty[at.index<kTasks>()]));
+  }
+
+  // Rows [base, base + 32).
+  __device__ __forceinline__ void store_rows(const Split& split, const ptx::RingCounter& at,
+                                             int base) {
+    const RowPlace place = row_place(p_, split.tile, split.head, base + lane_);
+    const std::int64_t offset =
+        (place.token * p_.output_token_stride + place.head * p_.output_head_stride) * 2;
+    const int rows = split.tile.rows - base;
+#pragma unroll 2
+    for (int i = 0; i < 32; i += kRowsAtOnce) {
+      const int r = i + lane_ / kPieces;
+      char* row = static_cast<char*>(p_.output) + __shfl_sync(~0U, offset, r);
+      const uint4 x = ptx::load_piece(address(at, base + r));
+      if (r < rows) *reinterpret_cast<uint4*>(row + lane_ % kPieces * 16) = x;
+    }
+  }
+
+  const KernelParams& p_;
+  PrefillShared<C>& shared_;
+  const std::uint32_t memory_;
+  const int lane_;
+  const int warp_;
+  ptx::RingCounter at_;  // of tasks and of queries
+};
 
 }  // namespace quire::cuda::sm90

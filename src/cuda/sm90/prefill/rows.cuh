@@ -33,6 +33,21 @@ __device__ __forceinline__ int4 visible_of_row(const KernelParams& p, const Pref
   return visible_keys(clip(semantics::row_spans(mask, position), tile.kv_begin, task.keys.kv_len));
 }
 
+// Where what a row saw of a shared prefix is: row `r` of the prefix's own tile, or of one behind it.
+struct PrefixRow {
+  __device__ __forceinline__ PrefixRow(const KernelParams& p, const Split& split, int r) {
+    const PrefixPartials& partials = p.schedule.prefix_partials;
+    const RowPlace place = row_place(p, split.tile, split.head, r);
+    const std::int64_t row = (split.tile.prefix_row + place.index) * p.layer.num_heads + place.head;
+    o = partials.o + row * partials.pitch;
+    max = partials.max + row * partials.passes;
+    sum = partials.sum + row * partials.passes;
+  }
+  float* o;
+  float* max;
+  float* sum;
+};
+
 // The factor of O of row `r` of an item; writes its lse.
 __device__ __forceinline__ float normalise_row(const KernelParams& p, const Split& split, int r,
                                                float max, float sum, bool writes_lse) {
@@ -100,8 +115,16 @@ class PrefillRows {
   }
 
   __device__ __forceinline__ void apply(const SoftCap& cap) {
+    float most = 0.0F;
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) s[i] = cap(s[i]);
+    for (int i = 0; i < kScores; ++i) most = fmaxf(most, fabsf(s[i]));
+    if (__any_sync(~0U, !cap.is_low(most))) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) s[i] = cap(s[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) s[i] = cap.of_low(s[i]);
+    }
   }
 
   // Scores of keys that a row does not see to -inf.
@@ -216,6 +239,25 @@ class PrefillRows {
     for (int h = 0; h < 2; ++h) {
       sum[h] += __shfl_xor_sync(~0U, sum[h], 1);
       sum[h] += __shfl_xor_sync(~0U, sum[h], 2);
+    }
+  }
+
+  // This thread's columns of O of row `h`, unnormalised, to a whole row,
+  __device__ __forceinline__ void store(int h, float* to) const {
+    to += ptx::fragment_column(static_cast<int>(ptx::opaque(threadIdx.x) % 32));
+#pragma unroll
+    for (int n = 0; n < C::kHeadSize / 8; ++n) {
+      *reinterpret_cast<float2*>(to + n * 8) = make_float2(o[n * 4 + 2 * h], o[n * 4 + 2 * h + 1]);
+    }
+  }
+  // or combined with what is there, of keys before.
+  __device__ __forceinline__ void combine(int h, const float* from, const Combine& combine) {
+    from += ptx::fragment_column(static_cast<int>(ptx::opaque(threadIdx.x) % 32));
+#pragma unroll
+    for (int n = 0; n < C::kHeadSize / 8; ++n) {
+      const float2 before = *reinterpret_cast<const float2*>(from + n * 8);
+      o[n * 4 + 2 * h] = combine.value(before.x, o[n * 4 + 2 * h]);
+      o[n * 4 + 2 * h + 1] = combine.value(before.y, o[n * 4 + 2 * h + 1]);
     }
   }
 
