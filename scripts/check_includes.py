@@ -75,7 +75,7 @@ ALLOWED = {
     "command": {"public", "command"},
     "cli": {"public", "cli", "command", "generate", "conformance", "bench"},
     "bench": {"public", "bench"},
-    "python": {"public", "python"},
+    "python": {"public", "python", "command"},
 }
 
 # layer -> third-party headers (regex on the included path) besides the standard library's.
