@@ -6,18 +6,21 @@ PRESET ?= release
 JOBS ?= $(shell nproc)
 BUILD_DIR := build/$(PRESET)
 QUIRE := $(BUILD_DIR)/bin/quire
+# What `make wheel` passes to scripts/build_wheel.sh: --cpu, --cuda
+WHEEL ?=
 # What `make run` and `make bench` pass on: make run ARGS='--prompt "Hello" --max-tokens 64'
 ARGS ?=
 
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help bootstrap configure build run test bench format lint clean
+.PHONY: help bootstrap configure build run test bench wheel format lint clean
 
 help:
 	@echo 'make run      build, fetch a small language model, answer several prompts at once'
 	@echo 'make test     build and run the tests'
 	@echo 'make build    install what is missing, configure, build everything'
 	@echo 'make bench    build and measure the CPU backend (ARGS are passed on)'
+	@echo 'make wheel    build the Python package (WHEEL=--cpu: without CUDA) into build/wheel'
 	@echo 'make format   rewrite the sources with clang-format'
 	@echo 'make lint     formatting, include rules, clang-tidy'
 	@echo 'make clean    remove build/'
@@ -48,13 +51,18 @@ bench: configure
 	@$(QUIRE) bench --device cpu --workload bench/cases/workloads.json \
 	  --json build/bench/cpu.json $(ARGS)
 
+wheel: bootstrap
+	@JOBS=$(JOBS) scripts/build_wheel.sh $(WHEEL)
+
 format:
 	@scripts/bootstrap.sh lint
 	@scripts/check_format.sh --fix
+	@scripts/check_python.sh --fix
 
 lint: configure
 	@scripts/bootstrap.sh lint
 	@scripts/check_format.sh
+	@scripts/check_python.sh
 	@python3 scripts/check_includes.py
 	@scripts/run_tidy.sh $(BUILD_DIR)
 

@@ -2,6 +2,8 @@
 # Prints the path of the nvcc that builds the CUDA backend: $CUDACXX, the one on PATH, or the one in
 # /usr/local/cuda/bin, if it is 12 or newer. Where there is none, installs NVIDIA's packages of it
 # from PyPI into .venv (a few seconds; no driver, no GPU needed), and is quick the next time.
+#
+# usage: scripts/cuda_toolkit.sh [--here]     --here: install nothing; fail quietly if there is none
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -41,6 +43,7 @@ done
 installed() { compgen -G '.venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc' || true; }
 
 if [ -z "$(installed)" ] || ! new_enough "$(installed)"; then
+  [ "${1:-}" != --here ] || exit 1
   say "no nvcc $oldest or newer on PATH or in /usr/local/cuda: installing one from PyPI (100 MB)"
   log=$(mktemp)
   trap 'rm -f "$log"' EXIT
