@@ -61,8 +61,8 @@ struct DecodeConfig {
   // Where the products' registers do not fit an equal share.
   static constexpr bool kMovesRegisters =
       (kKv8 && kCtas == 2) || kRows >= 24 || kRows * kHeadSize >= 4096;
-  static constexpr int kMultiplierRegisters = 184;
-  static constexpr int kLoaderRegisters = 72;
+  static constexpr int kMultiplierRegisters = kKv8 && kRows == 32 ? 192 : 184;
+  static constexpr int kLoaderRegisters = 256 - kMultiplierRegisters;
   // A warpgroup that multiplies, three warps that load; registers move between whole warpgroups.
   static constexpr int kThreads = kWarpgroupThreads + (kMovesRegisters ? 128 : 96);
   static constexpr bool kUnmappedApart = std::is_same_v<Type, ptx::Half>;
