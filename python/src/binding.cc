@@ -225,7 +225,7 @@ ffi::String kernels() {
 }
 
 // An object's type must be known to the runtime before the first one is made.
-[[maybe_unused]] const int32_t plan_type_index = PlanObj::_GetOrAllocRuntimeTypeIndex();
+[[maybe_unused]] const int32_t kPlanTypeIndex = PlanObj::_GetOrAllocRuntimeTypeIndex();
 
 }  // namespace
 }  // namespace quire::python

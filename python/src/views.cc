@@ -33,7 +33,7 @@ bool is_about_dtype(const std::string& text) {
   const std::string_view got = ", got ";
   const std::size_t at = text.rfind(got);
   if (at == std::string::npos) return false;
-  const std::string_view name = std::string_view(text).substr(at + got.size());
+  const std::string name = text.substr(at + got.size());
   for (const DType dtype : kDTypes) {
     if (name == to_string(dtype)) return true;
   }

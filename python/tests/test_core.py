@@ -116,6 +116,9 @@ def test_write_and_attend(rng, convert, layout):
     qa.write_kv_cache(convert(keys), convert(values), cache, convert(slots))
     np.testing.assert_array_equal(np.asarray(cache.key), batch.key_cache)
     np.testing.assert_array_equal(np.asarray(cache.value), batch.value_cache)
+    if layout == "packed":  # K first in each row
+        slots_first = packed.swapaxes(1, 2)
+        np.testing.assert_array_equal(slots_first[..., :head_size], batch.key_cache)
     plan = qa.Plan(**batch.plan_arguments())
     plan.update(**batch.update_arguments(convert))
     check(qa.attention(plan, convert(batch.q), cache), batch.expected(right=0)[0])

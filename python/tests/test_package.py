@@ -65,20 +65,34 @@ def test_threads_share_plans_without_mixing(rng):
     from reference import attend, check
 
     cases = [
-        [rng.standard_normal((1, 30, 2, 32)).astype(np.float32) for _ in "qkv"] for _ in range(8)
+        [rng.standard_normal((1, rows, 2, 32)).astype(np.float32) for _ in "qkv"]
+        for rows in (3, 30, 9, 50, 1, 70, 20, 40)
     ]
     outputs = [[] for _ in cases]
 
     def work(i):
-        for _ in range(20):
-            outputs[i].append(qa.flash_attn_func(*cases[i], causal=True))
+        q, k, v = cases[i]
+        table = np.zeros((1, 1), np.int32)
+        cu_seqlens = np.array([0, q.shape[1]], np.int32)
+        pages = [np.pad(x, ((0, 0), (0, 80 - x.shape[1]), (0, 0), (0, 0))) for x in (k, v)]
+        for _ in range(50):  # one configuration: blocks of 80 tokens
+            out = qa.flash_attn_varlen_func(
+                q[0], *pages, cu_seqlens, cu_seqlens, 80, 80, causal=True, block_table=table
+            )
+            outputs[i].append(out[None])
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     for (q, k, v), outs in zip(cases, outputs, strict=True):
         expected = attend(q[0], k[0], v[0], right=0)[0]
+        assert len(outs) == 50
         for out in outs:
             check(out[0], expected)
