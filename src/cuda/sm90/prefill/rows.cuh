@@ -115,16 +115,8 @@ class PrefillRows {
   }
 
   __device__ __forceinline__ void apply(const SoftCap& cap) {
-    float most = 0.0F;
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) most = fmaxf(most, fabsf(s[i]));
-    if (__any_sync(~0U, !cap.is_low(most))) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] = cap(s[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] = cap.of_low(s[i]);
-    }
+    for (int i = 0; i < kScores; ++i) s[i] = cap(s[i]);
   }
 
   // Scores of keys that a row does not see to -inf.
