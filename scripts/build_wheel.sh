@@ -28,7 +28,11 @@ if [ "${1:-}" = --cuda ]; then
 elif [ "${1:-}" != --cpu ] && CUDACXX=$(scripts/cuda_toolkit.sh --here); then
   kind=cuda
 fi
-[ "$kind" = cpu ] || export CUDACXX
+if [ "$kind" = cuda ]; then
+  export CUDACXX
+else
+  unset CUDACXX
+fi
 say "building with ${CUDACXX:-the CPU backend only}"
 
 # A folder for each kind, so that the next build compiles only what changed.
