@@ -52,6 +52,7 @@ class CudaBackend final : public Backend {
     list.push_back({"block_quantize", "fp8 outputs with block scales"});
     list.push_back({"cache_write_rows", "write_kv_cache of rows of whole aligned pieces"});
     list.push_back({"cache_write_elements", "write_kv_cache of other rows"});
+    list.push_back({"cache_write_int4", "write_kv_cache of int4 caches"});
     list.push_back({"merge", "merge_states"});
     return list;
   }

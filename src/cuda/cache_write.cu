@@ -4,14 +4,14 @@
 //   slot_mapping -> (block, slot) | one warp a (token, head): K row, then V row, coalesced
 //
 // where per-token-head caches take the row's largest magnitude first (two passes over a row that is
-// then in the L1).
+// then in the L1). Rows for int4 caches are rotated in shared memory, by a warp each.
 #include <algorithm>
 #include <initializer_list>
 
 #include "cuda/cache_write_rows.cuh"
 #include "cuda/check.h"
 #include "cuda/kernels.h"
-#include "semantics/kv_row.h"
+#include "semantics/int4.h"
 
 namespace quire::cuda {
 namespace {
@@ -81,8 +81,35 @@ __device__ void write_elements(const CacheWriteParams& p, const KvParams& kv, co
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    cache_write_elements(const __grid_constant__ CacheWriteParams p) {
+// One warp, as semantics/int4.h calls the threads of a vector.
+struct Warp {
+  static constexpr int kSize = 32;
+  static __device__ int thread() { return static_cast<int>(threadIdx.x) % 32; }
+  static __device__ void sync() { __syncwarp(); }
+};
+
+// `y`: shared memory of this warp.
+__device__ void write_int4(const CacheWriteParams& p, const Side& side, float* y) {
+  const int lane = Warp::thread();
+  semantics::rotate_row<Warp>(side.from, p.dtype, side.size, y);
+  semantics::Int4Range range;
+  for (int i = lane; i < side.size; i += 32) range.add(y[i]);  // this lane's own
+  for (int d = 16; d > 0; d /= 2) {
+    range.low = fminf(range.low, __shfl_xor_sync(~0U, range.low, d));
+    range.high = fmaxf(range.high, __shfl_xor_sync(~0U, range.high, d));
+  }
+  const semantics::Int4Encoder encoder(range);
+  if (lane == 0) *side.token_scale = encoder.stored_scale();
+  __syncwarp();
+  for (int i = lane; i < side.size / 2; i += 32) {
+    side.to[i] = static_cast<char>(encoder.code(y[2 * i]) | encoder.code(y[2 * i + 1]) << 4);
+  }
+  __syncwarp();  // the next row goes where this one was
+}
+
+// Calls write(kv, side) for the K and then the V of each token and head, a warp each.
+template <class Write>
+__device__ void for_each_row(const CacheWriteParams& p, const Write& write) {
   const std::int64_t num_rows = p.num_slots * p.num_kv_heads;
   const std::int64_t stride = std::int64_t{gridDim.x} * kWarps;
   for (std::int64_t row = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; row < num_rows;
@@ -91,13 +118,23 @@ __global__ void __launch_bounds__(kThreads)
     const auto head = static_cast<int>(row - token * p.num_kv_heads);
     const std::int64_t slot = p.slot_mapping[token];
     if (slot < 0 || slot >= p.num_blocks * p.block_size) continue;
-    write_elements(p, p.k,
-                   side_of(p, p.k, p.key, p.key_token_stride, p.key_head_stride, p.head_size, token,
-                           slot, head));
-    write_elements(p, p.v,
-                   side_of(p, p.v, p.value, p.value_token_stride, p.value_head_stride,
-                           p.head_size_v, token, slot, head));
+    write(p.k, side_of(p, p.k, p.key, p.key_token_stride, p.key_head_stride, p.head_size, token,
+                       slot, head));
+    write(p.v, side_of(p, p.v, p.value, p.value_token_stride, p.value_head_stride, p.head_size_v,
+                       token, slot, head));
   }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    cache_write_elements(const __grid_constant__ CacheWriteParams p) {
+  for_each_row(p, [&](const KvParams& kv, const Side& side) { write_elements(p, kv, side); });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    cache_write_int4(const __grid_constant__ CacheWriteParams p) {
+  __shared__ float y[kWarps][semantics::kMostInt4Elements];
+  for_each_row(
+      p, [&](const KvParams&, const Side& side) { write_int4(p, side, y[threadIdx.x / 32]); });
 }
 
 void launch_elements(const CacheWriteParams& params, cudaStream_t stream) {
@@ -105,6 +142,11 @@ void launch_elements(const CacheWriteParams& params, cudaStream_t stream) {
   const std::int64_t rows = params.num_slots * params.num_kv_heads;
   const auto grid =
       static_cast<unsigned>(semantics::min_of((rows + kWarps - 1) / kWarps, kMaxGrid));
+  if (params.k.dtype == semantics::kInt4) {
+    cache_write_int4<<<grid, kThreads, 0, stream>>>(params);
+    check_launch("cache_write_int4", dim3(grid), kThreads, 0);
+    return;
+  }
   cache_write_elements<<<grid, kThreads, 0, stream>>>(params);
   check_launch("cache_write_elements", dim3(grid), kThreads, 0);
 }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <span>
 
+#include "semantics/int4.h"
+
 namespace quire::cuda {
 
 // X(folder) for each architecture of this build, the newest first, fp32 last; written by CMake.
@@ -51,7 +53,8 @@ bool is_fp8(DType dtype) { return dtype == DType::kFloat8E4M3 || dtype == DType:
 
 bool takes_dtypes(const KernelKey& key, DType query, DType kv) {
   if (key.compute == DType::kFloat32) return true;
-  if (query == key.compute) return key.kv8 ? size_of(kv) == 1 : kv == key.compute;
+  const bool is_kv8 = size_of(kv) == 1 && kv != semantics::kInt4;
+  if (query == key.compute) return key.kv8 ? is_kv8 : kv == key.compute;
   return query == DType::kFloat8E4M3 && is_fp8(kv) && key.kv8 && key.compute == DType::kFloat16;
 }
 

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "semantics/int4.h"
+
 namespace quire::cuda {
 namespace {
 
@@ -73,8 +75,9 @@ TEST(KernelTable, EveryLayerHasKernelsForAllNumbersOfRows) {
   device.major = 9;
   for (const DType dtype :
        {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat8E4M3}) {
-    for (const DType kv_dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32,
-                                 DType::kFloat8E4M3, DType::kFloat8E5M2, DType::kInt8}) {
+    for (const DType kv_dtype :
+         {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat8E4M3,
+          DType::kFloat8E5M2, DType::kInt8, semantics::kInt4}) {
       for (const std::int32_t head_size : {8, 64, 65, 128, 200, 256, 257, 576}) {
         SCOPED_TRACE(std::string(to_string(dtype)) + " over " + to_string(kv_dtype) + ", " +
                      std::to_string(head_size));
@@ -87,6 +90,9 @@ TEST(KernelTable, EveryLayerHasKernelsForAllNumbersOfRows) {
           ASSERT_FALSE(families.empty());
           ASSERT_LE(families.size(), static_cast<std::size_t>(kMaxFamilies));
           EXPECT_EQ(families.back().first().key.max_rows, kAnyRows);
+          if (kv_dtype == semantics::kInt4) {
+            EXPECT_EQ(families.front().first().key.compute, DType::kFloat32);
+          }
           for (std::size_t i = 1; i < families.size(); ++i) {
             EXPECT_LT(families[i - 1].first().key.max_rows, families[i].first().key.max_rows);
           }

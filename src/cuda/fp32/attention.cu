@@ -4,7 +4,9 @@
 //     K -> shared (widened, scaled) | S = Q K^T, mask, softmax: 8 threads a row | V -> the same
 //     shared memory | O += P V: a thread owns columns, all 16 rows in registers
 //
-// Barriers: one after each of the four steps. Not tuned: it serves accuracy and odd dtypes.
+// Barriers: one after each of the four steps. Not tuned: it serves accuracy and odd dtypes. Over
+// int4 caches a warp rotates a row of Q, and of O before it leaves the CTA: whatever is made of
+// partial results behind that is linear in O.
 #include <algorithm>
 #include <span>
 
@@ -15,6 +17,7 @@
 #include "cuda/kernel/team.cuh"
 #include "cuda/kernel_table.h"
 #include "cuda/ptx/cp_async.cuh"
+#include "semantics/kv_element.h"
 
 namespace quire::cuda::fp32 {
 namespace {
@@ -52,6 +55,16 @@ __device__ void load_queries(const KernelParams& p, const RowTable<kRows>& rows,
     for (int d = static_cast<int>(threadIdx.x) % 32; d < p.layer.head_size; d += 32) {
       q[r * pitch + d] = r < num_rows ? semantics::load_element(from, p.layer.dtype, d) : 0.0F;
     }
+    if (p.k.dtype == semantics::kInt4) {
+      semantics::rotate_query<WarpTeam>(q + r * pitch, p.layer.head_size);
+    }
+  }
+}
+
+__device__ void rotate_outputs(const PartialRows& rows, int size) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  for (int r = warp; r < kRows; r += kThreads / 32) {
+    semantics::rotate_output<WarpTeam>(rows.o + r * rows.pitch, size);
   }
 }
 
@@ -62,11 +75,13 @@ __device__ void load_rows(const KernelParams& p, const KvParams& kv, const WorkT
   const int warp = static_cast<int>(threadIdx.x) / 32;
   for (int t = warp; t < count; t += kThreads / 32) {
     const KvRow row = rows.may_read(first + t) ? kv_row(p, tile, first + t) : KvRow{};
-    const float scale = row_scale(kv, row, kv_head);
+    const auto scale = semantics::KvScale::of_token(row_scale(kv, row, kv_head), kv.dtype);
     const char* from = static_cast<const char*>(kv.data) +
                        (row.block < 0 ? 0 : row_offset(kv, row, kv_head) * size_of(kv.dtype));
     for (int d = static_cast<int>(threadIdx.x) % 32; d < size; d += 32) {
-      to[t * pitch + d] = row.block < 0 ? 0.0F : semantics::load_element(from, kv.dtype, d) * scale;
+      to[t * pitch + d] =
+          row.block < 0 ? 0.0F
+                        : semantics::load_kv_element(from, kv.dtype, scale.zero, d) * scale.scale;
     }
   }
 }
@@ -214,6 +229,10 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     __syncthreads();
+    if (p.v.dtype == semantics::kInt4) {
+      rotate_outputs(result, p.layer.head_size_v);
+      __syncthreads();
+    }
     if (split.whole()) {
       epilogue.write(split, result);
     } else {
