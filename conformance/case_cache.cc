@@ -42,8 +42,9 @@ Tensor inline_scale_view(const Tensor& cache, std::int64_t elements) {
 }
 
 struct CacheShape {
-  std::int64_t num_blocks, block_size, num_kv_heads, head_size, head_size_v;
-  std::int64_t row_k, row_v;  // elements of a row in memory
+  std::int64_t num_blocks, block_size, num_kv_heads;
+  std::int64_t head_size, head_size_v;  // as stored
+  std::int64_t row_k, row_v;            // elements of a row in memory
 };
 
 // Two tensors, K's rows at the start of `row` elements and V's behind them if packed.
@@ -147,7 +148,7 @@ void put_row(Case* c, const Token& token, std::int64_t head, bool is_key, Rng* r
   const Tensor& cache = is_key ? c->key_cache : c->value_cache;
   const Tensor& scales = is_key ? c->k_scale_cache : c->v_scale_cache;
   const Tensor& fresh = is_key ? c->key : c->value;
-  const std::int64_t size = cache.shape[3];
+  const std::int64_t size = is_key ? spec.config.head_size : spec.config.value_head_size();
   std::vector<std::byte> row;
   draw_row(spec, is_key, size, rng, &row);
   if (token.row >= 0) std::memcpy(fresh.at({token.row, head, 0}), row.data(), row.size());
@@ -273,8 +274,8 @@ void lay_out_cache(Case* c, std::int64_t num_blocks) {
   CacheShape n{num_blocks,
                config.block_size,
                config.num_kv_heads,
-               config.head_size,
-               config.value_head_size(),
+               stored_head_size(config.kv_cache_dtype, config.head_size),
+               stored_head_size(config.kv_cache_dtype, config.value_head_size()),
                0,
                0};
   n.row_k = row_elements(n.head_size, storage, spec.inline_scales);

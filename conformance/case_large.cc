@@ -3,6 +3,8 @@
 // attention does with a block does not depend on who else reads it. What no row of a sequence sees
 // lies in blocks of poison between the others, as if they were another tenant's.
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -210,6 +212,15 @@ class RowSource {
   std::vector<std::byte> poison_;
 };
 
+// A step of which 16 cover noise of that amplitude once rotated, and a zero point about the middle.
+float int4_scale(double amplitude, const Tensor& cache, Rng* rng) {
+  const std::int64_t size = 2 * cache.shape[3];
+  const auto block = static_cast<double>(size & -size);
+  const auto step = static_cast<float>(amplitude * std::sqrt(block) * (0.15 + 0.1 * rng->unit()));
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(step);
+  return std::bit_cast<float>(bits / 16 * 16 + static_cast<std::uint32_t>(rng->uniform(6, 9)));
+}
+
 // Fills the slots of all blocks: numbers, or poison.
 void fill_cache(const Case& c, const Tensor& cache, const Tensor& scales, bool is_key,
                 const std::vector<Range>& filled, Rng* rng) {
@@ -223,8 +234,8 @@ void fill_cache(const Case& c, const Tensor& cache, const Tensor& scales, bool i
         full ? source.fill(row) : source.poison(row);
         if (!scales) continue;
         const double scale = amplitude * (0.02 + 0.05 * rng->unit());
-        const float value =
-            full ? static_cast<float>(scale) : std::numeric_limits<float>::quiet_NaN();
+        float value = full ? static_cast<float>(scale) : std::numeric_limits<float>::quiet_NaN();
+        if (full && cache.dtype == DType::kUInt8) value = int4_scale(amplitude, cache, rng);
         std::memcpy(scales.at({block, slot, head}), &value, sizeof value);
       }
     }

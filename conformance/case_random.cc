@@ -299,32 +299,43 @@ void draw_dtypes(CaseSpec* spec, Rng* rng) {
   spec->model_dtype = rng->pick({DType::kFloat16, DType::kBFloat16, DType::kFloat32});
   config.dtype = spec->model_dtype;
   if (!spec->has_cache()) return;
-  config.kv_cache_dtype =
-      rng->pick({KvCacheDType::kAuto, KvCacheDType::kAuto, KvCacheDType::kAuto,
-                 KvCacheDType::kFloat16, KvCacheDType::kBFloat16, KvCacheDType::kFloat32,
-                 KvCacheDType::kFp8E4M3, KvCacheDType::kFp8E4M3, KvCacheDType::kFp8E5M2,
-                 KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead});
+  config.kv_cache_dtype = rng->pick(
+      {KvCacheDType::kAuto, KvCacheDType::kAuto, KvCacheDType::kAuto, KvCacheDType::kFloat16,
+       KvCacheDType::kBFloat16, KvCacheDType::kFloat32, KvCacheDType::kFp8E4M3,
+       KvCacheDType::kFp8E4M3, KvCacheDType::kFp8E5M2, KvCacheDType::kInt8PerTokenHead,
+       KvCacheDType::kFp8E4M3PerTokenHead, KvCacheDType::kInt4PerTokenHead});
   if (is_per_tensor_fp8(config.kv_cache_dtype) && rng->chance(0.4)) {
     config.dtype = DType::kFloat8E4M3;
   }
 }
 
-void draw_head_sizes(CaseSpec* spec, Rng* rng) {
-  AttentionConfig& config = spec->config;
+namespace {
+
+void draw_any_head_sizes(AttentionConfig* config, Rng* rng) {
   if (rng->chance(0.6)) {
-    config.head_size = rng->pick<std::int64_t>({64, 64, 128, 128, 128, 32, 96, 256});
+    config->head_size = rng->pick<std::int64_t>({64, 64, 128, 128, 128, 32, 96, 256});
     return;
   }
   if (rng->chance(0.3)) {  // V of another size
     const std::int64_t pair = rng->uniform(0, 4);
     const std::int64_t sizes[5][2] = {{192, 128}, {576, 512}, {64, 128}, {40, 8}, {24, 33}};
-    config.head_size = sizes[pair][0];
-    config.head_size_v = sizes[pair][1];
+    config->head_size = sizes[pair][0];
+    config->head_size_v = sizes[pair][1];
     return;
   }
-  config.head_size =
+  config->head_size =
       rng->pick<std::int64_t>({8, 9, 16, 20, 33, 40, 72, 80, 100, 112, 160, 192, 257, 512, 576});
-  if (rng->chance(0.3)) config.head_size = rng->uniform(8, 576);
+  if (rng->chance(0.3)) config->head_size = rng->uniform(8, 576);
+}
+
+}  // namespace
+
+void draw_head_sizes(CaseSpec* spec, Rng* rng) {
+  AttentionConfig& config = spec->config;
+  draw_any_head_sizes(&config, rng);
+  if (config.kv_cache_dtype != KvCacheDType::kInt4PerTokenHead) return;
+  config.head_size += config.head_size % 2;
+  config.head_size_v += config.head_size_v % 2;
 }
 
 void draw_heads(CaseSpec* spec, Rng* rng) {

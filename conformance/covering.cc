@@ -118,11 +118,26 @@ void add_byte_groups(std::vector<CaseSpec>* specs) {
 }
 
 void add_storage(std::vector<CaseSpec>* specs) {
-  for (const KvCacheDType cache : {KvCacheDType::kInt8PerTokenHead,
-                                   KvCacheDType::kFp8E4M3PerTokenHead, KvCacheDType::kFp8E5M2}) {
+  for (const KvCacheDType cache :
+       {KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead, KvCacheDType::kFp8E5M2,
+        KvCacheDType::kInt4PerTokenHead}) {
     specs->push_back(layer_spec(DType::kBFloat16, cache, 128));
   }
-  CaseSpec spec = layer_spec(DType::kFloat16, KvCacheDType::kFp8E4M3, 64);
+  // Rotations of every kind: one block, several, one of 512 elements, K and V apart; split, shared.
+  CaseSpec spec = layer_spec(DType::kFloat32, KvCacheDType::kInt4PerTokenHead, 72);
+  spec.config.head_size_v = 26;
+  spec.inline_scales = true;
+  specs->push_back(spec);
+  spec = layer_spec(DType::kFloat16, KvCacheDType::kInt4PerTokenHead, 576);
+  spec.config.head_size_v = 512;
+  specs->push_back(spec);
+  spec = layer_spec(DType::kFloat16, KvCacheDType::kInt4PerTokenHead, 64);
+  spec.sequences = {{1, 300}, {1, 290}, {2, 280}};
+  spec.shared_prefix_len = spec.announced_prefix_len = 256;
+  spec.output_dtype = DType::kFloat8E4M3;
+  spec.block_scale = true;
+  specs->push_back(spec);
+  spec = layer_spec(DType::kFloat16, KvCacheDType::kFp8E4M3, 64);
   spec.config.dtype = DType::kFloat8E4M3;
   specs->push_back(spec);
   for (const KvCacheDType cache : {KvCacheDType::kAuto, KvCacheDType::kFp8E4M3,

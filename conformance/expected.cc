@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "conformance/int4.h"
 #include "conformance/number_format.h"
 
 namespace quire::conformance {
@@ -61,7 +62,7 @@ void read_row(const Case& c, const Sequence& sequence, std::int64_t kv_head, boo
               std::int64_t j, double* to) {
   const bool cached = c.spec.has_cache();
   const Tensor& rows = cached ? (is_key ? c.key_cache : c.value_cache) : (is_key ? c.key : c.value);
-  const std::int64_t size = rows.shape.back();
+  const std::int64_t size = is_key ? c.spec.config.head_size : c.spec.config.value_head_size();
   if (!cached) {
     const Tensor& starts = c.kv_start_loc ? c.kv_start_loc : c.query_start_loc;
     const auto first = static_cast<std::int64_t>(starts.get({sequence.s}));
@@ -75,7 +76,12 @@ void read_row(const Case& c, const Sequence& sequence, std::int64_t kv_head, boo
     std::fill_n(to, size, 0.0);
     return;
   }
-  decode_row(rows.dtype, rows.at({block, j % block_size, kv_head, 0}), size, to);
+  const std::byte* row = rows.at({block, j % block_size, kv_head, 0});
+  if (c.spec.config.kv_cache_dtype == KvCacheDType::kInt4PerTokenHead) {
+    const auto scale = static_cast<float>(scales.get({block, j % block_size, kv_head}));
+    return read_int4_row(reinterpret_cast<const std::uint8_t*>(row), scale, size, to);
+  }
+  decode_row(rows.dtype, row, size, to);
   double scale = 1;
   if (is_per_tensor_fp8(c.spec.config.kv_cache_dtype)) scale = is_key ? c.k_scale() : c.v_scale();
   if (scales) scale = scales.get({block, j % block_size, kv_head});

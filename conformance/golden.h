@@ -16,7 +16,8 @@ struct GoldenCase {
   std::string problem;  // why it cannot be run ("unknown field X"); then the rest is not there
   Case inputs;          // key and value, if stored: row i was written to slot i
   Expected expected;
-  double tolerance = 0;
+  double tolerance = 0;   // of elements, and of the whole output
+  double most_error = 0;  // > 0: of the whole output, as relative Frobenius error
 };
 
 // Throws std::runtime_error on files that are not what they should be. A case with a field, a

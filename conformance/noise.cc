@@ -16,7 +16,10 @@ std::vector<std::byte> draw(DType dtype, double deviation) {
   const std::int64_t size = size_of(dtype);
   std::vector<std::byte> bytes((kElements + kMostNoise) * size);
   for (std::int64_t i = 0; i < kElements + kMostNoise; ++i) {
-    encode(dtype, deviation * rng.normal(), bytes.data() + i * size);
+    // Bytes are two codes of an int4 cache.
+    const bool is_byte = dtype == DType::kUInt8;
+    const double x = is_byte ? static_cast<double>(rng.uniform(0, 255)) : deviation * rng.normal();
+    encode(dtype, x, bytes.data() + i * size);
   }
   return bytes;
 }

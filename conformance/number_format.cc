@@ -6,6 +6,8 @@
 #include <limits>
 #include <vector>
 
+#include "conformance/int4.h"
+
 namespace quire::conformance {
 namespace {
 
@@ -229,6 +231,9 @@ void quantise_row(KvCacheDType kind, DType from, const void* values, std::int64_
                   float tensor_scale, DType storage, void* stored, float* own_scale) {
   std::vector<double> row(count);
   decode_row(from, values, count, row.data());
+  if (kind == KvCacheDType::kInt4PerTokenHead) {
+    return store_int4_row(row.data(), count, static_cast<std::uint8_t*>(stored), own_scale);
+  }
   float scale = is_per_tensor_fp8(kind) ? tensor_scale : 1.0F;
   if (is_per_token_head(kind)) {
     float absmax = 0;

@@ -40,22 +40,22 @@ class WriteCheck {
     const Tensor& cache = is_key ? c_.key_cache : c_.value_cache;
     const Tensor& scales = is_key ? c_.k_scale_cache : c_.v_scale_cache;
     const Tensor& fresh = is_key ? c_.key : c_.value;
-    const std::int64_t size = cache.shape[3];
-    const std::int64_t bytes = size * size_of(cache.dtype);
+    const std::int64_t size = fresh.shape[2];
+    const std::int64_t bytes = cache.shape[3] * size_of(cache.dtype);
     const std::byte* now = cache.at({block, slot, head, 0});
     const std::byte* row = fresh.at({token, head, 0});
     const KvCacheDType kind = c_.spec.config.kv_cache_dtype;
     if (cache.dtype == fresh.dtype) return std::memcmp(now, row, bytes) == 0;
     const float tensor_scale = is_key ? c_.k_scale() : c_.v_scale();
     const float own_scale = scales ? static_cast<float>(scales.get({block, slot, head})) : 0.0F;
-    if (rng_->chance(exact_share_)) {
+    if (kind == KvCacheDType::kInt4PerTokenHead || rng_->chance(exact_share_)) {
       std::vector<std::byte> wanted(bytes);
       float wanted_scale = 0;
       quantise_row(kind, fresh.dtype, row, size, tensor_scale, cache.dtype, wanted.data(),
                    &wanted_scale);
       return std::memcmp(now, wanted.data(), bytes) == 0 && (!scales || own_scale == wanted_scale);
     }
-    // The rest within a step of the stored type.
+    // The rest within a step of the stored type. (Not int4, whose rows are all compared.)
     decode_row(fresh.dtype, row, size, row_.data());
     decode_row(cache.dtype, now, size, stored_.data());
     double scale = is_per_tensor_fp8(kind) ? tensor_scale : 1.0;

@@ -71,7 +71,7 @@ struct BatchParams {
 // Direct: strides.slot is the token stride and there is one block.
 struct KvParams {
   void* data = nullptr;
-  DType dtype = DType::kNone;
+  DType dtype = DType::kNone;  // semantics::kInt4: two elements in each of the row's bytes
   semantics::CacheStrides strides;
   float* token_scales = nullptr;  // [num_blocks, block_size, heads] or null
   semantics::CacheStrides token_scale_strides;

@@ -22,17 +22,23 @@ enum class KvCacheDType : std::uint8_t {
   kFp8E5M2,              // "fp8_e5m2"
   kInt8PerTokenHead,     // "int8_per_token_head", QMAX 127
   kFp8E4M3PerTokenHead,  // "fp8_per_token_head", QMAX 448
+  kInt4PerTokenHead,     // "int4_per_token_head", two elements a byte; head sizes must be even
 };
 
 // Accepts vLLM's names: auto, float16, bfloat16, float32, fp8, fp8_e4m3, fp8_e5m2,
-// int8_per_token_head, fp8_per_token_head. Throws Error otherwise.
+// int8_per_token_head, fp8_per_token_head, int4_per_token_head. Throws Error otherwise.
 QUIRE_API KvCacheDType parse_kv_cache_dtype(std::string_view kv_cache_dtype);
 QUIRE_API const char* to_string(KvCacheDType dtype);
 
-// The element type of a cache of that kind for a model of dtype `model_dtype`.
+// The element type of a cache of that kind for a model of dtype `model_dtype`. int4: kUInt8.
 QUIRE_API DType storage_dtype(KvCacheDType dtype, DType model_dtype);
+// How many of these hold a head vector: `head_size`, of int4 half as many.
+constexpr std::int64_t stored_head_size(KvCacheDType dtype, std::int64_t head_size) {
+  return dtype == KvCacheDType::kInt4PerTokenHead ? head_size / 2 : head_size;
+}
 constexpr bool is_per_token_head(KvCacheDType dtype) {
-  return dtype == KvCacheDType::kInt8PerTokenHead || dtype == KvCacheDType::kFp8E4M3PerTokenHead;
+  return dtype == KvCacheDType::kInt8PerTokenHead || dtype == KvCacheDType::kFp8E4M3PerTokenHead ||
+         dtype == KvCacheDType::kInt4PerTokenHead;
 }
 constexpr bool is_per_tensor_fp8(KvCacheDType dtype) {
   return dtype == KvCacheDType::kFp8E4M3 || dtype == KvCacheDType::kFp8E5M2;
@@ -78,7 +84,8 @@ struct Scale {
 // reads as zeros, and sequences end at the table's width. Slots outside
 // [0, num_blocks * block_size) are skipped by writes.
 struct QUIRE_API PagedKvCache {
-  // Of the element type that `dtype` stores. Bytes (kUInt8) stand for the fp8 and int8 kinds.
+  // Of the element type that `dtype` stores. Bytes (kUInt8) stand for the fp8 and int8 kinds. int4:
+  // the last dimension is head_size / 2 bytes.
   TensorView key{};    // [num_blocks, block_size, num_kv_heads, head_size]
   TensorView value{};  // [num_blocks, block_size, num_kv_heads, head_size_v]
 
@@ -90,7 +97,8 @@ struct QUIRE_API PagedKvCache {
   Scale k_scale{};
   Scale v_scale{};
 
-  // Per-token-head caches: float32 [num_blocks, block_size, num_kv_heads] views, any strides.
+  // Per-token-head caches: float32 [num_blocks, block_size, num_kv_heads] views, any strides. int4:
+  // the four lowest bits of a scale are the vector's zero point.
   TensorView k_scale_cache{};
   TensorView v_scale_cache{};
 
@@ -100,15 +108,16 @@ struct QUIRE_API PagedKvCache {
   // vLLM's default layout: one tensor [num_blocks, 2, block_size, num_kv_heads, head_size], index 0
   // of dimension 1 is K, 1 is V (AttentionBackend::kv_cache_shape()). Any strides.
   //
-  // Per-token-head kinds with ScaleLayout::kInline: the last dimension is head_size + 4 bytes, the
-  // scale last, and k_scale_cache and v_scale_cache become views of it. With kSeparate the caller
-  // sets the two. Throws Error on another shape or dtype, on kInline for other kinds, and where
-  // inline scales are not aligned to 4 bytes.
+  // Per-token-head kinds with ScaleLayout::kInline: the last dimension is head_size + 4 bytes
+  // (int4: head_size / 2 + 4), the scale last, and k_scale_cache and v_scale_cache become views of
+  // it. With kSeparate the caller sets the two. Throws Error on another shape or dtype, on kInline
+  // for other kinds, and where inline scales are not aligned to 4 bytes.
   static PagedKvCache from_combined(const TensorView& kv_cache,
                                     KvCacheDType dtype = KvCacheDType::kAuto,
                                     ScaleLayout scales = ScaleLayout::kSeparate);
   // vLLM's packed layout: [num_blocks, num_kv_heads, block_size, head_size + head_size_v], K first;
-  // with kInline rows of K, its scale, V, its scale: head_size + 4 + head_size_v + 4 bytes.
+  // with kInline rows of K, its scale, V, its scale: head_size + 4 + head_size_v + 4 bytes. int4:
+  // head_size / 2 and head_size_v / 2 bytes; `head_size` is in elements.
   static PagedKvCache from_packed(const TensorView& kv_cache, std::int64_t head_size,
                                   KvCacheDType dtype = KvCacheDType::kAuto,
                                   ScaleLayout scales = ScaleLayout::kSeparate);
@@ -128,6 +137,13 @@ struct QUIRE_API PagedKvCache {
 // scale = max(absmax * (1 / QMAX), 1e-6), stored = round-to-nearest-even(x * (1 / scale)),
 // saturated: vLLM's fp8 bytes and scales (its int8 codes are truncated, ours rounded). int8 has no
 // NaN and stores 0 for it; an infinity makes the whole vector NaN, by its scale.
+//
+// int4 per token and head, for head sizes up to 576: vLLM's bytes. The vector is rounded to bf16,
+// rotated (a Hadamard transform of the vector with fixed signs, in blocks of the largest power of
+// two that divides its size; docs/guide/semantics.md has all of it), rounded to bf16 and stored as
+// scale * (code - zero), codes and zero 0 to 15, element 2i in the low half of byte i. Ranges that
+// do not hold 0 are widened to it (vLLM's codes saturate there). NaN, or an infinity, makes the
+// whole vector NaN. Attention rotates queries and outputs: nothing else is to be done.
 // Runs on the device of kv_cache.key, on the backend that ctx.backend names. CPU: done on return.
 // CUDA: queued on ctx.stream.
 // Memory: reads key, value, slot_mapping and scales; writes the cache; allocates nothing.

@@ -202,7 +202,8 @@ enum {
   QUIRE_KV_CACHE_FP8_E4M3 = 4,
   QUIRE_KV_CACHE_FP8_E5M2 = 5,
   QUIRE_KV_CACHE_INT8_PER_TOKEN_HEAD = 6,
-  QUIRE_KV_CACHE_FP8_E4M3_PER_TOKEN_HEAD = 7
+  QUIRE_KV_CACHE_FP8_E4M3_PER_TOKEN_HEAD = 7,
+  QUIRE_KV_CACHE_INT4_PER_TOKEN_HEAD = 8
 };
 
 /* How a score is made from a dot product (quire::Score). */
@@ -302,7 +303,8 @@ QUIRE_API quire_status quire_plan_to_string(const quire_plan* plan, char* text, 
 
 typedef struct quire_kv_cache {
   size_t struct_size;
-  /* Of the element type that `dtype` stores; bytes (uint8) stand for the fp8 and int8 kinds. */
+  /* Of the element type that `dtype` stores; bytes (uint8) stand for the fp8 and int8 kinds. int4:
+   * bytes of two elements, the last dimension is half the head size. */
   quire_tensor key;           /* [num_blocks, block_size, num_kv_heads, head_size] */
   quire_tensor value;         /* [num_blocks, block_size, num_kv_heads, head_size_v] */
   int32_t dtype;              /* QUIRE_KV_CACHE_*; default auto */
@@ -322,20 +324,21 @@ enum {
 
 /* Sets up `cache` over vLLM's default layout: one tensor [num_blocks, 2, block_size, num_kv_heads,
  * head_size], K before V, any strides. `dtype` is a QUIRE_KV_CACHE_*, `scales` a QUIRE_SCALES_*:
- * with inline ones, of the per-token-head kinds only, rows have head_size + 4 bytes, and
- * k_scale_cache and v_scale_cache become views of the last four. */
+ * with inline ones, of the per-token-head kinds only, rows have head_size + 4 bytes (int4:
+ * head_size / 2 + 4), and k_scale_cache and v_scale_cache become views of the last four. */
 QUIRE_API quire_status quire_kv_cache_from_combined(quire_kv_cache* cache, size_t struct_size,
                                                     const quire_tensor* kv_cache, int32_t dtype,
                                                     int32_t scales);
 
 /* The same over vLLM's packed layout: [num_blocks, num_kv_heads, block_size, head_size +
- * head_size_v], K before V in each row; with inline scales head_size + 4 + head_size_v + 4 bytes. */
+ * head_size_v], K before V in each row; with inline scales head_size + 4 + head_size_v + 4 bytes.
+ * int4: half as many bytes for K and for V; `head_size` is in elements. */
 QUIRE_API quire_status quire_kv_cache_from_packed(quire_kv_cache* cache, size_t struct_size,
                                                   const quire_tensor* kv_cache, int64_t head_size,
                                                   int32_t dtype, int32_t scales);
 
 /* vLLM's names of cache dtypes: auto, float16, bfloat16, float32, fp8 and fp8_e4m3, fp8_e5m2,
- * int8_per_token_head, fp8_per_token_head. */
+ * int8_per_token_head, fp8_per_token_head, int4_per_token_head. */
 QUIRE_API quire_status quire_kv_cache_dtype_from_name(const char* kv_cache_dtype, int32_t* dtype);
 QUIRE_API quire_status quire_kv_cache_dtype_name(int32_t kv_cache_dtype, const char** name);
 

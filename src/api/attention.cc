@@ -223,10 +223,12 @@ void lower_paged(const AttentionConfig& config, const AttentionArgs& args, Atten
       cache.dtype == KvCacheDType::kAuto ? "kv_cache.key" : "kv_cache.dtype",
       [&] { return std::string("the plan's kv_cache_dtype ") + to_string(wanted); },
       cache.dtype == KvCacheDType::kAuto ? to_string(cache.key.dtype) : to_string(cache.dtype));
-  check::tensor("kv_cache.key", cache.key, config.device, {cache.key.dtype},
-                {kAny, config.block_size, config.num_kv_heads, config.head_size});
+  check::tensor(
+      "kv_cache.key", cache.key, config.device, {cache.key.dtype},
+      {kAny, config.block_size, config.num_kv_heads, stored_head_size(wanted, config.head_size)});
   check::tensor("kv_cache.value", cache.value, config.device, {cache.value.dtype},
-                {kAny, config.block_size, config.num_kv_heads, config.value_head_size()});
+                {kAny, config.block_size, config.num_kv_heads,
+                 stored_head_size(wanted, config.value_head_size())});
   check::that(cache.num_blocks() < (1LL << 31), "kv_cache.key", "at most 2^31 - 1 blocks",
               cache.num_blocks());
   p->num_blocks = cache.num_blocks();

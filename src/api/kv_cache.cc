@@ -3,6 +3,7 @@
 
 #include "api/check.h"
 #include "api/lower.h"
+#include "semantics/int4.h"
 
 namespace quire {
 
@@ -24,6 +25,7 @@ constexpr CacheDTypeName kCacheDTypeNames[] = {
     {"fp8_e5m2", KvCacheDType::kFp8E5M2},
     {"int8_per_token_head", KvCacheDType::kInt8PerTokenHead},
     {"fp8_per_token_head", KvCacheDType::kFp8E4M3PerTokenHead},
+    {"int4_per_token_head", KvCacheDType::kInt4PerTokenHead},
 };
 
 }  // namespace
@@ -59,6 +61,7 @@ DType storage_dtype(KvCacheDType dtype, DType model_dtype) {
     case KvCacheDType::kFp8E4M3PerTokenHead: return DType::kFloat8E4M3;
     case KvCacheDType::kFp8E5M2: return DType::kFloat8E5M2;
     case KvCacheDType::kInt8PerTokenHead: return DType::kInt8;
+    case KvCacheDType::kInt4PerTokenHead: return DType::kUInt8;
   }
   return DType::kNone;
 }
@@ -116,12 +119,12 @@ PagedKvCache PagedKvCache::from_combined(const TensorView& kv_cache, KvCacheDTyp
   cache.dtype = dtype;
   check_scale_layout(dtype, scales);
   if (scales == ScaleLayout::kSeparate) return cache;
-  const std::int64_t head_size = view.shape[4] - kScaleBytes;
-  check::that(head_size >= 1, "kv_cache", "rows of head_size + 4 bytes", kv_cache);
-  cache.k_scale_cache = inline_scales(cache.key, head_size);
-  cache.v_scale_cache = inline_scales(cache.value, head_size);
-  cache.key = cache.key.slice(3, 0, head_size);
-  cache.value = cache.value.slice(3, 0, head_size);
+  const std::int64_t row = view.shape[4] - kScaleBytes;
+  check::that(row >= 1, "kv_cache", "rows of a head's bytes and 4", kv_cache);
+  cache.k_scale_cache = inline_scales(cache.key, row);
+  cache.v_scale_cache = inline_scales(cache.value, row);
+  cache.key = cache.key.slice(3, 0, row);
+  cache.value = cache.value.slice(3, 0, row);
   return cache;
 }
 
@@ -132,17 +135,23 @@ PagedKvCache PagedKvCache::from_packed(const TensorView& kv_cache, std::int64_t 
   check_scale_layout(dtype, scales);
   const std::int64_t scale_bytes = scales == ScaleLayout::kInline ? kScaleBytes : 0;
   const std::int64_t both = kv_cache.shape[3] - 2 * scale_bytes;
+  const std::int64_t row = stored_head_size(dtype, head_size);  // of K
+  const std::int64_t per_element = dtype == KvCacheDType::kInt4PerTokenHead ? 2 : 1;
   check::that(
-      head_size >= 1 && head_size < both, "head_size",
-      [&] { return "1 to " + std::to_string(both - 1); }, head_size);
+      row >= 1 && row < both && head_size % per_element == 0, "head_size",
+      [&] {
+        return (per_element == 2 ? "an even number from 2 to " : "1 to ") +
+               std::to_string(per_element * (both - 1));
+      },
+      head_size);
   const TensorView rows = stored_as(kv_cache, dtype).transpose(1, 2);
   const std::int64_t value_end = scale_bytes + both;
   PagedKvCache cache;
-  cache.key = rows.slice(3, 0, head_size);
-  cache.value = rows.slice(3, head_size + scale_bytes, value_end);
+  cache.key = rows.slice(3, 0, row);
+  cache.value = rows.slice(3, row + scale_bytes, value_end);
   cache.dtype = dtype;
   if (scales == ScaleLayout::kSeparate) return cache;
-  cache.k_scale_cache = inline_scales(rows, head_size);
+  cache.k_scale_cache = inline_scales(rows, row);
   cache.v_scale_cache = inline_scales(rows, value_end);
   return cache;
 }
@@ -237,10 +246,17 @@ CacheWriteParams lower_cache_write(const BackendCapabilities& caps, const ConstT
   check::contiguous("slot_mapping", slot_mapping);
   p.num_slots = slot_mapping.shape[0];
 
+  // Elements of a stored row.
+  const std::int64_t per_byte = kind == KvCacheDType::kInt4PerTokenHead ? 2 : 1;
+  const std::int64_t head_size = per_byte * cache.key.shape[3];
+  const std::int64_t head_size_v = per_byte * cache.value.shape[3];
+  check::that(per_byte == 1 || head_size <= semantics::kMostInt4Elements, "kv_cache.key",
+              "rows of at most 288 bytes, 576 elements", cache.key);
+  check::that(per_byte == 1 || head_size_v <= semantics::kMostInt4Elements, "kv_cache.value",
+              "rows of at most 288 bytes, 576 elements", cache.value);
   check::tensor("key", key, device, {DType::kFloat16, DType::kBFloat16, DType::kFloat32},
-                {kAny, cache.key.shape[2], cache.key.shape[3]});
-  check::tensor("value", value, device, {key.dtype},
-                {kAny, cache.value.shape[2], cache.value.shape[3]});
+                {kAny, cache.key.shape[2], head_size});
+  check::tensor("value", value, device, {key.dtype}, {kAny, cache.value.shape[2], head_size_v});
   check::capability(check::contains(caps.dtypes, key.dtype), "key", key);
   check::unit_last_stride("key", key);
   check::unit_last_stride("value", value);
@@ -258,8 +274,8 @@ CacheWriteParams lower_cache_write(const BackendCapabilities& caps, const ConstT
   p.num_blocks = cache.num_blocks();
   p.block_size = cache.block_size();
   p.num_kv_heads = static_cast<std::int32_t>(cache.key.shape[2]);
-  p.head_size = static_cast<std::int32_t>(cache.key.shape[3]);
-  p.head_size_v = static_cast<std::int32_t>(cache.value.shape[3]);
+  p.head_size = static_cast<std::int32_t>(head_size);
+  p.head_size_v = static_cast<std::int32_t>(head_size_v);
   return p;
 }
 

@@ -60,8 +60,13 @@ void check_dtypes(const AttentionConfig& c, const BackendCapabilities& caps, Rea
                   to_string(c.dtype));
   reasons.require(check::contains(caps.kv_cache_dtypes, c.kv_cache_dtype), "kv_cache_dtype",
                   names(caps.kv_cache_dtypes), to_string(c.kv_cache_dtype));
-  if (c.dtype != DType::kFloat8E4M3) return;
   const bool paged = c.type == AttentionType::kDecoder || c.type == AttentionType::kEncoderDecoder;
+  const bool pairs = paged && c.kv_cache_dtype == KvCacheDType::kInt4PerTokenHead;
+  reasons.require(!pairs || c.head_size % 2 == 0, "head_size",
+                  "an even number with int4_per_token_head", c.head_size);
+  reasons.require(!pairs || c.head_size_v % 2 == 0, "head_size_v",
+                  "an even number with int4_per_token_head", c.head_size_v);
+  if (c.dtype != DType::kFloat8E4M3) return;
   reasons.require(!paged || is_per_tensor_fp8(c.kv_cache_dtype), "kv_cache_dtype",
                   "per-tensor fp8 for an fp8 query", to_string(c.kv_cache_dtype));
   reasons.require(paged, "dtype", "float16, bfloat16 or float32 without a paged cache",
@@ -140,7 +145,8 @@ BackendCapabilities full_capabilities() {
                           KvCacheDType::kFp8E4M3,
                           KvCacheDType::kFp8E5M2,
                           KvCacheDType::kInt8PerTokenHead,
-                          KvCacheDType::kFp8E4M3PerTokenHead};
+                          KvCacheDType::kFp8E4M3PerTokenHead,
+                          KvCacheDType::kInt4PerTokenHead};
   caps.output_dtypes = {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat8E4M3};
   caps.min_head_size = 8;
   caps.max_head_size = 576;
@@ -175,9 +181,12 @@ std::vector<std::int64_t> AttentionBackend::kv_cache_shape(std::int64_t num_bloc
   check::capability(check::contains(caps.kv_cache_dtypes, dtype), "cache_dtype_str",
                     cache_dtype_str);
   const std::int64_t scale_bytes = is_per_token_head(dtype) ? sizeof(float) : 0;
-  check::that(scale_bytes == 0 || head_size % scale_bytes == 0, "head_size",
-              "a multiple of 4 with inline scales", head_size);
-  return {num_blocks, 2, block_size, num_kv_heads, head_size + scale_bytes};
+  const std::int64_t unit = dtype == KvCacheDType::kInt4PerTokenHead ? 8 : 4;
+  check::that(
+      scale_bytes == 0 || head_size % unit == 0, "head_size",
+      [&] { return "a multiple of " + std::to_string(unit) + " with inline scales"; }, head_size);
+  return {num_blocks, 2, block_size, num_kv_heads,
+          stored_head_size(dtype, head_size) + scale_bytes};
 }
 
 void AttentionBackend::validate_head_size(std::int64_t head_size) const {

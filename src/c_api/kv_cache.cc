@@ -8,7 +8,7 @@ namespace quire::c_api {
 namespace {
 
 KvCacheDType to_kv_cache_dtype(std::int32_t value, std::string_view argument) {
-  return to_enum(value, KvCacheDType::kFp8E4M3PerTokenHead, argument);
+  return to_enum(value, KvCacheDType::kInt4PerTokenHead, argument);
 }
 
 ScaleLayout to_scale_layout(std::int32_t value) {

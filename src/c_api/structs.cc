@@ -18,6 +18,8 @@ static_assert(QUIRE_KV_CACHE_INT8_PER_TOKEN_HEAD ==
               static_cast<int>(KvCacheDType::kInt8PerTokenHead));
 static_assert(QUIRE_KV_CACHE_FP8_E4M3_PER_TOKEN_HEAD ==
               static_cast<int>(KvCacheDType::kFp8E4M3PerTokenHead));
+static_assert(QUIRE_KV_CACHE_INT4_PER_TOKEN_HEAD ==
+              static_cast<int>(KvCacheDType::kInt4PerTokenHead));
 
 template <>
 quire_context defaults() {
@@ -184,7 +186,7 @@ AttentionConfig to_config(const quire_attention_config* from) {
   if (in.score != nullptr) config.score = to_score(in.score);
   config.block_size = in.block_size;
   config.kv_cache_dtype =
-      to_enum(in.kv_cache_dtype, KvCacheDType::kFp8E4M3PerTokenHead, "kv_cache_dtype");
+      to_enum(in.kv_cache_dtype, KvCacheDType::kInt4PerTokenHead, "kv_cache_dtype");
   config.batch_invariant = to_bool(in.batch_invariant, "batch_invariant");
   config.auto_cascade = to_bool(in.auto_cascade, "auto_cascade");
   if (in.backend != nullptr) config.backend = in.backend;
@@ -274,7 +276,7 @@ PagedKvCache to_cache(const quire_kv_cache* from) {
   PagedKvCache cache;
   cache.key = to_view(in.key, "kv_cache.key");
   cache.value = to_view(in.value, "kv_cache.value");
-  cache.dtype = to_enum(in.dtype, KvCacheDType::kFp8E4M3PerTokenHead, "kv_cache.dtype");
+  cache.dtype = to_enum(in.dtype, KvCacheDType::kInt4PerTokenHead, "kv_cache.dtype");
   cache.k_scale = to_scale(in.k_scale);
   cache.v_scale = to_scale(in.v_scale);
   cache.k_scale_cache = to_view(in.k_scale_cache, "kv_cache.k_scale_cache");

@@ -6,7 +6,7 @@
 //
 // Three ways to S and P V:
 //   decode-inl.h          few rows: memory-bound, K and V straight from the cache
-//   decode_widened-inl.h  few rows, head sizes that are not whole vectors: fp32 copies of K and V
+//   decode_widened-inl.h  few rows, int4 or head sizes that are not whole vectors: fp32 copies
 //   prefill-inl.h         many rows: compute-bound, K and V widened into panels once for all rows
 //
 // Bytes: each K and V row that is needed is read once per work tile. Flops: 4 x rows x keys x head
@@ -75,7 +75,8 @@ inline void resolve_kv_tile(const WorkItem& item, std::int32_t i, KvTile* out) {
 inline void attend_chunk(const WorkItem& item, std::int32_t kv_tile_begin, std::int32_t kv_tile_end,
                          const Partial& out) {
   const LayerParams& layer = item.params->layer;
-  const bool whole_vectors = layer.head_size % kVec == 0 && layer.head_size_v % kVec == 0;
+  const bool whole_vectors = layer.head_size % kVec == 0 && layer.head_size_v % kVec == 0 &&
+                             layer.kv_dtype != semantics::kInt4;
   const auto attend = !item.tile->decode ? attend_prefill
                       : whole_vectors    ? attend_decode
                                          : attend_decode_widened;

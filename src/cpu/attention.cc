@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/layer_plan.h"
+#include "semantics/int4.h"
 #include "semantics/quant.h"
 #include "semantics/softmax_state.h"
 
@@ -23,7 +24,8 @@ class Call {
         layer_(params.layer),
         kernels_(kernels()),
         query_scale_(layer_.softmax_scale * value_of(params.q_scale) * value_of(params.k.scale)),
-        value_scale_(value_of(params.v.scale)) {
+        value_scale_(value_of(params.v.scale)),
+        is_int4_(layer_.kv_dtype == semantics::kInt4) {
     if (p_.block_scales != nullptr) {
       block_output_ = workspace.reserve_block_output(p_.batch.num_tokens * row_size());
     } else if (p_.has_output_scale) {
@@ -130,6 +132,7 @@ class Call {
                 std::int32_t chunk_end, std::int64_t first_partial, bool shared) {
     const WorkTile& tile = *item.tile;
     kernels_.load_queries(item);
+    if (is_int4_) rotate_queries(item);
     const auto attend_chunk = [&](std::int32_t chunk, const Partial& out) {
       item.cold = chunk == chunk_begin;
       const std::int32_t begin = chunk * tile.kv_tiles_per_chunk;
@@ -151,6 +154,16 @@ class Call {
       combine(item, partial, item.scratch->chunk_partial);
     }
     if (whole) store_item(item, partial, shared);
+  }
+
+  void rotate_queries(const WorkItem& item) const {
+    for (std::int32_t h = 0; h < item.kv_heads; ++h) {
+      for (std::int32_t r = 0; r < item.rows; ++r) {
+        const std::int64_t row = std::int64_t{h} * item.head_rows + r;
+        semantics::rotate_query<semantics::OneThread>(item.scratch->q + row * item.padded_k,
+                                                      layer_.head_size);
+      }
+    }
   }
 
   void combine_split(const Schedule& schedule, const SplitItem& split, bool shared,
@@ -198,7 +211,11 @@ class Call {
     normalise(token_row, head, prefix);
   }
 
+  // `partial` is of no use afterwards.
   void normalise(std::int64_t row, std::int32_t head, const Partial& partial) {
+    if (is_int4_) {
+      semantics::rotate_output<semantics::OneThread>(partial.o, layer_.head_size_v);
+    }
     const bool has_sink = layer_.sinks != nullptr;
     constexpr float kUp = 1 << kWeightsDownLog2;
     const auto normalised =
@@ -258,6 +275,7 @@ class Call {
   const Kernels& kernels_;
   const float query_scale_;
   const float value_scale_;
+  const bool is_int4_;
   float output_scale_ = 1.0F;
   float* block_output_ = nullptr;
 };

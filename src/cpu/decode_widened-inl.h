@@ -1,5 +1,6 @@
-// Decode with head sizes that are not a whole number of vectors: K and V of all heads of the item
-// are first copied as fp32, padded with zeros. S by dot products, P V by panels as in prefill.
+// Decode with head sizes that are not a whole number of vectors, and over int4 caches: K and V of
+// all heads of the item are first copied as fp32, padded with zeros. S by dot products, P V by
+// panels as in prefill.
 #if defined(QUIRE_CPU_DECODE_WIDENED_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef QUIRE_CPU_DECODE_WIDENED_INL_H_
 #undef QUIRE_CPU_DECODE_WIDENED_INL_H_

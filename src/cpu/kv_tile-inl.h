@@ -66,16 +66,22 @@ HWY_INLINE void resolve_rows(const WorkItem& item, const KvParams& kv, std::int6
   }
 }
 
+// The bytes of so many elements of a row.
+HWY_INLINE std::int64_t row_bytes(DType dtype, std::int64_t elements) {
+  return dtype == semantics::kInt4 ? elements / 2 : elements * size_of(dtype);
+}
+
 // Stored rows of K or V to fp32.
 class Widener {
  public:
   explicit Widener(const KvParams& kv)
       : widen_(widener(kv.dtype)),
-        element_bytes_(size_of(kv.dtype)),
-        head_bytes_(kv.strides.head * element_bytes_),
+        dtype_(kv.dtype),
+        head_bytes_(kv.strides.head * size_of(kv.dtype)),
         scale_head_stride_(kv.token_scale_strides.head) {}
 
   // to[0, padded) = elements [from, from + size) of row t and kv head h of the item, then zeros.
+  // `from` is even.
   HWY_INLINE void operator()(const KvTileRows& rows, std::int32_t t, std::int32_t h,
                              std::int32_t from, std::int32_t size, float* to,
                              std::int32_t padded) const {
@@ -84,12 +90,12 @@ class Widener {
       return;
     }
     const float scale = rows.scale[t] == nullptr ? 1.0F : rows.scale[t][h * scale_head_stride_];
-    widen_(rows.row[t] + h * head_bytes_ + from * element_bytes_, size, scale, to, padded);
+    widen_(rows.row[t] + h * head_bytes_ + row_bytes(dtype_, from), size, scale, to, padded);
   }
 
  private:
   WidenRow widen_;
-  std::int64_t element_bytes_;
+  DType dtype_;
   std::int64_t head_bytes_;
   std::int64_t scale_head_stride_;
 };
@@ -132,12 +138,13 @@ HWY_INLINE void stored_rows(const WorkItem& item, const KvParams& kv, const KvTi
 // loading, and for an item's first kv tile, since no step before it could prefetch it.
 HWY_INLINE void prefetch_rows(const WorkItem& item, const KvParams& kv, std::int32_t size,
                               const KvTileRows& rows, std::int32_t count) {
-  const std::int64_t element = size_of(kv.dtype);
+  const std::int64_t head_bytes = kv.strides.head * size_of(kv.dtype);
+  const std::int64_t bytes = row_bytes(kv.dtype, size);
   for (std::int32_t t = 0; t < count; ++t) {
     if (rows.row[t] == nullptr) continue;
     for (std::int32_t h = 0; h < item.kv_heads; ++h) {
-      const char* row = rows.row[t] + h * kv.strides.head * element;
-      for (std::int64_t byte = 0; byte < size * element; byte += 64) {
+      const char* row = rows.row[t] + h * head_bytes;
+      for (std::int64_t byte = 0; byte < bytes; byte += 64) {
         __builtin_prefetch(row + byte, 0, 2);
       }
     }

@@ -10,6 +10,7 @@
 
 #include "backend.h"
 #include "semantics/kv_address.h"
+#include "semantics/kv_element.h"
 #include "semantics/kv_row.h"
 #include "semantics/merge_row.h"
 #include "semantics/quant.h"
@@ -36,13 +37,14 @@ struct DoubleOps {
 
 #include "semantics/score.inc"
 
-// K or V of one key: its elements and their scale.
+// K or V of one key: its elements and their scale. int4: rotated.
 struct KvRow {
   const void* row = nullptr;  // null: in an unmapped block, reads as zeros
   DType dtype = DType::kNone;
-  double scale = 1.0;
+  semantics::KvScale scale;
   double operator[](std::int64_t i) const {
-    return row == nullptr ? 0.0 : scale * semantics::load_element(row, dtype, i);
+    if (row == nullptr) return 0.0;
+    return double{scale.scale} * semantics::load_kv_element(row, dtype, scale.zero, i);
   }
 };
 
@@ -55,7 +57,17 @@ class Row {
         seq_index_(s),
         row_(row),
         head_(head),
-        q_pos_(seq_.position(row)) {}
+        q_pos_(seq_.position(row)) {
+    const char* query =
+        static_cast<const char*>(p_.query) +
+        (row_ * p_.query_token_stride + head_ * p_.query_head_stride) * size_of(layer_.dtype);
+    for (std::int64_t i = 0; i < layer_.head_size; ++i) {
+      query_.push_back(semantics::load_element(query, layer_.dtype, i));
+    }
+    if (p_.k.dtype == semantics::kInt4) {
+      semantics::rotate_query<semantics::OneThread>(query_.data(), layer_.head_size);
+    }
+  }
 
   void run(std::vector<double>* output, double* lse) {
     const Spans visible = semantics::row_spans(seq_.mask, q_pos_);
@@ -78,6 +90,9 @@ class Row {
     const auto normalised =
         semantics::normalise(state, has_sink, has_sink ? double{layer_.sinks[head_]} : 0.0);
     for (double& x : *output) x *= normalised.output_scale;
+    if (p_.v.dtype == semantics::kInt4) {
+      semantics::rotate_output<semantics::OneThread>(output->data(), layer_.head_size_v);
+    }
     *lse = normalised.lse;
   }
 
@@ -94,23 +109,20 @@ class Row {
     }
     const char* data = static_cast<const char*>(kv.data);
     const std::int64_t offset = semantics::cache_offset(kv.strides, block, slot, kv_head);
-    const double scale = kv.token_scales == nullptr
-                             ? value_of(kv.scale)
-                             : kv.token_scales[semantics::cache_offset(kv.token_scale_strides,
-                                                                       block, slot, kv_head)];
+    const std::int64_t scale_offset =
+        semantics::cache_offset(kv.token_scale_strides, block, slot, kv_head);
+    const semantics::KvScale scale =
+        kv.token_scales == nullptr
+            ? semantics::KvScale{value_of(kv.scale), 0.0F}
+            : semantics::KvScale::of_token(kv.token_scales[scale_offset], kv.dtype);
     return {data + offset * size_of(kv.dtype), kv.dtype, scale};
   }
 
   double logit(std::int64_t j) const {
     const DoubleOps ops;
-    const char* query =
-        static_cast<const char*>(p_.query) +
-        (row_ * p_.query_token_stride + head_ * p_.query_head_stride) * size_of(layer_.dtype);
     const KvRow key = side(p_.k, j);
     double dot = 0.0;
-    for (std::int64_t i = 0; i < layer_.head_size; ++i) {
-      dot += semantics::load_element(query, layer_.dtype, i) * key[i];
-    }
+    for (std::int64_t i = 0; i < layer_.head_size; ++i) dot += query_[i] * key[i];
     double s = double{layer_.softmax_scale} * value_of(p_.q_scale) * dot;
     if (layer_.soft_cap > 0) {
       s = soft_cap(ops, s, double{layer_.soft_cap}, 1.0 / layer_.soft_cap);
@@ -140,6 +152,7 @@ class Row {
   const std::int64_t row_;
   const std::int32_t head_;
   const std::int64_t q_pos_;
+  std::vector<double> query_;
 };
 
 void* output_row(const AttentionParams& p, std::int64_t row, std::int32_t head) {

@@ -99,7 +99,8 @@ TEST(AttentionMisuse, TextsOfScalesCanBeRead) {
 TEST(AttentionMisuse, ScalesOfTokens) {
   CaseSpec spec = Call::default_spec();
   for (const KvCacheDType dtype :
-       {KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead}) {
+       {KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead,
+        KvCacheDType::kInt4PerTokenHead}) {
     spec.config.kv_cache_dtype = dtype;
     const auto k = [](Call & call) -> auto& { return call.args.kv_cache.k_scale_cache; };
     const auto v = [](Call & call) -> auto& { return call.args.kv_cache.v_scale_cache; };

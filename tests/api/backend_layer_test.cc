@@ -68,7 +68,8 @@ class LayerCall : public Call {
 
 TEST(Forward, WritesTheCacheAndAttends) {
   for (const KvCacheDType dtype :
-       {KvCacheDType::kAuto, KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead}) {
+       {KvCacheDType::kAuto, KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead,
+        KvCacheDType::kInt4PerTokenHead}) {
     CaseSpec spec = Call::default_spec();
     spec.config.kv_cache_dtype = dtype;
     LayerCall call(spec);
@@ -360,7 +361,7 @@ TEST(Backends, SayWhatTheyCanDo) {
     const BackendCapabilities& caps = backend->capabilities();
     EXPECT_LE(caps.min_head_size, 8);
     EXPECT_GE(caps.max_head_size, 576);
-    EXPECT_EQ(caps.kv_cache_dtypes.size(), 8U);
+    EXPECT_EQ(caps.kv_cache_dtypes.size(), 9U);
     if (!backend->available()) continue;
     Call call;
     call.config.backend = backend->name();

@@ -24,8 +24,8 @@ class WriteCall {
     key = buffers_.view(make_tensor(DType::kFloat32, {3, 2, 8}));
     value = buffers_.view(make_tensor(DType::kFloat32, {3, 2, 12}));
     cache.dtype = dtype;
-    cache.key = buffers_.view(make_tensor(storage, {4, 4, 2, 8}));
-    cache.value = buffers_.view(make_tensor(storage, {4, 4, 2, 12}));
+    cache.key = buffers_.view(make_tensor(storage, {4, 4, 2, stored_head_size(dtype, 8)}));
+    cache.value = buffers_.view(make_tensor(storage, {4, 4, 2, stored_head_size(dtype, 12)}));
     if (is_per_token_head(dtype)) {
       cache.k_scale_cache = buffers_.view(make_tensor(DType::kFloat32, {4, 4, 2}));
       cache.v_scale_cache = buffers_.view(make_tensor(DType::kFloat32, {4, 4, 2}));
@@ -86,7 +86,7 @@ void expect_tensor_errors(const char* argument, const std::function<TensorView&(
 
 TEST(WriteMisuse, CorrectCallWrites) {
   for (const AttentionBackend* backend : best_backends()) {
-    for (int kind = 0; kind <= static_cast<int>(KvCacheDType::kFp8E4M3PerTokenHead); ++kind) {
+    for (int kind = 0; kind <= static_cast<int>(KvCacheDType::kInt4PerTokenHead); ++kind) {
       WriteCall call(static_cast<KvCacheDType>(kind), backend->device_type());
       EXPECT_EQ(call.run(), "(no error)") << backend->name();
     }
@@ -144,7 +144,8 @@ TEST(WriteMisuse, Cache) {
 
 TEST(WriteMisuse, Scales) {
   for (const KvCacheDType dtype :
-       {KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead}) {
+       {KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead,
+        KvCacheDType::kInt4PerTokenHead}) {
     expect_tensor_errors(
         "kv_cache.k_scale_cache", [](WriteCall& c) -> TensorView& { return c.cache.k_scale_cache; },
         DType::kFloat16, dtype, false);
@@ -158,6 +159,25 @@ TEST(WriteMisuse, Scales) {
     expect_write_error(
         "kv_cache.v_scale", [bad](WriteCall& c) { c.cache.v_scale = bad; }, KvCacheDType::kFp8E4M3);
   }
+}
+
+TEST(WriteMisuse, Int4) {
+  const KvCacheDType int4 = KvCacheDType::kInt4PerTokenHead;
+  for (const DType dtype : {DType::kInt8, DType::kFloat8E4M3, DType::kFloat32}) {
+    expect_write_error(
+        "kv_cache.key", [&](WriteCall& c) { c.cache.key.dtype = dtype; }, int4);
+  }
+  // The cache has half as many bytes as the rows have elements, and not another number.
+  expect_write_error(
+      "key", [](WriteCall& c) { --c.cache.key.shape[3]; }, int4);
+  expect_write_error(
+      "value", [](WriteCall& c) { --c.cache.value.shape[3]; }, int4);
+  expect_write_error(
+      "key", [](WriteCall& c) { --c.key.shape[2]; }, int4);
+  expect_write_error(
+      "kv_cache.key", [](WriteCall& c) { c.cache.key.shape[3] = 289; }, int4);
+  expect_write_error(
+      "kv_cache.value", [](WriteCall& c) { c.cache.value.shape[3] = 289; }, int4);
 }
 
 TEST(WriteMisuse, SlotsWhenAskedToLook) {
@@ -203,9 +223,27 @@ TEST(CacheViews, FromPacked) {
             "kv_cache");
 }
 
+TEST(CacheViews, FromPackedInt4) {
+  float data[64] = {};
+  const KvCacheDType int4 = KvCacheDType::kInt4PerTokenHead;
+  const TensorView packed(data, DType::kUInt8, {2, 1, 4, 8});  // 16 elements of K and V together
+  const PagedKvCache cache = PagedKvCache::from_packed(packed, 6, int4);
+  EXPECT_EQ(cache.key.shape[3], 3);
+  EXPECT_EQ(cache.value.shape[3], 5);
+  EXPECT_EQ(static_cast<char*>(cache.value.data), reinterpret_cast<char*>(data) + 3);
+  for (const std::int64_t bad : {-2, 0, 1, 5, 16, 18}) {
+    EXPECT_EQ(argument_named_by([&] { PagedKvCache::from_packed(packed, bad, int4); }),
+              "head_size");
+  }
+  EXPECT_EQ(argument_named_by([&] {
+              PagedKvCache::from_packed(TensorView(data, DType::kInt8, {2, 1, 4, 8}), 6, int4);
+            }),
+            "kv_cache");
+}
+
 TEST(CacheViews, NamesOfDTypes) {
   for (const char* name : {"auto", "float16", "bfloat16", "float32", "fp8_e4m3", "fp8_e5m2",
-                           "int8_per_token_head", "fp8_per_token_head"}) {
+                           "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head"}) {
     EXPECT_STREQ(to_string(parse_kv_cache_dtype(name)), name);
   }
   EXPECT_EQ(parse_kv_cache_dtype("fp8"), KvCacheDType::kFp8E4M3);

@@ -47,6 +47,11 @@ TEST_P(ClassMethods, CacheShapes) {
     EXPECT_EQ(argument_named_by([&] { backend.kv_cache_shape(10, 16, 8, 130, name); }),
               "head_size");
   }
+  EXPECT_THAT(backend.kv_cache_shape(10, 16, 8, 128, "int4_per_token_head"),
+              ElementsAre(10, 2, 16, 8, 68));
+  EXPECT_THAT([&] { backend.kv_cache_shape(10, 16, 8, 132, "int4_per_token_head"); },
+              testing::ThrowsMessage<Error>(
+                  "head_size: expected a multiple of 8 with inline scales, got 132"));
   EXPECT_THAT(backend.kv_cache_shape(10, 16, 8, 128), ElementsAre(10, 2, 16, 8, 128));
   EXPECT_EQ(argument_named_by([&] { backend.kv_cache_shape(-1, 16, 8, 128); }), "num_blocks");
   EXPECT_EQ(argument_named_by([&] { backend.kv_cache_shape(0, 16, 8, 128); }), "num_blocks");
@@ -101,8 +106,10 @@ class InlineCache {
     const KvCacheDType dtype = config.kv_cache_dtype;
     conformance::DeviceBuffers& buffers = call.on_device.buffers();
     if (packed) {
-      whole_ = make_tensor(DType::kUInt8, {num_blocks, config.num_kv_heads, config.block_size,
-                                           config.head_size + 4 + config.value_head_size() + 4});
+      const std::int64_t row = stored_head_size(dtype, config.head_size) + 4 +
+                               stored_head_size(dtype, config.value_head_size()) + 4;
+      whole_ =
+          make_tensor(DType::kUInt8, {num_blocks, config.num_kv_heads, config.block_size, row});
       cache = PagedKvCache::from_packed(buffers.view(whole_), config.head_size, dtype,
                                         ScaleLayout::kInline);
     } else {
@@ -113,11 +120,11 @@ class InlineCache {
     }
   }
 
-  // Row (block, slot, head) of K or V, its scale behind it.
+  // Row (block, slot, head) of K or V, its scale behind it; rows of K have `key_bytes`.
   std::byte* row(bool value, std::int64_t block, std::int64_t slot, std::int64_t head,
-                 std::int64_t head_size) const {
+                 std::int64_t key_bytes) const {
     if (whole_.shape.size() == 5) return whole_.at({block, value ? 1 : 0, slot, head, 0});
-    return whole_.at({block, head, slot, value ? head_size + 4 : 0});
+    return whole_.at({block, head, slot, value ? key_bytes + 4 : 0});
   }
   // Calls visit(value?, block, slot, head) for each row of a call's cache.
   template <class Visit>
@@ -140,13 +147,15 @@ class InlineCache {
 
 TEST_P(ClassMethods, CachesWithInlineScales) {
   for (const KvCacheDType dtype :
-       {KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead}) {
+       {KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead,
+        KvCacheDType::kInt4PerTokenHead}) {
     for (const bool packed : {false, true}) {
       CaseSpec spec = Call::default_spec();
       spec.config.kv_cache_dtype = dtype;
       if (packed) spec.config.head_size_v = 24;
       Call call(spec, *GetParam());
-      const std::int64_t sizes[] = {spec.config.head_size, spec.config.value_head_size()};
+      const std::int64_t sizes[] = {stored_head_size(dtype, spec.config.head_size),
+                                    stored_head_size(dtype, spec.config.value_head_size())};
       InlineCache made(call, *GetParam(), packed);
       conformance::DeviceBuffers& buffers = call.on_device.buffers();
       // Attention reads rows and scales out of the one tensor.

@@ -56,6 +56,14 @@ TEST(PlanMisuse, DTypes) {
   }
   expect_unsupported("kv_cache_dtype",
                      [](AttentionConfig& c) { c.kv_cache_dtype = static_cast<KvCacheDType>(200); });
+  // int4 has two elements in a byte.
+  const auto int4 = [](AttentionConfig& c, std::int64_t head_size, std::int64_t head_size_v) {
+    c.kv_cache_dtype = KvCacheDType::kInt4PerTokenHead;
+    c.head_size = head_size;
+    c.head_size_v = head_size_v;
+  };
+  expect_unsupported("head_size", [&](AttentionConfig& c) { int4(c, 33, 32); });
+  expect_unsupported("head_size_v", [&](AttentionConfig& c) { int4(c, 32, 33); });
   // An fp8 query needs an fp8 cache.
   expect_unsupported("kv_cache_dtype", [](AttentionConfig& c) { c.dtype = DType::kFloat8E4M3; });
   expect_unsupported("dtype", [](AttentionConfig& c) {

@@ -70,7 +70,8 @@ CaseSpec wild_spec(Rng* rng) {
     if (spec.config.mask.window == WindowKind::kChunked) spec.config.mask.clamp_ranges = false;
   }
   spec.config.kv_cache_dtype =
-      rng->pick({KvCacheDType::kAuto, KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead});
+      rng->pick({KvCacheDType::kAuto, KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead,
+                 KvCacheDType::kInt4PerTokenHead});
   if (!spec.has_cache()) spec.config.kv_cache_dtype = KvCacheDType::kAuto;
   spec.config.batch_invariant = rng->chance(0.2);
   spec.announced_prefix_len = rng->chance(0.3) ? rng->uniform(1, 300) : 0;
@@ -150,7 +151,8 @@ TEST_P(WildIndices, SlotsNeverLeaveTheCache) {
     Rng rng(7, index);
     CaseSpec spec = Call::default_spec();
     spec.config.kv_cache_dtype =
-        rng.pick({KvCacheDType::kAuto, KvCacheDType::kFp8E5M2, KvCacheDType::kFp8E4M3PerTokenHead});
+        rng.pick({KvCacheDType::kAuto, KvCacheDType::kFp8E5M2, KvCacheDType::kFp8E4M3PerTokenHead,
+                  KvCacheDType::kInt4PerTokenHead});
     Case wild = build_case(spec);
     for (std::int64_t i = 0; i < wild.slot_mapping.shape[0]; ++i) {
       wild.slot_mapping.set_int64(

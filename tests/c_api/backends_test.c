@@ -63,6 +63,7 @@ static void test_capabilities(void) {
   CHECK(!has(capabilities.dtypes, QUIRE_DTYPE_INT8));
   CHECK(!has(capabilities.dtypes, QUIRE_DTYPE_NONE));
   CHECK(has(capabilities.kv_cache_dtypes, QUIRE_KV_CACHE_FP8_E4M3_PER_TOKEN_HEAD));
+  CHECK(has(capabilities.kv_cache_dtypes, QUIRE_KV_CACHE_INT4_PER_TOKEN_HEAD));
   CHECK(has(capabilities.output_dtypes, QUIRE_DTYPE_FLOAT8_E4M3));
   CHECK(capabilities.min_head_size == 8 && capabilities.max_head_size == 576);
   CHECK(capabilities.head_size_multiple >= 1 && capabilities.block_size_multiple >= 1);
@@ -107,6 +108,9 @@ static void test_shapes(void) {
   CHECK(quire_backend_kv_cache_shape(0, 10, 16, 8, 128, "fp8_per_token_head", shape, &ndim) ==
         QUIRE_OK);
   CHECK(ndim == 5 && shape[4] == 132);
+  CHECK(quire_backend_kv_cache_shape(0, 10, 16, 8, 128, "int4_per_token_head", shape, &ndim) ==
+        QUIRE_OK);
+  CHECK(ndim == 5 && shape[4] == 68);
   EXPECT_INVALID(quire_backend_kv_cache_shape(0, 0, 16, 8, 128, NULL, shape, &ndim), "num_blocks");
   EXPECT_INVALID(quire_backend_kv_cache_shape(0, 10, 16, 8, 128, "fp4", shape, &ndim),
                  "cache_dtype_str");

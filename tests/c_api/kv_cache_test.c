@@ -120,7 +120,7 @@ static void test_layout_errors(void) {
   const quire_tensor rows = packed_tensor();
   EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, NULL, 0, 0), "kv_cache");
   EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &rows, 0, 0), "kv_cache");
-  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &whole, 8, 0), "dtype");
+  EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &whole, 9, 0), "dtype");
   EXPECT_INVALID(quire_kv_cache_from_combined(&cache, sizeof cache, &whole, -1, 0), "dtype");
   EXPECT_INVALID(
       quire_kv_cache_from_combined(&cache, sizeof cache, &whole, QUIRE_KV_CACHE_FP8_E4M3, 0),
@@ -137,7 +137,7 @@ static void test_layout_errors(void) {
 static void test_dtype_names(void) {
   const char* name = NULL;
   int32_t dtype = -1;
-  for (int32_t i = QUIRE_KV_CACHE_AUTO; i <= QUIRE_KV_CACHE_FP8_E4M3_PER_TOKEN_HEAD; ++i) {
+  for (int32_t i = QUIRE_KV_CACHE_AUTO; i <= QUIRE_KV_CACHE_INT4_PER_TOKEN_HEAD; ++i) {
     CHECK(quire_kv_cache_dtype_name(i, &name) == QUIRE_OK);
     CHECK(quire_kv_cache_dtype_from_name(name, &dtype) == QUIRE_OK && dtype == i);
   }
@@ -148,7 +148,7 @@ static void test_dtype_names(void) {
   EXPECT_INVALID(quire_kv_cache_dtype_from_name("fp4", &dtype), "kv_cache_dtype");
   EXPECT_INVALID(quire_kv_cache_dtype_from_name(NULL, &dtype), "kv_cache_dtype");
   EXPECT_INVALID(quire_kv_cache_dtype_from_name("fp8", NULL), "dtype");
-  EXPECT_INVALID(quire_kv_cache_dtype_name(8, &name), "kv_cache_dtype");
+  EXPECT_INVALID(quire_kv_cache_dtype_name(9, &name), "kv_cache_dtype");
   EXPECT_INVALID(quire_kv_cache_dtype_name(0, NULL), "name");
 
   quire_dtype stored = QUIRE_DTYPE_NONE;
@@ -158,6 +158,9 @@ static void test_dtype_names(void) {
   CHECK(quire_kv_cache_storage_dtype(QUIRE_KV_CACHE_INT8_PER_TOKEN_HEAD, QUIRE_DTYPE_FLOAT16,
                                      &stored) == QUIRE_OK);
   CHECK(stored == QUIRE_DTYPE_INT8);
+  CHECK(quire_kv_cache_storage_dtype(QUIRE_KV_CACHE_INT4_PER_TOKEN_HEAD, QUIRE_DTYPE_FLOAT16,
+                                     &stored) == QUIRE_OK);
+  CHECK(stored == QUIRE_DTYPE_UINT8);
   EXPECT_INVALID(quire_kv_cache_storage_dtype(-1, QUIRE_DTYPE_FLOAT16, &stored), "kv_cache_dtype");
   EXPECT_INVALID(quire_kv_cache_storage_dtype(0, 99, &stored), "model_dtype");
   EXPECT_INVALID(quire_kv_cache_storage_dtype(0, 1, NULL), "storage_dtype");

@@ -17,6 +17,7 @@ constexpr KvCacheDType kKinds[] = {
     KvCacheDType::kFp8E5M2,
     KvCacheDType::kInt8PerTokenHead,
     KvCacheDType::kFp8E4M3PerTokenHead,
+    KvCacheDType::kInt4PerTokenHead,
 };
 constexpr CacheLayout kLayouts[] = {CacheLayout::kNhd, CacheLayout::kHnd, CacheLayout::kPacked,
                                     CacheLayout::kPackedNhd, CacheLayout::kSeparate};
@@ -36,8 +37,9 @@ class CacheWriteRows : public testing::TestWithParam<const AttentionBackend*> {
     spec.seed = 23;
     spec.model_dtype = spec.config.dtype = model;
     spec.config.num_heads = spec.config.num_kv_heads = 3;
-    spec.config.head_size = sizes.k;
-    spec.config.head_size_v = sizes.v;
+    const std::int64_t unit = kind == KvCacheDType::kInt4PerTokenHead ? 2 : 1;
+    spec.config.head_size = (sizes.k + unit - 1) / unit * unit;
+    spec.config.head_size_v = (sizes.v + unit - 1) / unit * unit;
     spec.config.block_size = 16;
     spec.config.kv_cache_dtype = kind;
     spec.sequences = {{9, 9}, {2, 21}};
@@ -85,7 +87,8 @@ TEST_P(CacheWriteRows, OddStridesAndUnalignedBases) {
 TEST_P(CacheWriteRows, ScalesBehindEachRow) {
   for (const DType model : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
     for (const KvCacheDType kind :
-         {KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead}) {
+         {KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead,
+          KvCacheDType::kInt4PerTokenHead}) {
       for (const HeadSizes sizes : kSizes) {
         for (const CacheLayout layout : kLayouts) {
           CaseSpec spec = spec_of(model, kind, sizes);
@@ -99,7 +102,8 @@ TEST_P(CacheWriteRows, ScalesBehindEachRow) {
 }
 
 TEST_P(CacheWriteRows, AnyBlockSizeAndNumberOfHeads) {
-  for (const KvCacheDType kind : {KvCacheDType::kAuto, KvCacheDType::kInt8PerTokenHead}) {
+  for (const KvCacheDType kind :
+       {KvCacheDType::kAuto, KvCacheDType::kInt8PerTokenHead, KvCacheDType::kInt4PerTokenHead}) {
     for (const std::int64_t block_size : {1, 3, 7, 16, 24, 100, 1024}) {
       for (const std::int64_t heads : {1, 2, 5, 8, 17}) {
         CaseSpec spec = spec_of(DType::kBFloat16, kind, {32, 32});

@@ -7,7 +7,9 @@
 #include <limits>
 #include <vector>
 
+#include "conformance/int4.h"
 #include "conformance/number_format.h"
+#include "conformance/random.h"
 #include "tests/conformance/fixture.h"
 
 namespace quire::conformance {
@@ -31,8 +33,9 @@ class Written {
     }
     Tensor slot_mapping = make_tensor(DType::kInt64, {rows});
     for (std::int64_t r = 0; r < rows; ++r) slot_mapping.set_int64(r, slots[r]);
-    key_ = make_tensor(storage, {2, 4, 1, size_});
-    value_ = make_tensor(storage, {2, 4, 1, size_});
+    stored_size_ = stored_head_size(kind, size_);
+    key_ = make_tensor(storage, {2, 4, 1, stored_size_});
+    value_ = make_tensor(storage, {2, 4, 1, stored_size_});
     PagedKvCache cache;
     cache.dtype = kind;
     cache.key = buffers_.view(key_);
@@ -53,10 +56,18 @@ class Written {
     }
   }
 
-  // Elements of K at a slot, as stored (not multiplied by any scale).
+  // Elements of K at a slot, as stored (not multiplied by any scale). int4: bytes.
   std::vector<double> key(std::int64_t slot) const {
+    std::vector<double> row(stored_size_);
+    decode_row(key_.dtype, &after_[0][slot * stored_size_ * size_of(key_.dtype)], stored_size_,
+               row.data());
+    return row;
+  }
+  // K of an int4 cache, read back.
+  std::vector<double> int4_key(std::int64_t slot) const {
     std::vector<double> row(size_);
-    decode_row(key_.dtype, &after_[0][slot * size_ * size_of(key_.dtype)], size_, row.data());
+    const std::byte* bytes = &after_[0][slot * stored_size_];
+    read_int4_row(reinterpret_cast<const std::uint8_t*>(bytes), key_scale(slot), size_, row.data());
     return row;
   }
   float key_scale(std::int64_t slot) const {
@@ -79,6 +90,7 @@ class Written {
 
  private:
   std::int64_t size_;
+  std::int64_t stored_size_ = 0;
   DeviceBuffers buffers_;
   Tensor source_, key_, value_, k_scales_, v_scales_;
   std::vector<std::vector<std::byte>> after_;
@@ -207,21 +219,69 @@ TEST_P(CacheWrite, NanStaysNanInRowsOfFp8) {
   EXPECT_EQ(result.key(5)[1], 448.0);
 }
 
+// Two elements are one block: (a, b) becomes (a - b, a + b).
+TEST_P(CacheWrite, Int4RowsAreRotatedAndHaveAZeroPoint) {
+  const Written above = written(KvCacheDType::kInt4PerTokenHead, {8, 7});  // (1, 15)
+  EXPECT_EQ(above.key(5), (std::vector<double>{1 + 16 * 15}));
+  EXPECT_EQ(above.key_scale(5), 1.0F);
+  const Written around = written(KvCacheDType::kInt4PerTokenHead, {-4, 11});  // (-15, 7)
+  EXPECT_EQ(around.key(5), (std::vector<double>{0 + 16 * 15}));
+  EXPECT_EQ(parts_of_int4_scale(around.key_scale(5)).zero, 10);
+  EXPECT_NEAR(around.key_scale(5), 22.0 / 15.0, 1e-5);
+  const Written below = written(KvCacheDType::kInt4PerTokenHead, {-8, 7});  // (-15, -1)
+  EXPECT_EQ(below.key(5), (std::vector<double>{0 + 16 * 14}));
+  EXPECT_EQ(parts_of_int4_scale(below.key_scale(5)).zero, 15);
+}
+
+TEST_P(CacheWrite, Int4RowsReadBackAsWhatTheyWere) {
+  Rng rng(3);
+  for (const std::int64_t size : {8, 64, 80, 96, 128, 256, 512, 576}) {
+    for (const DType model : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
+      std::vector<float> row(size);
+      for (float& x : row) x = static_cast<float>(3 + 2 * rng.normal());
+      const std::vector<double> now =
+          written(KvCacheDType::kInt4PerTokenHead, row, 1.0F, model).int4_key(5);
+      double error = 0;
+      double norm = 0;
+      for (std::int64_t d = 0; d < size; ++d) {
+        error += (now[d] - row[d]) * (now[d] - row[d]);
+        norm += double{row[d]} * row[d];
+      }
+      EXPECT_LT(std::sqrt(error / norm), 0.2) << size << " " << to_string(model);
+    }
+  }
+}
+
+TEST_P(CacheWrite, Int4RowsThatAreNotFiniteAreNan) {
+  std::vector<float> row(96, 1.0F);
+  for (const float bad : {kNan, kInfinity, -kInfinity}) {
+    row[50] = bad;
+    for (const double x : written(KvCacheDType::kInt4PerTokenHead, row).int4_key(5)) {
+      EXPECT_TRUE(std::isnan(x));
+    }
+  }
+  const std::vector<float> zeros(96);
+  EXPECT_EQ(written(KvCacheDType::kInt4PerTokenHead, zeros).int4_key(5),
+            std::vector<double>(96, 0.0));
+}
+
 TEST_P(CacheWrite, EveryModelDTypeIntoEveryCache) {
-  std::vector<float> row(41);
-  for (std::size_t d = 0; d < row.size(); ++d) row[d] = 0.37F * static_cast<float>(d) - 7.0F;
   for (const DType model : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
-    for (int kind = 0; kind <= static_cast<int>(KvCacheDType::kFp8E4M3PerTokenHead); ++kind) {
+    for (int kind = 0; kind <= static_cast<int>(KvCacheDType::kInt4PerTokenHead); ++kind) {
       const auto dtype = static_cast<KvCacheDType>(kind);
+      const std::int64_t size = dtype == KvCacheDType::kInt4PerTokenHead ? 42 : 41;
+      std::vector<float> row(size);
+      for (std::size_t d = 0; d < row.size(); ++d) row[d] = 0.37F * static_cast<float>(d) - 7.0F;
       const Written result = written(dtype, row, 0.05F, model);
       const DType storage = storage_dtype(dtype, model);
-      Tensor source = make_tensor(model, {41});
-      for (std::int64_t d = 0; d < 41; ++d) source.set({d}, row[d]);
-      const Tensor wanted = make_tensor(storage, {41});
+      Tensor source = make_tensor(model, {size});
+      for (std::int64_t d = 0; d < size; ++d) source.set({d}, row[d]);
+      const std::int64_t stored = stored_head_size(dtype, size);
+      const Tensor wanted = make_tensor(storage, {stored});
       float scale = 0;
-      quantise_row(dtype, model, source.at({0}), 41, 0.05F, storage, wanted.at({0}), &scale);
-      std::vector<double> values(41);
-      decode_row(storage, wanted.at({0}), 41, values.data());
+      quantise_row(dtype, model, source.at({0}), size, 0.05F, storage, wanted.at({0}), &scale);
+      std::vector<double> values(stored);
+      decode_row(storage, wanted.at({0}), stored, values.data());
       EXPECT_EQ(result.key(5), values) << to_string(model) << " into " << to_string(dtype);
       EXPECT_TRUE(result.only_changed({5}));
     }
@@ -235,7 +295,7 @@ TEST_P(CacheWrite, OddValuesAndScalesInRowsOfVectors) {
                                -kNan, 1e-38F,    -1e-40F,    65504,  -57344,   448.5F,  1e-7F,
                                -1.5F, 0.875F,    2.125F,     -0.01F, 0x1p-17F, 0x1p-10F};
   for (const DType model : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
-    for (int kind = 0; kind <= static_cast<int>(KvCacheDType::kFp8E4M3PerTokenHead); ++kind) {
+    for (int kind = 0; kind <= static_cast<int>(KvCacheDType::kInt4PerTokenHead); ++kind) {
       const auto dtype = static_cast<KvCacheDType>(kind);
       const DType storage = storage_dtype(dtype, model);
       for (const float scale : {1.0F, 0.37F, 3e20F, 0x1p-70F, 1e-39F}) {
@@ -251,12 +311,13 @@ TEST_P(CacheWrite, OddValuesAndScalesInRowsOfVectors) {
           const Written result = written(dtype, row, scale, model);
           const Tensor source = make_tensor(model, {64});
           for (std::int64_t d = 0; d < 64; ++d) source.set({d}, row[d]);
-          const Tensor wanted = make_tensor(storage, {64});
+          const std::int64_t stored = stored_head_size(dtype, 64);
+          const Tensor wanted = make_tensor(storage, {stored});
           float own_scale = 0;
           quantise_row(dtype, model, source.at({0}), 64, scale, storage, wanted.at({0}),
                        &own_scale);
           const std::vector<double> values = result.key(5);
-          for (std::int64_t d = 0; d < 64; ++d) {
+          for (std::int64_t d = 0; d < stored; ++d) {
             // int8 has no NaN: those, and all of a row whose scale is infinite, are 0.
             const double x = source.get({d});
             const bool zero = storage == DType::kInt8 && (std::isnan(x) || std::isinf(own_scale));

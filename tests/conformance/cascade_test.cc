@@ -76,7 +76,8 @@ TEST_P(CascadeTest, SlidingWindows) {
 }
 
 TEST_P(CascadeTest, CacheTypes) {
-  for (const KvCacheDType cache : {KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead}) {
+  for (const KvCacheDType cache :
+       {KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead, KvCacheDType::kInt4PerTokenHead}) {
     for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
       CaseSpec spec = decode_spec(dtype, 400);
       spec.config.kv_cache_dtype = cache;

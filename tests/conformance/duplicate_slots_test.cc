@@ -51,7 +51,8 @@ class DuplicateSlotsTest : public testing::TestWithParam<const AttentionBackend*
     Tensor scales[2];
     std::vector<std::byte> wanted[4];
     for (int side = 0; side < 2; ++side) {
-      caches[side] = make_tensor(storage, {num_blocks, kBlock, kHeads, kSize});
+      caches[side] =
+          make_tensor(storage, {num_blocks, kBlock, kHeads, stored_head_size(kind, kSize)});
       if (is_per_token_head(kind)) {
         scales[side] = make_tensor(DType::kFloat32, {num_blocks, kBlock, kHeads});
       }
@@ -110,8 +111,9 @@ class DuplicateSlotsTest : public testing::TestWithParam<const AttentionBackend*
 };
 
 TEST_P(DuplicateSlotsTest, ManyTokensForTwoSlots) {
-  for (const KvCacheDType kind : {KvCacheDType::kAuto, KvCacheDType::kInt8PerTokenHead,
-                                  KvCacheDType::kFp8E4M3PerTokenHead, KvCacheDType::kFp8E4M3}) {
+  for (const KvCacheDType kind :
+       {KvCacheDType::kAuto, KvCacheDType::kInt8PerTokenHead, KvCacheDType::kFp8E4M3PerTokenHead,
+        KvCacheDType::kFp8E4M3, KvCacheDType::kInt4PerTokenHead}) {
     std::vector<std::int64_t> slots(512);
     for (std::size_t t = 0; t < slots.size(); ++t) slots[t] = t % 2 == 0 ? 5 : 21;
     check(kind, DType::kBFloat16, 2, slots, 4);

@@ -122,8 +122,11 @@ TEST_P(EdgeTest, BlocksThatAreNotThereReadAsZeros) {
   CaseSpec spec = small_spec({{1, 30}, {5, 17}});
   spec.wild_blocks = 3;
   check(spec);
-  spec.config.kv_cache_dtype = KvCacheDType::kInt8PerTokenHead;
-  check(spec);
+  for (const KvCacheDType dtype :
+       {KvCacheDType::kInt8PerTokenHead, KvCacheDType::kInt4PerTokenHead}) {
+    spec.config.kv_cache_dtype = dtype;
+    check(spec);
+  }
 }
 
 // Keys of a block that is not there have score 0. Where all others are far below, their weights must

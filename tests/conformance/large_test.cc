@@ -80,7 +80,8 @@ TEST_P(LargeBatchTest, DecodesOfEqualLengthFillTheDevice) {
 
 TEST_P(LargeBatchTest, DecodesOfEqualLengthOfEveryCache) {
   if (is_reference()) GTEST_SKIP() << "takes minutes";
-  for (const KvCacheDType dtype : {KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead}) {
+  for (const KvCacheDType dtype :
+       {KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead, KvCacheDType::kInt4PerTokenHead}) {
     for (const bool fp8_query : {false, true}) {
       if (fp8_query && dtype != KvCacheDType::kFp8E4M3) continue;
       CaseSpec spec = large_spec({32, 8, 128, 128}, equal_decodes(160, 600));

@@ -12,6 +12,7 @@
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 #include "quire/types.h"
+#include "semantics/int4.h"
 #include "semantics/quant.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -96,6 +97,20 @@ void widen_row(const void* row, std::int32_t size, float scale, float* HWY_RESTR
   for (; i < padded; ++i) to[i] = 0.0F;
 }
 
+// The same of an int4 row, whose scale holds its zero point too. Compilers make vectors of it.
+inline void widen_int4_row(const void* row, std::int32_t size, float scale, float* HWY_RESTRICT to,
+                           std::int32_t padded) {
+  const auto* bytes = static_cast<const std::uint8_t*>(row);
+  const semantics::Int4Scale stored(scale);
+  const auto zero = static_cast<std::int32_t>(stored.zero);
+  for (std::int32_t i = 0; i < size / 2; ++i) {
+    const std::int32_t byte = bytes[i];
+    to[2 * i] = static_cast<float>((byte & 15) - zero) * stored.scale;
+    to[2 * i + 1] = static_cast<float>((byte >> 4) - zero) * stored.scale;
+  }
+  for (std::int32_t i = size; i < padded; ++i) to[i] = 0.0F;
+}
+
 using WidenRow = void (*)(const void*, std::int32_t, float, float*, std::int32_t);
 
 HWY_INLINE WidenRow widener(DType dtype) {
@@ -105,6 +120,7 @@ HWY_INLINE WidenRow widener(DType dtype) {
     case DType::kBFloat16: return widen_row<DType::kBFloat16>;
     case DType::kFloat8E4M3: return widen_row<DType::kFloat8E4M3>;
     case DType::kFloat8E5M2: return widen_row<DType::kFloat8E5M2>;
+    case semantics::kInt4: return widen_int4_row;
     default: return widen_row<DType::kInt8>;
   }
 }
