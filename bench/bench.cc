@@ -44,16 +44,16 @@ struct MemoryNeed {
 MemoryNeed memory_need(const Workload& workload, const Options& options,
                        std::int64_t rotation_bytes, std::int64_t budget) {
   const Model& model = workload.model;
-  const ElementBytes element = element_bytes(options);
+  const ElementSizes sizes = element_sizes(options);
   const std::int64_t tokens = std::max(workload.num_tokens(), kFillTokens);
   MemoryNeed need;
   need.cache_bytes = 2 * count_blocks(workload, options.block_size) * options.block_size *
-                     model.num_kv_heads * (model.head_size * element.kv + element.kv_scale);
+                     model.num_kv_heads * sizes.kv_row(model.head_size);
   need.other_bytes =
-      2 * tokens * (model.num_heads + model.num_kv_heads) * model.head_size * element.query;
+      2 * tokens * (model.num_heads + model.num_kv_heads) * model.head_size * sizes.query;
   if (options.device == DeviceType::kCuda) {
-    need.write_bytes = 2 * tokens * model.num_kv_heads * model.head_size * element.query +
-                       write_bytes(workload, element);
+    need.write_bytes = 2 * tokens * model.num_kv_heads * model.head_size * sizes.query +
+                       write_bytes(workload, sizes);
   }
   const std::int64_t wanted = (rotation_bytes + need.cache_bytes - 1) / need.cache_bytes;
   // Of each layer of a chain as many.
@@ -98,8 +98,8 @@ Result measure(const Workload& workload, const Options& options, const MemoryNee
   Result result;
   result.workload = workload;
   result.flops = flops(workload);
-  result.bytes = bytes(workload, element_bytes(options));
-  result.write_bytes = write_bytes(workload, element_bytes(options));
+  result.bytes = bytes(workload, element_sizes(options));
+  result.write_bytes = write_bytes(workload, element_sizes(options));
   result.num_caches = static_cast<int>(need.num_caches);
   result.cache_bytes = layer.cache_bytes();
 
@@ -137,9 +137,10 @@ std::int64_t memory_budget(const Machine& machine) {
 
 }  // namespace
 
-ElementBytes element_bytes(const Options& options) {
+ElementSizes element_sizes(const Options& options) {
   return {.query = size_of(options.dtype),
-          .kv = size_of(storage_dtype(options.kv_cache_dtype, options.dtype)),
+          .kv_bits = stored_head_size(options.kv_cache_dtype, 8) *
+                     size_of(storage_dtype(options.kv_cache_dtype, options.dtype)),
           .kv_scale = is_per_token_head(options.kv_cache_dtype) ? 4 : 0};
 }
 

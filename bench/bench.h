@@ -69,7 +69,7 @@ struct Report {
 };
 
 // Sizes of a stored element for the options' dtypes.
-ElementBytes element_bytes(const Options& options);
+ElementSizes element_sizes(const Options& options);
 
 // Told before each workload, for people who wait.
 using Progress = std::function<void(int index, int count, const Workload& workload)>;

@@ -37,7 +37,7 @@ CacheLayout::CacheLayout(const Model& model, const Options& options, std::int64_
     : model_(model), options_(options), num_blocks_(num_blocks) {
   const DType storage = storage_dtype(options.kv_cache_dtype, options.dtype);
   const std::int64_t rows = num_blocks * 2 * options.block_size * model.num_kv_heads;
-  data_bytes = rows * model.head_size * size_of(storage);
+  data_bytes = rows * stored_head_size(options.kv_cache_dtype, model.head_size) * size_of(storage);
   if (is_per_token_head(options.kv_cache_dtype)) scale_bytes = rows * size_of(DType::kFloat32);
 }
 
@@ -45,7 +45,7 @@ PagedKvCache CacheLayout::view(void* data, void* scales) const {
   const Device device{options_.device, 0};
   const DType storage = storage_dtype(options_.kv_cache_dtype, options_.dtype);
   const std::int64_t heads = model_.num_kv_heads;
-  const std::int64_t row = model_.head_size;
+  const std::int64_t row = stored_head_size(options_.kv_cache_dtype, model_.head_size);
   const std::int64_t size = options_.block_size;
   const std::int64_t head_stride = options_.heads_first ? size * row : row;
   const std::int64_t slot_stride = options_.heads_first ? row : heads * row;

@@ -169,22 +169,21 @@ std::int64_t flops(const Workload& workload) {
   return 4 * pairs * workload.model.num_heads * workload.model.head_size;
 }
 
-std::int64_t bytes(const Workload& workload, const ElementBytes& element) {
+std::int64_t bytes(const Workload& workload, const ElementSizes& sizes) {
   const Model& model = workload.model;
   std::int64_t keys = 0;
   for (const Sequence& s : workload.batch) {
     keys += needed_keys(s, model.sliding_window) - workload.shared_prefix;
   }
   keys += workload.shared_prefix;
-  const std::int64_t kv_row = model.head_size * element.kv + element.kv_scale;
-  const std::int64_t query_row = model.head_size * element.query;
-  return 2 * keys * model.num_kv_heads * kv_row +
+  const std::int64_t query_row = model.head_size * sizes.query;
+  return 2 * keys * model.num_kv_heads * sizes.kv_row(model.head_size) +
          2 * workload.num_tokens() * model.num_heads * query_row;
 }
 
-std::int64_t write_bytes(const Workload& workload, const ElementBytes& element) {
+std::int64_t write_bytes(const Workload& workload, const ElementSizes& sizes) {
   const Model& model = workload.model;
-  const std::int64_t row = model.head_size * (element.query + element.kv) + element.kv_scale;
+  const std::int64_t row = model.head_size * sizes.query + sizes.kv_row(model.head_size);
   return 2 * workload.num_tokens() * model.num_kv_heads * row;
 }
 

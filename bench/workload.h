@@ -37,12 +37,13 @@ struct Workload {
   std::int64_t max_seq_len() const;
 };
 
-// Bytes of one stored K or V row of one head, and of one element of the query and the output. fp8
-// and int8 rows with a scale of their own count it.
-struct ElementBytes {
+// Bytes of one element of the query and the output, bits of one of K and V as they are stored, and
+// bytes of the scale of their rows, where each has one of its own.
+struct ElementSizes {
   std::int64_t query = 2;
-  std::int64_t kv = 2;
+  std::int64_t kv_bits = 16;
   std::int64_t kv_scale = 0;
+  std::int64_t kv_row(std::int64_t head_size) const { return head_size * kv_bits / 8 + kv_scale; }
 };
 
 // Visible (query, key) pairs of one sequence under causality and the sliding window.
@@ -53,10 +54,10 @@ std::int64_t needed_keys(const Sequence& sequence, std::int64_t sliding_window);
 // 4 * pairs * num_heads * head_size: a multiplication and an addition for Q K and for P V.
 std::int64_t flops(const Workload& workload);
 // Each needed K and V row once, the query and the output.
-std::int64_t bytes(const Workload& workload, const ElementBytes& element = {});
+std::int64_t bytes(const Workload& workload, const ElementSizes& sizes = {});
 
 // K and V of the new tokens: read in the query's dtype, written as the cache stores them.
-std::int64_t write_bytes(const Workload& workload, const ElementBytes& element = {});
+std::int64_t write_bytes(const Workload& workload, const ElementSizes& sizes = {});
 
 // Reads and checks a workload file (see bench/cases/workloads.json). Throws std::runtime_error that
 // names the file, the workload and the member that is wrong; stored flops and bytes that the

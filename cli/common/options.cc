@@ -53,7 +53,7 @@ CLI::Validator number_in(double low, double high) {
 
 CLI::Validator kv_cache_dtype_name() {
   return CLI::IsMember({"auto", "float16", "bfloat16", "float32", "fp8_e4m3", "fp8_e5m2",
-                        "int8_per_token_head", "fp8_per_token_head"});
+                        "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head"});
 }
 
 }  // namespace quire::cli

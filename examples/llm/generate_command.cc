@@ -188,8 +188,9 @@ void run(Options options) {
   report.total_seconds = seconds_since(start);
   report.device = options.device;
   report.backend = model.backend_name();
+  const KvCacheDType cache = model.options().kv_cache_dtype;
   report.kv_cache_dtype =
-      quire::to_string(storage_dtype(model.options().kv_cache_dtype, ops->dtype()));
+      cache == KvCacheDType::kAuto ? quire::to_string(ops->dtype()) : quire::to_string(cache);
   report.num_threads = ops->context().threads->num_threads();
   report.block_size = options.block_size;
   report.num_blocks = options.num_blocks;

@@ -153,8 +153,8 @@ void Model::allocate_cache(Layer& layer) {
     cache_bytes_ += view.num_elements() * size_of(type);
     return view;
   };
-  layer.cache.key = add(dtype, {config_.head_size});
-  layer.cache.value = add(dtype, {config_.head_size_v});
+  layer.cache.key = add(dtype, {stored_head_size(options_.kv_cache_dtype, config_.head_size)});
+  layer.cache.value = add(dtype, {stored_head_size(options_.kv_cache_dtype, config_.head_size_v)});
   layer.cache.dtype = options_.kv_cache_dtype;
   if (is_per_token_head(options_.kv_cache_dtype)) {
     layer.cache.k_scale_cache = add(DType::kFloat32, {});

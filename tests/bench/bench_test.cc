@@ -88,7 +88,8 @@ TEST_P(BenchOnDevice, MeasuresEveryWorkload) {
 
 TEST_P(BenchOnDevice, TakesEveryCacheDtypeAndLayout) {
   for (const KvCacheDType dtype :
-       {KvCacheDType::kFloat32, KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead}) {
+       {KvCacheDType::kFloat32, KvCacheDType::kFp8E4M3, KvCacheDType::kInt8PerTokenHead,
+        KvCacheDType::kInt4PerTokenHead}) {
     Options options = quick_options();
     options.kv_cache_dtype = dtype;
     options.dtype = DType::kFloat16;
@@ -96,7 +97,7 @@ TEST_P(BenchOnDevice, TakesEveryCacheDtypeAndLayout) {
     options.block_size = 8;
     const Report report = run({small_workloads().front()}, options);
     EXPECT_EQ(report.results.front().bytes,
-              bytes(report.results.front().workload, element_bytes(options)));
+              bytes(report.results.front().workload, element_sizes(options)));
     EXPECT_GT(report.fraction(report.results.front()), 0.0);
   }
 }

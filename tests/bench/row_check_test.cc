@@ -99,7 +99,8 @@ TEST_P(RowCheck, SeesWrongRows) {
 
 INSTANTIATE_TEST_SUITE_P(CacheDTypes, RowCheck,
                          testing::Values(KvCacheDType::kAuto, KvCacheDType::kFp8E4M3,
-                                         KvCacheDType::kInt8PerTokenHead),
+                                         KvCacheDType::kInt8PerTokenHead,
+                                         KvCacheDType::kInt4PerTokenHead),
                          [](const auto& param) { return std::string(to_string(param.param)); });
 
 }  // namespace

@@ -81,10 +81,12 @@ TEST(Workload, ElementSizesCount) {
   workload.model = {.name = "m", .num_heads = 4, .num_kv_heads = 2, .head_size = 8};
   workload.batch = {{1, 10}};
   EXPECT_EQ(bytes(workload), 2 * 10 * 2 * 8 * 2 + 2 * 4 * 8 * 2);
-  EXPECT_EQ(bytes(workload, {.query = 4, .kv = 1, .kv_scale = 4}),
+  EXPECT_EQ(bytes(workload, {.query = 4, .kv_bits = 8, .kv_scale = 4}),
             2 * 10 * 2 * (8 + 4) + 2 * 4 * 8 * 4);
+  EXPECT_EQ(bytes(workload, {.query = 4, .kv_bits = 4, .kv_scale = 4}),
+            2 * 10 * 2 * (4 + 4) + 2 * 4 * 8 * 4);
   EXPECT_EQ(write_bytes(workload), 2 * 2 * 8 * (2 + 2));
-  EXPECT_EQ(write_bytes(workload, {.query = 4, .kv = 1, .kv_scale = 4}), 2 * 2 * (8 * 5 + 4));
+  EXPECT_EQ(write_bytes(workload, {.query = 4, .kv_bits = 8, .kv_scale = 4}), 2 * 2 * (8 * 5 + 4));
 }
 
 TEST(Workload, ScalingKeepsShapeAndHitsTheCost) {

@@ -101,7 +101,7 @@ TEST_F(CudaEngine, AnswersAreTheCpus) {
 
 TEST_F(CudaEngine, RunsWithEveryCacheType) {
   for (const char* name : {"float16", "bfloat16", "float32", "fp8", "fp8_e5m2",
-                           "int8_per_token_head", "fp8_per_token_head"}) {
+                           "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head"}) {
     ModelOptions options{.num_blocks = 64, .block_size = 16};
     options.kv_cache_dtype = parse_kv_cache_dtype(name);
     for (const auto& answer : answers(options, DeviceType::kCuda)) {

@@ -117,7 +117,7 @@ TEST(Engine, AgreesWithTheReferenceBackend) {
 // Smaller types change answers; the model's own type does not.
 TEST(Engine, RunsWithEveryCacheType) {
   for (const char* name : {"auto", "float16", "bfloat16", "float32", "fp8", "fp8_e5m2",
-                           "int8_per_token_head", "fp8_per_token_head"}) {
+                           "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head"}) {
     ModelOptions options{.num_blocks = 64, .block_size = 16};
     options.kv_cache_dtype = parse_kv_cache_dtype(name);
     const Outcome outcome = generate(options);
