@@ -11,6 +11,7 @@ from .core import Mask, PagedKvCache, Plan, Score, attention, write_kv_cache
 
 # Plans by configuration, and on CUDA by stream: a plan's calls must be in one order, which one
 # stream gives. A list's pop and append are atomic, so a plan serves one thread at a time.
+MOST_KINDS = 64
 _idle: dict[tuple[Any, ...], list[Plan]] = {}
 
 
@@ -68,7 +69,17 @@ def attend(
         attention(plan, query, cache, output=output, lse=lse, score=score, **args)
         plan._batch = ()
     finally:
-        _idle.setdefault(key, []).append(plan)
+        _put_back(key, plan)
+
+
+def _put_back(key: tuple[Any, ...], plan: Plan) -> None:
+    _idle.setdefault(key, []).append(plan)
+    if len(_idle) > MOST_KINDS:
+        # The oldest kind goes; never one on CUDA, where a captured graph may use the plan's memory.
+        for old in list(_idle):
+            if old[-2] == "cpu" and old != key:
+                _idle.pop(old, None)
+                break
 
 
 def _take(query: Array, cache: PagedKvCache, mask: Mask) -> tuple[Any, Plan]:

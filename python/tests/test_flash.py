@@ -146,6 +146,16 @@ def test_cache_seqlens_may_be_a_number_or_missing(rng, convert):
             check(out[b], attend(q[b], k[b, :count], v[b, :count])[0])
 
 
+def test_plans_that_are_kept_are_bounded():
+    """Keys of another length are a cache of other blocks, so another kind of plan."""
+    from quire_attn import one_shot
+
+    for keys in range(1, one_shot.MOST_KINDS + 30):
+        x = np.ones((1, keys, 1, 8), np.float32)
+        qa.flash_attn_func(x, x, x)
+    assert len(one_shot._idle) <= one_shot.MOST_KINDS
+
+
 def test_rows_that_see_nothing(convert):
     """More rows than keys, causal: the first rows are before the first key."""
     ones = np.ones((1, 2, 1, 8), np.float32)
