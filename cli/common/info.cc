@@ -97,6 +97,20 @@ std::string head_text() {
   return text;
 }
 
+// For builds with CUDA.
+std::string block_advice() {
+  const auto& backends = attention_backends();
+  const bool has_cuda = std::any_of(backends.begin(), backends.end(), [](const auto* backend) {
+    return backend->device_type() == DeviceType::kCuda;
+  });
+  if (!has_cuda) return "";
+  return "\nOn an H100 cache blocks at distances that are multiples of 320 KiB are read at 0.8 of "
+         "the\n"
+         "bandwidth, on an H200 those of 3,008 KiB at 0.7 (a half, a fourth: 0.85, 0.91): pad "
+         "them, as\n"
+         "advised_block_bytes() of quire/backend.h says.\n";
+}
+
 }  // namespace
 
 std::span<const Feature> features() { return kFeatures; }
@@ -132,7 +146,7 @@ std::string info_text() {
       return std::string(b.capabilities().*feature.member ? "yes" : "-");
     });
   }
-  return head_text() + "\n" + table.text();
+  return head_text() + "\n" + table.text() + block_advice();
 }
 
 std::string kernels_text() {

@@ -164,6 +164,25 @@ BackendCapabilities full_capabilities() {
   return caps;
 }
 
+std::int64_t advised_block_bytes(std::int64_t block_bytes, std::int64_t step) {
+  // A few KiB more spread blocks over all channels (an H200: 256 bytes do).
+  constexpr std::int64_t kKiB = 1024;
+  constexpr std::int64_t kSlow[] = {5 * 64 * kKiB, 47 * 16 * kKiB};
+  constexpr std::int64_t kLeastPadding = 4 * kKiB;
+  constexpr std::int64_t kMost = std::int64_t{1} << 48;
+  check::that(block_bytes >= 1 && block_bytes <= kMost, "block_bytes", "1 to 2^48", block_bytes);
+  check::that(step >= 1 && step <= kMost, "step", "1 to 2^48", step);
+  const auto is_slow = [&](std::int64_t bytes) {
+    return std::any_of(std::begin(kSlow), std::end(kSlow),
+                       [&](std::int64_t slow) { return bytes % slow == 0; });
+  };
+  const std::int64_t padding = (kLeastPadding + step - 1) / step * step;
+  for (std::int64_t bytes = block_bytes; bytes <= block_bytes + 2 * padding; bytes += padding) {
+    if (!is_slow(bytes)) return bytes;
+  }
+  return block_bytes;  // so large a step does not help
+}
+
 std::vector<std::int64_t> AttentionBackend::kv_cache_shape(std::int64_t num_blocks,
                                                            std::int64_t block_size,
                                                            std::int64_t num_kv_heads,

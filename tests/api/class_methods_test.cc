@@ -63,6 +63,23 @@ TEST_P(ClassMethods, CacheShapes) {
             "cache_dtype_str");
 }
 
+TEST(AdvisedBlockBytes, KeepsClearOfSlowDistances) {
+  constexpr std::int64_t kKiB = 1024;
+  EXPECT_EQ(advised_block_bytes(64 * kKiB), 64 * kKiB);
+  for (const std::int64_t slow : {320 * kKiB, 640 * kKiB, 752 * kKiB, 3008 * kKiB, 3760 * kKiB}) {
+    EXPECT_EQ(advised_block_bytes(slow), slow + 4 * kKiB);
+    EXPECT_EQ(advised_block_bytes(slow, 256), slow + 4 * kKiB);
+    EXPECT_EQ(advised_block_bytes(slow, 8 * kKiB), slow + 8 * kKiB);
+    EXPECT_EQ(advised_block_bytes(slow - 4 * kKiB), slow - 4 * kKiB);
+  }
+  // 640 + 112 is the next slow one.
+  EXPECT_EQ(advised_block_bytes(640 * kKiB, 112 * kKiB), (640 + 2 * 112) * kKiB);
+  EXPECT_EQ(advised_block_bytes(320 * kKiB, 320 * kKiB), 320 * kKiB) << "nothing would help";
+  EXPECT_EQ(argument_named_by([] { advised_block_bytes(0); }), "block_bytes");
+  EXPECT_EQ(argument_named_by([] { advised_block_bytes(1, 0); }), "step");
+  EXPECT_EQ(argument_named_by([] { advised_block_bytes(1, std::int64_t{1} << 62); }), "step");
+}
+
 TEST_P(ClassMethods, BuilderAndLayer) {
   const AttentionBackend& backend = *GetParam();
   Call call(Call::default_spec(), backend);
