@@ -49,7 +49,7 @@ class VerifyTest(unittest.TestCase):
         os.close(terminal)
         out, _ = process.communicate()
         self.assertEqual(process.returncode, 0, out)
-        passed = re.fullmatch(r"(\d\d) passed, 0 failed", out.splitlines()[-1]).group(1)
+        passed = re.fullmatch(r"(\d+) passed, 0 failed", out.splitlines()[-1]).group(1)
         self.assertEqual(set(re.findall(rb" of (\d+), ", progress)), {passed.encode()})
 
     def test_isa(self):
