@@ -73,7 +73,7 @@ class CudaLayer {
       keys_.push_back(duplicate(keys_[0]));
       values_.push_back(duplicate(values_[0]));
     }
-    add_copies(write_bytes(workload, element_bytes(options)) / 2, num_caches);
+    add_copies(write_bytes(workload, element_sizes(options)) / 2, num_caches);
     check(cudaStreamSynchronize(stream_));
   }
   ~CudaLayer() { cudaStreamDestroy(stream_); }
@@ -285,8 +285,8 @@ Result measure_cuda(const Workload& workload, const Options& options, std::int64
   Result result;
   result.workload = workload;
   result.flops = flops(workload);
-  result.bytes = bytes(workload, element_bytes(options));
-  result.write_bytes = write_bytes(workload, element_bytes(options));
+  result.bytes = bytes(workload, element_sizes(options));
+  result.write_bytes = write_bytes(workload, element_sizes(options));
   result.num_caches = static_cast<int>(num_caches);
   result.cache_bytes = layer.cache_bytes();
   layer.plan();

@@ -263,6 +263,7 @@ std::vector<Sequence> shorten_to(const std::vector<Sequence>& sequences, double 
                                  std::int64_t sliding_window) {
   const auto at = [&](double factor) {
     std::vector<Sequence> out;
+    out.reserve(sequences.size());
     for (const Sequence& s : sequences) out.push_back(shortened(s, factor, sliding_window));
     return out;
   };
@@ -281,6 +282,7 @@ void scale_kind(const Workload& workload, const std::vector<std::size_t>& indice
   if (indices.empty()) return;
   const std::int64_t window = workload.model.sliding_window;
   std::vector<Sequence> all;
+  all.reserve(indices.size());
   for (const std::size_t i : indices) all.push_back(workload.batch[i]);
   const double pairs = scale * static_cast<double>(total_pairs(all, window));
 
@@ -288,6 +290,7 @@ void scale_kind(const Workload& workload, const std::vector<std::size_t>& indice
   const auto count = static_cast<std::size_t>(std::max(wanted, 1.0));
   const std::vector<std::size_t> kept = thin_out(workload.batch, indices, count);
   std::vector<Sequence> sequences;
+  sequences.reserve(kept.size());
   for (const std::size_t i : kept) sequences.push_back(workload.batch[i]);
   // A few per cent too much are as good, and whole lengths are the better likeness.
   if (static_cast<double>(total_pairs(sequences, window)) > 1.1 * pairs) {

@@ -71,7 +71,7 @@ class Reader {
   Tensor optional(const std::string& name) const { return has(name) ? tensor(name) : Tensor{}; }
 
   Tensor optional_float32(const std::string& name) const {
-    const Tensor stored = optional(name);
+    Tensor stored = optional(name);
     if (!stored || stored.dtype == DType::kFloat32) return stored;
     std::vector<float> values;
     for (std::int64_t i = 0; i < stored.shape[0]; ++i) {

@@ -12,7 +12,6 @@
 namespace quire {
 namespace {
 
-using conformance::Buffer;
 using conformance::CaseSpec;
 using conformance::make_tensor;
 using conformance::Tensor;

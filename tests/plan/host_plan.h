@@ -232,7 +232,7 @@ class HostPlan {
       const TileRule* rule = i < kNumRules ? &args_.rules[i] : &args_.shared;
       const ScheduleHeader& header = *rule->header;
       if (header.num_tiles > rule->max_tiles || header.num_ctas > rule->grid) return "counts";
-      if (rule->policy.max_uncut == kNeverCut && header.whole_tiles != header.num_tiles) {
+      if (rule->policy.max_uncut == cuda::kNeverCut && header.whole_tiles != header.num_tiles) {
         return "an item that may be cut";
       }
       std::int64_t cost = 0;
