@@ -59,8 +59,8 @@ class Visits {
  private:
   void add_units(const WorkTile& tile, std::int32_t first, std::int32_t count, std::int64_t row) {
     const std::int64_t begin = std::max<std::int64_t>(std::int64_t{first} * kKvTile, tile.kv_begin);
-    const std::int64_t end =
-        std::min<std::int64_t>(std::int64_t{first + count} * kKvTile, std::min(tile.kv_len, tile.visible_end));
+    const std::int64_t end = std::min<std::int64_t>(std::int64_t{first + count} * kKvTile,
+                                                    std::min(tile.kv_len, tile.visible_end));
     if (begin < end) keys_[row].emplace_back(begin, end);
   }
 
