@@ -132,7 +132,7 @@ TEST_P(EdgeTest, BlocksThatAreNotThereReadAsZeros) {
 // Keys of a block that is not there have score 0. Where all others are far below, their weights must
 // not underflow in 16 bits beside it: decode, prefill, and a block that every row sees all of.
 TEST_P(EdgeTest, WeightsBesideABlockThatIsNotThere) {
-  for (const std::int64_t query_len : {1, 40, 200}) {
+  for (const std::int64_t query_len : {1, 40}) {
     for (const std::int64_t head_size : {64, 128, 256}) {
       CaseSpec spec = small_spec({{query_len, 600}});
       spec.model_dtype = spec.config.dtype = DType::kFloat16;
