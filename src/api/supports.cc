@@ -167,7 +167,7 @@ BackendCapabilities full_capabilities() {
 std::int64_t advised_block_bytes(std::int64_t block_bytes, std::int64_t step) {
   // A few KiB more spread blocks over all channels (an H200: 256 bytes do).
   constexpr std::int64_t kKiB = 1024;
-  constexpr std::int64_t kSlow[] = {std::int64_t{5 * 64} * kKiB, std::int64_t{47 * 16} * kKiB};
+  constexpr std::int64_t kSlow[] = {std::int64_t{5} * 64 * kKiB, std::int64_t{47} * 16 * kKiB};
   constexpr std::int64_t kLeastPadding = 4 * kKiB;
   constexpr std::int64_t kMost = std::int64_t{1} << 48;
   check::that(block_bytes >= 1 && block_bytes <= kMost, "block_bytes", "1 to 2^48", block_bytes);
