@@ -58,7 +58,6 @@ struct AttentionConfig {
   // announced one. Never done when batch_invariant is set. CUDA: found on the device, where they
   // save enough to pay for a launch of their own on every call; neither found nor announced ones
   // are used with a window, in a captured graph's plan, and in batches planned in its buffers.
-  // Layers that the kernels for Hopper serve do without found ones.
   bool auto_cascade = true;
 
   // "" picks the best backend of the device ("cpu", "cuda"); "reference" is float64 plain loops.

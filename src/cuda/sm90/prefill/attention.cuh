@@ -344,7 +344,7 @@ class PrefillConsumer {
     }
   }
 
-  // Normalises the rows of a whole item and leaves them over their queries, for store_output().
+  // Normalises the rows of a whole item and leaves them over their queries, for RowCopier.
   __device__ __forceinline__ void leave_rows(const Split& split) {
     const std::uint32_t own = queries() + static_cast<std::uint32_t>(warp()) * 16 * 128;
     float scale[2];
