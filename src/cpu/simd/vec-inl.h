@@ -103,7 +103,7 @@ inline void widen_int4_row(const void* row, std::int32_t size, float scale, floa
   const auto* bytes = static_cast<const std::uint8_t*>(row);
   const semantics::Int4Scale stored(scale);
   const auto zero = static_cast<std::int32_t>(stored.zero);
-  for (std::int32_t i = 0; i < size / 2; ++i) {
+  for (std::ptrdiff_t i = 0; i < size / 2; ++i) {
     const std::int32_t byte = bytes[i];
     to[2 * i] = static_cast<float>((byte & 15) - zero) * stored.scale;
     to[2 * i + 1] = static_cast<float>((byte >> 4) - zero) * stored.scale;
