@@ -17,6 +17,7 @@
 #include "bench/limits.h"
 #include "bench/machine.h"
 #include "bench/statistics.h"
+#include "quire/backend.h"
 
 // Accumulators that are in flight at a time. A multiply-add takes 4 cycles on 2 pipes, up to 4 on
 // Arm: 8 to 16 hide that. 12 and two constants fit into the 16 registers of AVX2; with 32
@@ -98,6 +99,10 @@ double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
+double run_best_fma(std::int64_t num_steps, float start, float* sink) {
+  return HWY_DYNAMIC_DISPATCH(run_fma)(num_steps, start, sink);
+}
+
 class CpuLimitMeter final : public LimitMeter {
  public:
   CpuLimitMeter(ThreadPool& threads, std::size_t max_buffer_bytes)
@@ -110,7 +115,11 @@ class CpuLimitMeter final : public LimitMeter {
           }
         },
         num_chunks());
-    fma_steps_ = choose_fma_steps();
+    if (attention_backend("cpu").instruction_set() == "AMX") {
+      multiply_ = run_tile_products;
+      multiply_name_ = "bf16 AMX tile products";
+    }
+    multiply_steps_ = choose_multiply_steps();
   }
 
   LimitSample measure() override {
@@ -119,7 +128,7 @@ class CpuLimitMeter final : public LimitMeter {
     const Clock::time_point begin = Clock::now();
     do {
       bytes.push_back(measure_read());
-      flops.push_back(measure_fma());
+      flops.push_back(measure_multiply());
     } while (bytes.size() < kMaxPasses && seconds_since(begin) < kMaxSeconds);
     return {median(bytes), median(flops)};
   }
@@ -131,14 +140,13 @@ class CpuLimitMeter final : public LimitMeter {
   }
 
   std::string flops_method() const override {
-    return std::string("fp32 ") + HWY_DYNAMIC_DISPATCH(target_name)() + " multiply-adds, " +
-           std::to_string(threads_.num_threads()) + " threads";
+    return multiply_name_ + ", " + std::to_string(threads_.num_threads()) + " threads";
   }
 
  private:
   static constexpr std::size_t kMaxPasses = 3;
-  static constexpr double kMaxSeconds = 0.3;        // reached by slow machines and sanitizers
-  static constexpr double kFmaTaskSeconds = 0.005;  // long beside waking a thread
+  static constexpr double kMaxSeconds = 0.3;             // reached by slow machines and sanitizers
+  static constexpr double kMultiplyTaskSeconds = 0.005;  // long beside waking a thread
   static constexpr std::int64_t kChunkWords = std::int64_t{1} << 18;  // 2 MiB, taken by any thread
   static constexpr std::int64_t kChunkBytes = kChunkWords * 8;
 
@@ -150,18 +158,18 @@ class CpuLimitMeter final : public LimitMeter {
     return std::max<std::size_t>(num_bytes / kChunkBytes, 1) * kChunkBytes;
   }
 
-  // Enough for a task of kFmaTaskSeconds. The fastest of a few trials: the first one may have to
+  // Enough for a task of kMultiplyTaskSeconds. The fastest of a few trials: the first one may have to
   // wake the vector unit, any may be interrupted.
-  static std::int64_t choose_fma_steps() {
+  std::int64_t choose_multiply_steps() const {
     constexpr std::int64_t kTrialSteps = 10'000;
     double seconds = 1.0;
     for (int trial = 0; trial < 5; ++trial) {
       float sink = 0.0F;
       const Clock::time_point begin = Clock::now();
-      HWY_DYNAMIC_DISPATCH(run_fma)(kTrialSteps, 1.0F, &sink);
+      multiply_(kTrialSteps, 1.0F, &sink);
       seconds = std::min(seconds, std::max(seconds_since(begin), 1e-7));
     }
-    return static_cast<std::int64_t>(kTrialSteps * std::max(kFmaTaskSeconds / seconds, 1.0));
+    return static_cast<std::int64_t>(kTrialSteps * std::max(kMultiplyTaskSeconds / seconds, 1.0));
   }
 
   std::int64_t num_chunks() const {
@@ -190,7 +198,7 @@ class CpuLimitMeter final : public LimitMeter {
     return static_cast<double>(buffer_.size()) / seconds;
   }
 
-  double measure_fma() {
+  double measure_multiply() {
     // Several tasks a thread, so that one held up by another process does not hold up all.
     const std::int64_t num_tasks = 4 * threads_.num_threads();
     std::vector<double> flops(static_cast<std::size_t>(num_tasks));
@@ -199,7 +207,7 @@ class CpuLimitMeter final : public LimitMeter {
     run(
         [&](std::int64_t task) {
           const auto i = static_cast<std::size_t>(task);
-          flops[i] = HWY_DYNAMIC_DISPATCH(run_fma)(fma_steps_, 1.0F, &sinks[i]);
+          flops[i] = multiply_(multiply_steps_, 1.0F, &sinks[i]);
         },
         num_tasks);
     const double seconds = seconds_since(begin);
@@ -213,7 +221,11 @@ class CpuLimitMeter final : public LimitMeter {
 
   ThreadPool& threads_;
   Buffer buffer_;
-  std::int64_t fma_steps_ = 0;
+  // The products that the kernels' instruction set has: fp32 multiply-adds, or bf16 tiles.
+  double (*multiply_)(std::int64_t, float, float*) = run_best_fma;
+  std::string multiply_name_ =
+      std::string("fp32 ") + HWY_DYNAMIC_DISPATCH(target_name)() + " multiply-adds";
+  std::int64_t multiply_steps_ = 0;
   volatile float sink_ = 0.0F;
 };
 

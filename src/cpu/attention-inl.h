@@ -4,10 +4,11 @@
 //     find the rows of its keys through the block table (kv_tile-inl.h) ->
 //     S = Q K^T -> score_mod, mask, online softmax (softmax-inl.h) -> O = alpha O + P V
 //
-// Three ways to S and P V:
+// Four ways to S and P V:
 //   decode-inl.h          few rows: memory-bound, K and V straight from the cache
 //   decode_widened-inl.h  few rows, int4 or head sizes that are not whole vectors: fp32 copies
 //   prefill-inl.h         many rows: compute-bound, K and V widened into panels once for all rows
+//   prefill_tiles-inl.h   the same in bf16 by tile instructions
 //
 // Bytes: each K and V row that is needed is read once per work tile. Flops: 4 x rows x keys x head
 // size. Threads share nothing while they run.
@@ -25,6 +26,7 @@
 #include "cpu/kernels.h"
 #include "cpu/kv_tile-inl.h"
 #include "cpu/prefill-inl.h"
+#include "cpu/prefill_tiles-inl.h"
 #include "cpu/simd/vec-inl.h"
 #include "cpu/softmax-inl.h"
 #include "semantics/softmax_state.h"
@@ -33,6 +35,7 @@ HWY_BEFORE_NAMESPACE();
 namespace quire::cpu::HWY_NAMESPACE {
 
 inline void load_queries(const WorkItem& item) {
+  if (item.multiply_tiles != nullptr) return load_tile_queries(item);
   const AttentionParams& p = *item.params;
   const LayerParams& layer = p.layer;
   const WidenRow widen = widener(layer.dtype);
@@ -77,9 +80,10 @@ inline void attend_chunk(const WorkItem& item, std::int32_t kv_tile_begin, std::
   const LayerParams& layer = item.params->layer;
   const bool whole_vectors = layer.head_size % kVec == 0 && layer.head_size_v % kVec == 0 &&
                              layer.kv_dtype != semantics::kInt4;
-  const auto attend = !item.tile->decode ? attend_prefill
-                      : whole_vectors    ? attend_decode
-                                         : attend_decode_widened;
+  const auto attend = item.multiply_tiles != nullptr ? attend_prefill_tiles
+                      : !item.tile->decode           ? attend_prefill
+                      : whole_vectors                ? attend_decode
+                                                     : attend_decode_widened;
   clear(item, out);
   KvTile kv_tiles[2];  // this one and the next
   resolve_kv_tile(item, kv_tile_begin, &kv_tiles[kv_tile_begin & 1]);

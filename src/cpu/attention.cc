@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/layer_plan.h"
+#include "cpu/tuning.h"
 #include "semantics/int4.h"
 #include "semantics/quant.h"
 #include "semantics/softmax_state.h"
@@ -88,6 +89,7 @@ class Call {
     item.params = &p_;
     item.tile = &tile;
     item.scratch = &scratch;
+    if (!tile.decode && uses_tiles(layer_)) item.multiply_tiles = kernels_.multiply_tiles;
     item.rows = tile.num_tokens * layer_.group;
     item.head_rows = head_rows(layer_, tile);
     item.query_scale = query_scale_;

@@ -20,7 +20,7 @@ HWY_BEFORE_NAMESPACE();
 namespace quire::cpu::HWY_NAMESPACE {
 
 Kernels table() {
-  return {hwy::TargetName(HWY_TARGET), load_queries, attend_chunk, combine, store_row};
+  return {hwy::TargetName(HWY_TARGET), nullptr, load_queries, attend_chunk, combine, store_row};
 }
 
 }  // namespace quire::cpu::HWY_NAMESPACE
@@ -45,20 +45,32 @@ std::vector<std::int64_t> usable_targets() {
   return targets;  // best first: Highway numbers better targets lower
 }
 
-Kernels choose() {
-  std::int64_t allowed = hwy::SupportedTargets();
-  const char* forced = std::getenv("QUIRE_CPU_ISA");
-  if (forced != nullptr && *forced != '\0') {
-    std::string usable;
-    allowed = 0;
-    for (const std::int64_t target : usable_targets()) {
-      usable += (usable.empty() ? "" : ", ") + name_of(target);
-      if (name_of(target) == forced) allowed = target;
-    }
-    if (allowed == 0) throw Error("QUIRE_CPU_ISA", "one of " + usable, forced);
-  }
-  hwy::GetChosenTarget().Update(allowed);
+// The kernels of the best of these targets.
+Kernels kernels_of(std::int64_t targets) {
+  hwy::GetChosenTarget().Update(targets);
   return HWY_DYNAMIC_DISPATCH(table)();
+}
+
+// The kernels of the best target, with products by tiles.
+Kernels kernels_with_tiles(const char* isa, MultiplyTiles multiply_tiles) {
+  Kernels kernels = kernels_of(hwy::SupportedTargets());
+  kernels.isa = isa;
+  kernels.multiply_tiles = multiply_tiles;
+  return kernels;
+}
+
+Kernels choose() {
+  const char* forced = std::getenv("QUIRE_CPU_ISA");
+  if (forced == nullptr || *forced == '\0') return kernels_of(hwy::SupportedTargets());
+  const std::string name = forced;
+  if (name == "AMX" && amx_is_usable()) return kernels_with_tiles("AMX", multiply_tiles_amx);
+  if (name == "AMX_PORTABLE") return kernels_with_tiles("AMX_PORTABLE", multiply_tiles_portable);
+  std::string usable = amx_is_usable() ? "AMX" : "";
+  for (const std::int64_t target : usable_targets()) {
+    usable += (usable.empty() ? "" : ", ") + name_of(target);
+    if (name_of(target) == name) return kernels_of(target);
+  }
+  throw Error("QUIRE_CPU_ISA", "one of " + usable, forced);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/plan.h"
+#include "cpu/tiles.h"
 #include "params.h"
 
 namespace quire::cpu {
@@ -15,7 +16,7 @@ namespace quire::cpu {
 // Rows and columns of scratch tiles are padded to these, whatever the ISA.
 inline constexpr std::int32_t kPadK = 16;  // head_size: the widest vector
 inline constexpr std::int32_t kPadV = 64;  // head_size_v: the widest panel
-inline constexpr std::int64_t kMaxKvTile = 64;
+inline constexpr std::int64_t kMaxKvTile = 128;
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -66,6 +67,23 @@ struct TileToken {
   semantics::Spans visible;
 };
 
+// An element of V that is NaN or infinite, or whose scale is.
+struct NonfiniteValue {
+  std::int32_t key = 0;  // of the kv tile
+  std::int32_t column = 0;
+  float value = 0.0F;
+};
+
+// Scratch of prefill_tiles-inl.h: bf16, in the layouts of TileProduct.
+struct TileScratch {
+  std::uint16_t* q = nullptr;     // [head_rows, padded head_size]
+  std::uint16_t* k = nullptr;     // tiles of K transposed
+  std::uint16_t* v = nullptr;     // tiles of V
+  std::uint16_t* p = nullptr;     // [32 rows, kMaxKvTile] weights
+  std::uint16_t* rows = nullptr;  // a few rows of K or V before they become tiles
+  std::vector<NonfiniteValue> nonfinite;
+};
+
 // One thread's scratch: everything an item needs, sized by the plan's largest.
 struct Scratch {
   AlignedFloats memory;
@@ -78,8 +96,9 @@ struct Scratch {
   float* s = nullptr;        // [rows, kMaxKvTile] logits, then weights
   float* alpha = nullptr;    // [rows] rescaling of earlier sums and outputs
   float* new_max = nullptr;  // [rows]
-  Partial item_partial;      // of the chunks of an item so far
-  Partial chunk_partial;     // of one chunk, to be combined with item_partial
+  TileScratch tiles;
+  Partial item_partial;   // of the chunks of an item so far
+  Partial chunk_partial;  // of one chunk, to be combined with item_partial
 };
 
 // Everything a kernel needs to know about the item it works on.
@@ -87,6 +106,7 @@ struct WorkItem {
   const AttentionParams* params = nullptr;
   const WorkTile* tile = nullptr;
   Scratch* scratch = nullptr;
+  MultiplyTiles multiply_tiles = nullptr;  // where the tile is one of tile instructions
   std::int32_t first_kv_head = 0;
   std::int32_t kv_heads = 0;
   std::int32_t rows = 0;           // of one kv head: num_tokens * group, group fastest
@@ -104,6 +124,7 @@ struct WorkItem {
 // The kernels of one ISA.
 struct Kernels {
   const char* isa;
+  MultiplyTiles multiply_tiles;  // null: none, tiles are widened to fp32
   // Fills scratch->q.
   void (*load_queries)(const WorkItem& item);
   // Attends to the kv tiles [kv_tile_begin, kv_tile_end) of the item's tile; overwrites `out`.
@@ -118,8 +139,9 @@ struct Kernels {
                     DType dtype);
 };
 
-// Kernels for this machine, or for QUIRE_CPU_ISA if set (AVX3, AVX2, NEON, SCALAR). Throws Error if
-// that ISA is unknown to this build or missing on this machine.
+// Kernels for this machine, or for QUIRE_CPU_ISA if set: AVX3, AVX2, NEON, SCALAR, or AMX, which is
+// AVX3 with the tile instructions. AMX_PORTABLE is AMX's arithmetic in plain code, for tests. Throws
+// Error if that ISA is unknown to this build or missing on this machine.
 const Kernels& kernels();
 
 }  // namespace quire::cpu

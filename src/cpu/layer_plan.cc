@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cpu/tuning.h"
+
 namespace quire::cpu {
 
 void CpuPlan::update(const BatchParams& batch, const Context& ctx) {
@@ -32,16 +34,23 @@ void CpuPlan::size_scratch(Scratch* scratch) const {
   const std::int64_t keys = std::max<std::int64_t>(work_.max_item_keys, kMaxKvTile);
   const std::int64_t k = padded_k();
   const std::int64_t v = padded_v();
+  const bool has_tiles = uses_tiles(layer_);
+  const auto tile_words = [&](std::int64_t count) { return has_tiles ? count / 2 : 0; };
   const std::int64_t counts[] = {
-      item_rows * k,        // q
-      keys * k,             // k
-      keys * v,             // v
-      kPadK * k,            // staging
-      rows * kMaxKvTile,    // s
-      rows,                 // alpha
-      rows,                 // new_max
-      item_rows * (v + 2),  // item_partial
-      item_rows * (v + 2),  // chunk_partial
+      item_rows * k,                                             // q
+      keys * k,                                                  // k
+      keys * v,                                                  // v
+      kPadK * std::max(round_up(k, kTileDepth), v),              // staging
+      rows * kMaxKvTile,                                         // s
+      rows,                                                      // alpha
+      rows,                                                      // new_max
+      tile_words(rows * round_up(k, kTileDepth)),                // tiles.q
+      tile_words(kMaxKvTile * round_up(k, kTileDepth)),          // tiles.k
+      tile_words(kMaxKvTile * v),                                // tiles.v
+      tile_words(kTileRows * 2 * kMaxKvTile),                    // tiles.p
+      tile_words(kPadK * std::max(round_up(k, kTileDepth), v)),  // tiles.rows
+      item_rows * (v + 2),                                       // item_partial
+      item_rows * (v + 2),                                       // chunk_partial
   };
   std::int64_t total = 0;
   for (const std::int64_t count : counts) total += round_up(count, kPadK);
@@ -61,6 +70,10 @@ void CpuPlan::size_scratch(Scratch* scratch) const {
   scratch->alpha = take();
   scratch->new_max = take();
   std::fill(scratch->new_max, scratch->new_max + rows, 0.0F);
+  TileScratch& tiles = scratch->tiles;
+  for (std::uint16_t** part : {&tiles.q, &tiles.k, &tiles.v, &tiles.p, &tiles.rows}) {
+    *part = reinterpret_cast<std::uint16_t*>(take());
+  }
   for (Partial* partial : {&scratch->item_partial, &scratch->chunk_partial}) {
     partial->o = take();
     partial->max = partial->o + item_rows * v;

@@ -30,6 +30,12 @@ struct Columns {
   std::int32_t end = 0;
 };
 
+// Rows of an item, all of one kv head. A multiple of 16 begins them.
+struct Rows {
+  std::int32_t begin = 0;
+  std::int32_t end = 0;
+};
+
 HWY_INLINE Columns columns_of(semantics::Span span, std::int64_t first, std::int32_t count) {
   return {static_cast<std::int32_t>(std::clamp<std::int64_t>(span.begin - first, 0, count)),
           static_cast<std::int32_t>(std::clamp<std::int64_t>(span.end - first, 0, count))};
@@ -98,14 +104,14 @@ HWY_INLINE float mask_and_max(Columns a, Columns b, std::int32_t padded, float* 
 
 // score_mod, mask and row maxima of S, for kv head h of the item.
 HWY_INLINE void mask_scores(const WorkItem& item, const KvTile& kv_tile, std::int32_t h,
-                            std::int32_t padded) {
+                            const Rows& rows, std::int32_t padded) {
   const AttentionParams& p = *item.params;
   const LayerParams& layer = p.layer;
   const Scratch& scratch = *item.scratch;
   const bool has_cap_or_alibi = layer.soft_cap > 0 || layer.alibi_slopes != nullptr;
-  for (std::int32_t r = 0; r < item.rows; ++r) {
+  for (std::int32_t r = rows.begin; r < rows.end; ++r) {
     const TileToken& token = scratch.tokens[r / layer.group];
-    float* s = scratch.s + r * kMaxKvTile;
+    float* s = scratch.s + (r - rows.begin) * kMaxKvTile;
     if (has_cap_or_alibi) {
       soft_cap_and_alibi(layer, (item.first_kv_head + h) * layer.group + r % layer.group, token,
                          kv_tile.first, padded, s);
@@ -120,11 +126,11 @@ HWY_INLINE void mask_scores(const WorkItem& item, const KvTile& kv_tile, std::in
 // ---- running maximum and sum --------------------------------------------------------------------
 
 // New maxima, and what earlier sums and outputs are multiplied with. Vectors run over rows.
-HWY_INLINE void update_max(const WorkItem& item, const Partial& state) {
+HWY_INLINE void update_max(const WorkItem& item, const Rows& rows, const Partial& state) {
   const Df d;
   const Scratch& scratch = *item.scratch;
   const Vf minus_infinity = hn::Set(d, kMinusInfinity);
-  for (std::int32_t r = 0; r < item.rows; r += kVec) {
+  for (std::int32_t r = rows.begin; r < rows.end; r += kVec) {
     const Vf old_max = hn::LoadU(d, state.max + r);
     const Vf max = hn::Max(old_max, hn::LoadU(d, scratch.new_max + r));
     const Vf shift = hn::IfThenElse(hn::Eq(max, minus_infinity), hn::Zero(d), max);
@@ -135,11 +141,12 @@ HWY_INLINE void update_max(const WorkItem& item, const Partial& state) {
 }
 
 // S -> P = exp(S - shift) * 2^-kWeightsDownLog2 in place, and the row sums.
-HWY_INLINE void exponentiate(const WorkItem& item, std::int32_t padded, const Partial& state) {
+HWY_INLINE void exponentiate(const WorkItem& item, const Rows& rows, std::int32_t padded,
+                             const Partial& state) {
   const Df d;
   const Scratch& scratch = *item.scratch;
-  for (std::int32_t r = 0; r < item.rows; ++r) {
-    float* s = scratch.s + r * kMaxKvTile;
+  for (std::int32_t r = rows.begin; r < rows.end; ++r) {
+    float* s = scratch.s + (r - rows.begin) * kMaxKvTile;
     const Vf shift = hn::Set(d, scratch.new_max[r]);
     Vf sum = hn::Zero(d);
     for (std::int32_t t = 0; t < padded; t += kVec) {
@@ -157,13 +164,19 @@ HWY_INLINE Partial head_of(const WorkItem& item, const Partial& out, std::int32_
   return {out.o + row * item.padded_v, out.max + row, out.sum + row};
 }
 
-// All steps between S and P V.
+// All steps between S and P V. scratch->s holds the S of `rows`, whole vectors of `padded` keys.
+HWY_INLINE void softmax(const WorkItem& item, const KvTile& kv_tile, std::int32_t h,
+                        const Rows& rows, std::int32_t padded, const Partial& state) {
+  mask_scores(item, kv_tile, h, rows, padded);
+  update_max(item, rows, state);
+  exponentiate(item, rows, padded, state);
+}
+
+// The same of all rows of the item.
 HWY_INLINE void softmax(const WorkItem& item, const KvTile& kv_tile, std::int32_t h,
                         const Partial& state) {
-  const auto padded = static_cast<std::int32_t>(round_up(kv_tile.count, kVec));
-  mask_scores(item, kv_tile, h, padded);
-  update_max(item, state);
-  exponentiate(item, padded, state);
+  softmax(item, kv_tile, h, {0, item.rows},
+          static_cast<std::int32_t>(round_up(kv_tile.count, kVec)), state);
 }
 
 // ---- values that are not finite -----------------------------------------------------------------

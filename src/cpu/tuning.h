@@ -4,9 +4,21 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/kernels.h"
 #include "params.h"
 
 namespace quire::cpu {
+
+// Whether prefill multiplies by tile instructions: where the ISA has them and everything that they
+// multiply is exact in bf16. Queries of fp16 would lose 3 bits, and those of fp32 16.
+inline bool uses_tiles(const LayerParams& layer) {
+  if (kernels().multiply_tiles == nullptr) return false;
+  const auto is_exact = [](DType dtype) {
+    return dtype == DType::kBFloat16 || dtype == DType::kFloat8E4M3 ||
+           dtype == DType::kFloat8E5M2 || dtype == DType::kInt8;
+  };
+  return is_exact(layer.dtype) && is_exact(layer.kv_dtype);
+}
 
 // How the queries and keys of one sequence are tiled. Depends on the layer and on the sequence's
 // own query length only (batch invariance).
@@ -27,6 +39,10 @@ inline constexpr std::int32_t kDecodeRows = 32;
 // head size 128 then take 200 KiB, a fraction of a 1 MiB L2.
 inline constexpr std::int32_t kPrefillRows = 96;
 
+// Keys of a prefill tile on tile instructions: loading and storing a row's O then costs a quarter of
+// its products.
+inline constexpr std::int32_t kTilesKvTile = 128;
+
 // Up to this many rows the work is memory-bound enough that cutting the keys of a sequence, or
 // looking for a shared prefix, can pay. Longer queries reuse the keys that they read.
 inline constexpr std::int32_t kSplitRows = 64;
@@ -40,6 +56,8 @@ inline TilePolicy tile_policy(const LayerParams& layer, std::int64_t query_len) 
   if (rows <= kDecodeRows) {
     policy.decode = true;
     policy.kv_tile = 32;  // K and V as fp32 at head size 128: 32 KiB, the size of an L1
+  } else if (uses_tiles(layer)) {
+    policy.kv_tile = kTilesKvTile;
   }
   policy.splittable = rows <= kSplitRows;
   policy.min_kv_tiles_per_chunk = kMinChunkKeys / policy.kv_tile;
@@ -52,6 +70,7 @@ inline TilePolicy tile_policy(const LayerParams& layer, std::int64_t query_len) 
 // and their keys are many, so they are cut whatever their rows.
 inline TilePolicy shared_prefix_policy(const LayerParams& layer) {
   TilePolicy policy;
+  if (uses_tiles(layer)) policy.kv_tile = kTilesKvTile;
   policy.splittable = true;
   policy.min_kv_tiles_per_chunk = kMinChunkKeys / policy.kv_tile;
   policy.tokens = std::max(kPrefillRows / layer.group, 1);

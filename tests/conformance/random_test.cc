@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <iostream>
+#include <iterator>
 #include <string>
 
 #include "conformance/golden.h"
@@ -24,6 +26,12 @@ bool cpu_has(const std::string& isa) {
 #if defined(__x86_64__)
   if (isa == "AVX3") return __builtin_cpu_supports("avx512bw") != 0;
   if (isa == "AVX2") return __builtin_cpu_supports("avx2") != 0;
+  if (isa == "AMX") {
+    std::ifstream cpuinfo("/proc/cpuinfo");
+    const std::string text(std::istreambuf_iterator<char>(cpuinfo), {});
+    return text.find(" amx_bf16") != std::string::npos;
+  }
+  if (isa == "AMX_PORTABLE") return true;
   return isa == "SCALAR";
 #else
   return isa == "NEON";  // the baseline there: no scalar build
