@@ -55,9 +55,17 @@ inline void load_queries(const WorkItem& item) {
   }
 }
 
+// Rows of padding between kv heads keep whatever their outputs hold: with one query row a head they
+// are fifteen of sixteen.
 HWY_INLINE void clear(const WorkItem& item, const Partial& out) {
   const std::int64_t rows = std::int64_t{item.head_rows} * item.kv_heads;
-  std::fill(out.o, out.o + rows * item.padded_v, 0.0F);
+  // Decode works in blocks of up to 4 rows, tile instructions on 16.
+  const std::int64_t touched =
+      item.multiply_tiles != nullptr ? item.head_rows : round_up(item.rows, 4);
+  for (std::int32_t h = 0; h < item.kv_heads; ++h) {
+    float* o = head_of(item, out, h).o;
+    std::fill(o, o + touched * item.padded_v, 0.0F);
+  }
   std::fill(out.max, out.max + rows, kMinusInfinity);
   std::fill(out.sum, out.sum + rows, 0.0F);
 }

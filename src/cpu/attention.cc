@@ -181,7 +181,13 @@ class Call {
   }
 
   void combine(const WorkItem& item, const Partial& into, const Partial& later) const {
-    kernels_.combine(into, later, item.head_rows * item.kv_heads, item.padded_v);
+    for (std::int32_t h = 0; h < item.kv_heads; ++h) {
+      const std::int64_t row = std::int64_t{h} * item.head_rows;
+      const auto head = [&](const Partial& all) {
+        return Partial{all.o + row * item.padded_v, all.max + row, all.sum + row};
+      };
+      kernels_.combine(head(into), head(later), item.rows, item.padded_v);
+    }
   }
 
   void store_item(const WorkItem& item, const Partial& partial, bool shared) {

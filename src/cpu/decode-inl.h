@@ -17,6 +17,7 @@
 #define QUIRE_CPU_DECODE_INL_H_
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -75,22 +76,23 @@ HWY_INLINE void decode_scores(const StoredRows& keys, std::int32_t count, const 
   }
 }
 
-// o[r][0, kVectors vectors) = alpha[r] * o[r] + sum_t s[r][t] * v[t]
+// o[r][0, kVectors vectors) = alpha[r] * o[r] + sum_t s[r][t] * v[t], t in [begin, end)
 template <DType kDType, int kRows, int kVectors>
-HWY_INLINE void decode_values(const StoredRows& values, std::int32_t count, std::int32_t column,
-                              const float* s, const float* alpha, float* o, std::int64_t padded_v) {
+HWY_INLINE void decode_values(const StoredRows& values, std::int32_t begin, std::int32_t end,
+                              std::int32_t column, const float* s, const float* alpha, float* o,
+                              std::int64_t padded_v) {
   const Df d;
   Vf acc[kRows][kVectors];
   HWY_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
-    HWY_UNROLL(4)
+    HWY_UNROLL(8)
     for (int v = 0; v < kVectors; ++v) {
       acc[r][v] = hn::Mul(hn::Set(d, alpha[r]), hn::Load(d, o + r * padded_v + v * kVec));
     }
   }
-  for (std::int32_t t = 0; t < count; ++t) {
+  for (std::int32_t t = begin; t < end; ++t) {
     Vf x[kVectors];
-    HWY_UNROLL(4)
+    HWY_UNROLL(8)
     for (int v = 0; v < kVectors; ++v) {
       prefetch_vector<kDType>(values.prefetch[t], column + v * kVec);
       x[v] = load_widened<kDType>(values.row[t], static_cast<std::size_t>(column + v * kVec));
@@ -98,13 +100,13 @@ HWY_INLINE void decode_values(const StoredRows& values, std::int32_t count, std:
     HWY_UNROLL(4)
     for (int r = 0; r < kRows; ++r) {
       const Vf weight = hn::Set(d, s[r * kMaxKvTile + t]);
-      HWY_UNROLL(4)
+      HWY_UNROLL(8)
       for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(weight, x[v], acc[r][v]);
     }
   }
   HWY_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
-    HWY_UNROLL(4)
+    HWY_UNROLL(8)
     for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], d, o + r * padded_v + v * kVec);
   }
 }
@@ -138,17 +140,37 @@ void head_scores(const StoredRows& keys, std::int32_t count, const float* q, std
   });
 }
 
+// Keys whose V rows are multiplied before the next columns. In an NHD cache the rows of a head lie
+// 2 KiB and more apart, in few sets of L1: with 8 ways, 32 rows pushed each other out before their
+// second half line was used.
+constexpr std::int32_t kKeysOfValues = HWY_TARGET == HWY_AVX2 ? 8 : kMaxKvTile;
+inline constexpr float kOnes[4] = {1.0F, 1.0F, 1.0F, 1.0F};
+
+// From `column` on: as wide as fits, then the rest by halves.
+template <DType kDType, int kRows, int kVectors>
+HWY_INLINE void columns_of_values(const StoredRows& values, std::int32_t begin, std::int32_t end,
+                                  std::int32_t column, std::int32_t head_size_v, const float* s,
+                                  const float* alpha, float* o, std::int64_t padded_v) {
+  for (; column + kVectors * kVec <= head_size_v; column += kVectors * kVec) {
+    decode_values<kDType, kRows, kVectors>(values, begin, end, column, s, alpha, o + column,
+                                           padded_v);
+  }
+  if constexpr (kVectors > 1) {
+    columns_of_values<kDType, kRows, kVectors / 2>(values, begin, end, column, head_size_v, s,
+                                                   alpha, o, padded_v);
+  }
+}
+
 template <DType kDType, int kRows>
 HWY_INLINE void block_values(const StoredRows& values, std::int32_t count, std::int32_t head_size_v,
                              const float* s, const float* alpha, float* o, std::int64_t padded_v) {
   // 16 accumulators of 32 registers, or 8 of 16.
-  constexpr int kVectors = HWY_TARGET == HWY_AVX2 ? 2 : 4;
-  std::int32_t column = 0;
-  for (; column + kVectors * kVec <= head_size_v; column += kVectors * kVec) {
-    decode_values<kDType, kRows, kVectors>(values, count, column, s, alpha, o + column, padded_v);
-  }
-  for (; column < head_size_v; column += kVec) {
-    decode_values<kDType, kRows, 1>(values, count, column, s, alpha, o + column, padded_v);
+  constexpr int kVectors = HWY_TARGET == HWY_AVX2 ? 8 / kRows : 4;
+  for (std::int32_t begin = 0; begin < count; begin += kKeysOfValues) {
+    const std::int32_t end = std::min(begin + kKeysOfValues, count);
+    const float* kept = begin == 0 ? alpha : kOnes;
+    columns_of_values<kDType, kRows, kVectors>(values, begin, end, 0, head_size_v, s, kept, o,
+                                               padded_v);
   }
 }
 
