@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Times Quire and the peers that are installed on the same workloads, in one run on one GPU.
+"""Times Quire and the peers that are installed on the same workloads, in one run on one machine.
 
     bench/compare/compare_peers.py --quire build/cuda/bin/quire --json result.json
+    bench/compare/compare_peers.py --device cpu --quire build/release/bin/quire --json result.json
 
-Needs PyTorch with CUDA. Peers: vLLM's Triton kernel, FlashAttention-3 (vLLM's or
-flash_attn_interface), FlashInfer, and over contiguous K and V cuDNN and torch's own kernels. Each
-one's output is compared with float32 on sampled rows before it is timed. A peer that is not
-installed, refuses a workload or is wrong is listed with the reason. README.md describes the JSON.
+Needs PyTorch. Peers on a GPU: vLLM's Triton kernel, FlashAttention-3 (vLLM's or
+flash_attn_interface), FlashInfer, and over contiguous K and V cuDNN and torch's own kernels; on a
+CPU: vLLM's CPU attention and torch's. Each one's output is compared with float32 on sampled rows
+before it is timed. A peer that is not installed, refuses a workload or is wrong is listed with the
+reason. README.md describes the JSON.
 """
 
 import argparse
@@ -19,14 +21,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 try:
     import torch
 except ImportError:
-    sys.exit("compare_peers.py: PyTorch with CUDA is needed: pip install torch")
+    sys.exit("compare_peers.py: PyTorch is needed: pip install torch")
 
 from paged_batch import PagedBatch
 from peers import PEERS, Refused, first_line
+from peers_cpu import CPU_PEERS
 
 DEFAULT_WORKLOADS = pathlib.Path(__file__).parent.parent / "cases" / "workloads.json"
 # Of the largest value of a row and head. bf16 has steps of 0.4 %, and kernels round the weights to
@@ -56,9 +60,11 @@ def run_quire(args, workload):
     path = os.pathsep.join([os.environ.get("LD_LIBRARY_PATH", ""), *map(str, libraries)])
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "quire.json"
-        command = [args.quire, "bench", "--device", "cuda", "--workload", args.workload,
+        command = [args.quire, "bench", "--device", args.device, "--workload", args.workload,
                    "--only", workload["name"], "--block-size", str(args.block_size),
                    "--min-time", str(args.min_time), "--json", str(out)]
+        if args.device == "cpu":
+            command += ["--threads", str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True, check=False,
                               env={**os.environ, "LD_LIBRARY_PATH": path})
         if done.returncode != 0:
@@ -99,6 +105,18 @@ def time_graph(call, num_caches, min_ms, min_repeats=3):
     return samples
 
 
+def time_calls(call, num_caches, min_ms, min_repeats=3):
+    """Microseconds of each call, over the caches in turn."""
+    call(0)
+    samples, total_us = [], 0.0
+    while total_us < min_ms * 1e3 or len(samples) < min_repeats:
+        begin = time.perf_counter_ns()
+        call(len(samples) % num_caches)
+        samples.append((time.perf_counter_ns() - begin) / 1e3)
+        total_us += samples[-1]
+    return samples
+
+
 def measure_peer(peer, batch, expected, min_ms):
     """Its entry for a workload: checked and timed, or why not."""
     try:
@@ -110,21 +128,25 @@ def measure_peer(peer, batch, expected, min_ms):
                     "error": error if math.isfinite(error) else None}
         for i in range(1, len(batch.caches)):
             call(i)
-        torch.cuda.synchronize()
-        samples = time_graph(call, len(batch.caches), min_ms)
+        if batch.device == "cpu":
+            samples = time_calls(call, len(batch.caches), min_ms)
+        else:
+            torch.cuda.synchronize()
+            samples = time_graph(call, len(batch.caches), min_ms)
     except Refused as reason:
         return {"refused": str(reason)}
     # Peers refuse by exceptions of all kinds.
     except Exception as reason:  # pylint: disable=broad-except
-        torch.cuda.synchronize()  # a broken device ends the run here
+        if batch.device != "cpu":
+            torch.cuda.synchronize()  # a broken device ends the run here
         return {"refused": first_line(reason)}
     return summary(samples, error)
 
 
-def load_peers(names):
+def load_peers(candidates, names):
     """The peers that can be imported, and why the others cannot."""
     peers, missing = [], {}
-    for peer in PEERS:
+    for peer in candidates:
         if names and peer.name not in names:
             continue
         try:
@@ -163,11 +185,17 @@ def driver_version():
     return lines.split("\n")[0]
 
 
+def versions_of(device):
+    if device == "cpu":
+        return {"torch": torch.__version__}
+    return {"driver": driver_version(), "cuda": torch.version.cuda}
+
+
 def describe_run(args, peers, missing):
+    on_cpu = args.device == "cpu"
     return {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "device": torch.cuda.get_device_name(),
-            "versions": {"driver": driver_version(), "cuda": torch.version.cuda,
-                         **{peer.name: peer.version for peer in peers}},
+            "device": None if on_cpu else torch.cuda.get_device_name(),
+            "versions": {**versions_of(args.device), **{peer.name: peer.version for peer in peers}},
             "not_installed": missing,
             "unpaged": [peer.name for peer in peers if not peer.paged],
             "options": {"dtype": "bfloat16", "block_size": args.block_size,
@@ -178,12 +206,15 @@ def describe_run(args, peers, missing):
 
 def measure_workload(args, workload, model, peers):
     """What `quire bench` wrote, and the workload's entry."""
-    torch.cuda.empty_cache()  # quire gets the memory
+    if args.device != "cpu":
+        torch.cuda.empty_cache()  # quire gets the memory
     quire = run_quire(args, workload)
     measured = quire["workloads"][0]
-    batch = PagedBatch(workload, model, args.block_size, measured["num_caches"])
+    # On CPUs `quire bench` runs a part of each batch.
+    batch = PagedBatch({**workload, "batch": measured["batch"]}, model, args.block_size,
+                       measured["num_caches"], args.device)
     expected = {sample: batch.expected(*sample) for sample in batch.sample()}
-    results = {"quire": summary(measured["samples_us"], measured["max_error"])}
+    results = {"quire": summary(measured["samples_us"], measured.get("max_error"))}
     for peer in peers:
         results[peer.name] = measure_peer(peer, batch, expected, args.min_time)
     entry = {key: measured[key] for key in ("name", "flops", "bytes", "num_caches")}
@@ -191,7 +222,7 @@ def measure_workload(args, workload, model, peers):
 
 
 def run(args, workloads, models):
-    peers, missing = load_peers(args.peers)
+    peers, missing = load_peers(args.candidates, args.peers)
     result = describe_run(args, peers, missing)
     for index, workload in enumerate(workloads):
         if sys.stderr.isatty():
@@ -200,6 +231,10 @@ def run(args, workloads, models):
         quire, entry = measure_workload(args, workload, models[workload["model"]], peers)
         result["workloads"].append(entry)
         result["versions"]["quire"] = quire["quire_version"]
+        if args.device == "cpu":
+            machine = quire["machine"]
+            result["device"] = (f"{machine['cpu']}, {machine['num_threads']} threads, "
+                                f"{machine['instruction_set']}")
         limits = result["limits"]
         limits["samples"] += quire["limits"]["samples"]
         for key in ("read_method", "flops_method"):
@@ -214,8 +249,9 @@ def run(args, workloads, models):
 
 def print_table(result):
     limits, names = result["limits"], list(result["workloads"][0]["results"])
-    print(f"{result['device']}: read {limits['gb_per_s']:.0f} GB/s, bf16 GEMM "
-          f"{limits['gflop_per_s'] / 1000:.0f} TFLOP/s; microseconds (fraction of the limit)\n")
+    print(f"{result['device']}: read {limits['gb_per_s']:.4g} GB/s, "
+          f"{limits['gflop_per_s'] / 1000:.3g} TFLOP/s ({limits['flops_method']}); "
+          "microseconds (fraction of the limit)\n")
     print(f"{'workload':20}{'limit':>9}" + "".join(f"{name:>17}" for name in names))
     for workload in result["workloads"]:
         cells = [f"{entry['time_us']:.1f} ({entry['fraction']:.2f})" if "time_us" in entry else "-"
@@ -241,22 +277,30 @@ def print_table(result):
 
 
 def main():
+    all_names = dict.fromkeys(peer.name for peer in [*PEERS, *CPU_PEERS])
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quire", required=True, metavar="PROGRAM")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--workload", default=str(DEFAULT_WORKLOADS), metavar="FILE")
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="NAME,...",
                         help="these workloads only")
     parser.add_argument("--peers", type=lambda text: text.split(","), metavar="NAME,...",
-                        help="these peers only, of " + ", ".join(peer.name for peer in PEERS))
-    parser.add_argument("--block-size", type=int, default=16)
+                        help="these peers only, of " + ", ".join(all_names))
+    parser.add_argument("--block-size", type=int,
+                        help="default 16; 32 on CPUs, the smallest that vLLM takes there")
     parser.add_argument("--min-time", type=float, default=300.0, metavar="MS",
                         help="of timed calls, at least, for each (default 300)")
     parser.add_argument("--json", metavar="FILE", help="write everything")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    on_cpu = args.device == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
         fail("torch sees no CUDA device")
-    unknown = set(args.peers or ()) - {peer.name for peer in PEERS}
+    if on_cpu:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    args.block_size = args.block_size or (32 if on_cpu else 16)
+    args.candidates = CPU_PEERS if on_cpu else PEERS
+    unknown = set(args.peers or ()) - {peer.name for peer in args.candidates}
     if unknown:
         fail(f"--peers: no peer is called {', '.join(sorted(unknown))}")
     with open(args.workload, encoding="utf-8") as file:

@@ -1,10 +1,9 @@
-"""A workload in GPU memory as `quire bench` lays it out, and what its rows should be."""
+"""A workload in memory as `quire bench` lays it out, and what its rows should be."""
 
 import random
 
 import torch
 
-DEVICE = "cuda"
 DTYPE = torch.bfloat16
 SINK = 0.5  # the logit of every head's sink, as kSink in bench/layer.h
 SAMPLED_ROWS = 12
@@ -13,7 +12,8 @@ SAMPLED_ROWS = 12
 class PagedBatch:
     """Blocks of all sequences in random order; `num_caches` caches that calls take turns on."""
 
-    def __init__(self, workload, model, block_size, num_caches, seed=1):
+    def __init__(self, workload, model, block_size, num_caches, device="cuda", seed=1):
+        self.device = device
         self.name = workload["name"]
         self.num_heads, self.num_kv_heads = model["num_heads"], model["num_kv_heads"]
         self.head_size = model["head_size"]
@@ -31,17 +31,17 @@ class PagedBatch:
         self.blocks, num_blocks = self._place_blocks(shared, random.Random(seed))
         width = max(len(blocks) for blocks in self.blocks)
         table = [blocks + [0] * (width - len(blocks)) for blocks in self.blocks]
-        self.block_table = _int32(table)
-        self.query_start_loc = _int32(self.starts)
-        self.seq_lens_gpu = _int32(self.seq_lens)
-        generator = torch.Generator(DEVICE).manual_seed(seed)
+        self.block_table = self._int32(table)
+        self.query_start_loc = self._int32(self.starts)
+        self.seq_lens_tensor = self._int32(self.seq_lens)
+        generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape):
-            return torch.randn(shape, dtype=DTYPE, device=DEVICE, generator=generator)
+            return torch.randn(shape, dtype=DTYPE, device=device, generator=generator)
 
         self.query = normal(self.num_tokens, self.num_heads, self.head_size)
         self.output = torch.empty_like(self.query)
-        self.sinks = (torch.full((self.num_heads,), SINK, dtype=DTYPE, device=DEVICE)
+        self.sinks = (torch.full((self.num_heads,), SINK, dtype=DTYPE, device=device)
                       if model["sinks"] else None)
         # [num_blocks, K or V, block_size, num_kv_heads, head_size]
         cache = normal(num_blocks, 2, block_size, self.num_kv_heads, self.head_size)
@@ -106,7 +106,7 @@ class PagedBatch:
         """The output of one query row, [num_heads, head_size], in float32 from cache 0."""
         position = self.seq_lens[sequence] - self.query_lens[sequence] + row
         first = max(0, position - self.window + 1) if self.window else 0
-        positions = torch.arange(first, position + 1, device=DEVICE)
+        positions = torch.arange(first, position + 1, device=self.device)
         blocks = self.block_table[sequence, positions // self.block_size].long()
         rows = self.caches[0][blocks, :, positions % self.block_size].float()
         keys, values = rows[:, 0], rows[:, 1]
@@ -121,6 +121,5 @@ class PagedBatch:
         weights = torch.softmax(logits, dim=2)[:, :, :len(positions)]
         return torch.einsum("hgn,nhd->hgd", weights, values).reshape(-1, self.head_size)
 
-
-def _int32(values):
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+    def _int32(self, values):
+        return torch.tensor(values, dtype=torch.int32, device=self.device)

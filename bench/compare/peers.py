@@ -1,4 +1,5 @@
-"""The peers of compare_peers.py: kernels of other projects, called as their users call them.
+"""The peers of compare_peers.py: kernels of other projects, called as their users call them. Those
+of CPUs are in peers_cpu.py.
 
 A class a peer. The constructor imports it and raises ImportError where it is not installed.
 prepare(batch) does what an engine does once a step and returns call(i), which attends with the
@@ -61,7 +62,7 @@ class VllmTriton:
 
         arguments = {
             "cu_seqlens_q": batch.query_start_loc, "max_seqlen_q": batch.max_query_len,
-            "seqused_k": batch.seq_lens_gpu, "max_seqlen_k": batch.max_seq_len,
+            "seqused_k": batch.seq_lens_tensor, "max_seqlen_k": batch.max_seq_len,
             "softmax_scale": batch.scale, "causal": True,
             "window_size": (batch.window - 1, 0) if batch.window else (-1, -1),
             "block_table": batch.block_table, "softcap": batch.soft_cap,
@@ -111,7 +112,7 @@ class FlashAttention3:
             batch_size=len(batch.seq_lens), max_seqlen_q=batch.max_query_len,
             max_seqlen_k=batch.max_seq_len, num_heads_q=batch.num_heads,
             num_heads_kv=batch.num_kv_heads, headdim=batch.head_size,
-            cache_seqlens=batch.seq_lens_gpu, qkv_dtype=DTYPE,
+            cache_seqlens=batch.seq_lens_tensor, qkv_dtype=DTYPE,
             cu_seqlens_q=batch.query_start_loc, page_size=batch.block_size, causal=True,
             window_size=window, has_softcap=batch.soft_cap > 0.0)
         common = {"softmax_scale": batch.scale, "causal": True, "window_size": window,
@@ -122,14 +123,14 @@ class FlashAttention3:
             return self.module.flash_attn_varlen_func(
                 q=batch.query, k=cache[:, 0], v=cache[:, 1], out=batch.output,
                 max_seqlen_q=batch.max_query_len, cu_seqlens_q=batch.query_start_loc,
-                max_seqlen_k=batch.max_seq_len, seqused_k=batch.seq_lens_gpu,
+                max_seqlen_k=batch.max_seq_len, seqused_k=batch.seq_lens_tensor,
                 block_table=batch.block_table, fa_version=3, s_aux=batch.sinks, **common)
 
         def call_upstream(i):
             cache = batch.caches[i]
             return self.module.flash_attn_with_kvcache(
                 q=batch.query, k_cache=cache[:, 0], v_cache=cache[:, 1],
-                cache_seqlens=batch.seq_lens_gpu, page_table=batch.block_table,
+                cache_seqlens=batch.seq_lens_tensor, page_table=batch.block_table,
                 cu_seqlens_q=batch.query_start_loc, max_seqlen_q=batch.max_query_len, **common)
 
         return call_vllm if self.of_vllm else call_upstream

@@ -26,6 +26,7 @@ PEERS = {
     "fa3": ("FlashAttention-3", "#D55E00", "D"),
     "flashinfer": ("FlashInfer", "#009E73", "s"),
     "vllm_triton": ("vLLM Triton", "#000000", "X"),
+    "vllm_cpu": ("vLLM CPU_ATTN", "#000000", "X"),
     "cudnn": ("cuDNN", "#CC79A7", "^"),
     "sdpa": ("PyTorch SDPA", "#E69F00", "v"),
 }
@@ -34,6 +35,15 @@ PEERS = {
 def label_of(name, result):
     label = PEERS[name][0] if name in PEERS else name
     return label + (", K and V unpaged" if name in result["unpaged"] else "")
+
+
+def limits_text(limits):
+    """A GPU's in thousands, as its data sheet has them."""
+    if "cuBLAS" in limits["flops_method"]:
+        return (f"{limits['gb_per_s'] / 1000:.2f} TB/s read, "
+                f"{limits['gflop_per_s'] / 1000:.0f} TFLOP/s bf16 GEMM")
+    return (f"{limits['gb_per_s']:.0f} GB/s read, {limits['gflop_per_s']:.0f} GFLOP/s "
+            f"({limits['flops_method']})")
 
 
 def draw(result):
@@ -49,8 +59,10 @@ def draw(result):
     for row, fraction in zip(rows, quire):
         axes.text(0.008, row, f"{fraction:.2f}", color="white", va="center", fontsize=8.5,
                   fontweight="bold", zorder=4)
-    for lane, (name, (_, colour, marker)) in enumerate(PEERS.items()):
-        offset = 0.54 * (lane / (len(PEERS) - 1) - 0.5)
+    peers = [name for name in PEERS if name in workloads[0]["results"]]
+    for lane, name in enumerate(peers):
+        _, colour, marker = PEERS[name]
+        offset = 0.54 * (lane / max(len(peers) - 1, 1) - 0.5)
         points = [(workload["results"][name]["fraction"], row + offset)
                   for row, workload in zip(rows, workloads)
                   if "fraction" in workload["results"].get(name, {})]
@@ -66,14 +78,13 @@ def draw(result):
     axes.set_xlabel("fraction of the hardware limit (more is better)")
     axes.xaxis.grid(True, color="#CCCCCC", linewidth=0.7, zorder=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    limits = result["limits"]
     figure.text(0.02, 1.0 - 0.08 / height,
                 f"Attention on one {result['device']}, {result['date'][:10]}", ha="left", va="top",
                 fontsize=12, fontweight="bold")
     figure.text(
         0.02, 1.0 - 0.34 / height, f"bf16, blocks of {result['options']['block_size']}; limit: "
-        f"{limits['gb_per_s'] / 1000:.2f} TB/s read, {limits['gflop_per_s'] / 1000:.0f} TFLOP/s "
-        "bf16 GEMM, measured in the same run", ha="left", va="top", fontsize=8.5, color="#444444")
+        f"{limits_text(result['limits'])}, measured in the same run", ha="left", va="top",
+        fontsize=8.5, color="#444444")
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("Quire"))
     figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="lower center",
