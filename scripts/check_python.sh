@@ -11,8 +11,8 @@ if [ "$("$ruff" --version 2> /dev/null)" != "ruff $version" ]; then
   build/ruff/bin/python -m pip install --quiet --disable-pip-version-check "ruff==$version"
 fi
 if [ "${1:-}" = --fix ]; then
-  "$ruff" check --quiet --fix python
-  "$ruff" format --quiet python
+  "$ruff" check --quiet --fix python examples/python
+  "$ruff" format --quiet python examples/python
 else
-  "$ruff" check --quiet python && "$ruff" format --check python
+  "$ruff" check --quiet python examples/python && "$ruff" format --check python examples/python
 fi
