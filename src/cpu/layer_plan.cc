@@ -47,7 +47,7 @@ void CpuPlan::size_scratch(Scratch* scratch) const {
       tile_words(rows * round_up(k, kTileDepth)),                // tiles.q
       tile_words(kMaxKvTile * round_up(k, kTileDepth)),          // tiles.k
       tile_words(kMaxKvTile * v),                                // tiles.v
-      tile_words(kTileRows * 2 * kMaxKvTile),                    // tiles.p
+      tile_words(2 * kMaxKvTile * kTileRows),                    // tiles.p
       tile_words(kPadK * std::max(round_up(k, kTileDepth), v)),  // tiles.rows
       item_rows * (v + 2),                                       // item_partial
       item_rows * (v + 2),                                       // chunk_partial

@@ -100,10 +100,10 @@ inline void load_tile_queries(const WorkItem& item) {
 // K: kLanes keys by kLanes words at a time.
 HWY_INLINE void load_k_tiles(const WorkItem& item, const KvTileRows& rows, std::int32_t count) {
   const Df d;
-  const std::int32_t depth = padded_depth(item);
-  const Bf16Rows to_bf16(item.params->k.dtype, item.params->layer.head_size, depth,
+  const std::int64_t depth = padded_depth(item);
+  const Bf16Rows to_bf16(item.params->k.dtype, item.params->layer.head_size, padded_depth(item),
                          item.scratch->staging);
-  for (std::int32_t first = 0; first < round_up(count, kTileColumns); first += kVec) {
+  for (std::int64_t first = 0; first < round_up(count, kTileColumns); first += kVec) {
     const std::uint16_t* keys[kLanes];
     for (std::int32_t t = 0; t < kVec; ++t) {
       const bool mapped = first + t < count && rows.row[first + t] != nullptr;
@@ -111,8 +111,7 @@ HWY_INLINE void load_k_tiles(const WorkItem& item, const KvTileRows& rows, std::
           mapped ? to_bf16(rows.row[first + t], item.scratch->tiles.rows + t * depth) : kZeroRow16;
     }
     // Words of a key lie 16 apart in its column of tiles, whatever the tile.
-    std::uint16_t* column = item.scratch->tiles.k +
-                            static_cast<std::int64_t>(first / kTileColumns) * depth * kTileColumns +
+    std::uint16_t* column = item.scratch->tiles.k + first / kTileColumns * depth * kTileColumns +
                             first % kTileColumns * 2;
     for (std::int32_t word = 0; word < depth / 2; word += kVec) {
       Vf block[kLanes];
@@ -229,8 +228,8 @@ HWY_INLINE void rescale(const WorkItem& item, const Rows& rows, const Partial& s
 // Their elements, and whole keys whose scale is not finite, are zeros in the tiles, and each row
 // that sees the key adds them here. Elements beside them keep their bits.
 
-inline void clear_in_tiles(const WorkItem& item, std::int32_t count, std::int32_t key,
-                           std::int32_t column) {
+inline void clear_in_tiles(const WorkItem& item, std::int64_t count, std::int64_t key,
+                           std::int64_t column) {
   const std::int64_t depth = round_up(count, kTileDepth);
   item.scratch->tiles.v[(column / kTileColumns * depth + key / 2 * 2) * kTileColumns +
                         column % kTileColumns * 2 + key % 2] = 0;

@@ -24,7 +24,7 @@ void multiply_tiles_portable(const TileProduct& product) {
       float sum = product.add ? flushed(*c) : 0.0F;
       // The pairs of a tile follow each other, and so do the tiles of a column.
       for (std::int64_t i = 0; i < product.depth; ++i) {
-        const std::uint16_t below = b[i / 2 * (2 * kTileColumns) + i % 2];
+        const std::uint16_t below = b[i / 2 * 2 * kTileColumns + i % 2];
         sum = flushed(sum + operand(a[i]) * operand(below));
       }
       *c = sum;
