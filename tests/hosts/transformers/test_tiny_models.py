@@ -1,0 +1,105 @@
+"""Small random models of families whose attention has something of its own, against eager.
+
+Weights are large enough that attention is sharp: a forgotten window, cap or sink changes tokens.
+"""
+
+import pytest
+import torch
+import transformers
+
+from conftest import IMPLEMENTATION
+from running import check_logits, generate_alone, generate_batch, generate_padded
+
+NEW_TOKENS = 10
+SMALL = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 256, "initializer_range": 0.4, "pad_token_id": 2,
+}  # fmt: skip
+MODELS = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": 20}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 24, "attn_logit_softcapping": 4.0,
+                                "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
+    "gpt-oss": ("GptOssConfig", {"sliding_window": 16, "num_local_experts": 2,
+                                 "num_experts_per_tok": 1}),
+}  # fmt: skip
+LENGTHS = [5, 70, 33, 21]
+
+
+def build(name, implementation):
+    kind, own = MODELS[name]
+    config = getattr(transformers, kind)(**{**SMALL, **own})
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=implementation, dtype=torch.float32
+    ).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=3.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def expected(name, prompts):
+    return generate_alone(build(name, "eager"), prompts, NEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def model(name):
+    return build(name, IMPLEMENTATION)
+
+
+def test_generate(model, prompts, expected, calls):
+    assert model.config._attn_implementation == IMPLEMENTATION
+    tokens, logits = generate_padded(model, prompts, NEW_TOKENS)
+    check_logits(logits, expected[1])
+    assert tokens == expected[0]
+    assert sum(calls.values()) == NEW_TOKENS * SMALL["num_hidden_layers"]
+
+
+def test_generate_batch(model, prompts, expected, calls):
+    tokens = generate_batch(model, prompts, NEW_TOKENS, max_batch_tokens=32)
+    assert tokens == expected[0]
+    assert calls["varlen"] > 0
+
+
+def test_an_encoder_with_padding(calls):
+    """Both ways, padded on the right."""
+    config = transformers.BertConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=96, initializer_range=0.4,
+    )  # fmt: skip
+    ids = torch.arange(3, 43).view(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, 13:] = 0
+    outputs = []
+    for implementation in ("eager", IMPLEMENTATION):
+        torch.manual_seed(7)
+        config._attn_implementation = implementation
+        model = transformers.BertModel(config).eval()
+        with torch.no_grad():
+            outputs.append(model(ids, attention_mask=mask).last_hidden_state[mask.bool()])
+    check_logits(outputs[1:], outputs[:1])
+    assert sum(calls.values()) == 2
+
+
+def test_gradients_are_refused():
+    config = transformers.LlamaConfig(**SMALL)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=IMPLEMENTATION
+    )
+    with pytest.raises(ValueError, match="requires grad"):
+        model(torch.arange(3, 9)[None])
