@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from transformers import AttentionInterface, PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
@@ -97,7 +98,9 @@ def _check_model(check: Callable[..., Any]) -> Callable[..., Any]:
             if compatible is not None and NAME not in compatible:
                 # Models with sinks name the FlashAttentions that have them. Other kernels do
                 # something else (sparse attention).
-                if not any(re.search(r"flash[-_]att(entio)?n[-_]?\d", other) for other in compatible):
+                if not any(
+                    re.search(r"flash[-_]att(entio)?n[-_]?\d", other) for other in compatible
+                ):
                     raise ValueError(f"{NAME}: {name} runs on its own kernels only, {compatible}")
                 model._compatible_flash_implementations = [*compatible, NAME]
         return check(model, implementation, *args, **kwargs)
@@ -126,25 +129,28 @@ def _paged_attention_forward(
     read_index: Any = None,
     write_index: Any = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Any = None,
     **_: Any,
 ) -> tuple[Any, None]:
     """Of one batch of generate_batch(); query, key, value: [1, heads, tokens, head size].
 
-    transformers' own function of this kind leaves softcap out.
+    transformers' own function of this kind leaves softcap out, and Mistral's window.
     """
-    window = getattr(module, "sliding_window", None)
     if isinstance(cu_seq_lens_k, dict):
-        layer_type = "sliding_attention" if window else "full_attention"
+        layer_type = "sliding_attention" if sliding_window else "full_attention"
         cu_seq_lens_k, max_seqlen_k = cu_seq_lens_k[layer_type], max_seqlen_k[layer_type]
     score = {
         "softmax_scale": module.scaling if scaling is None else scaling,
         "causal": True,
-        "window_size": (window - 1, 0) if window else (-1, -1),
+        "window_size": (sliding_window - 1, 0) if sliding_window else (-1, -1),
         "softcap": softcap or 0.0,
         "s_aux": s_aux,
     }
+    head_size, head_size_v = key.shape[-1], value.shape[-1]
+    if head_size_v < head_size:  # the cache has rows of one size
+        value = torch.nn.functional.pad(value, (0, head_size - head_size_v))
     query = query[0].transpose(0, 1)
     if block_table is None:
         key, value = cache.update(
@@ -154,7 +160,7 @@ def _paged_attention_forward(
         out = flash_attn_varlen_func(
             query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_seqlen_q, max_seqlen_k, **score
         )
-        return out, None
+        return out[..., :head_size_v], None
     index, key_cache, value_cache = cache.get_cache_for_block_table(module.layer_idx)
     # One new token a sequence.
     key, value = (x[0].transpose(0, 1)[:, None] for x in (key, value))
@@ -164,4 +170,4 @@ def _paged_attention_forward(
         cache_seqlens=cu_seq_lens_k[1 : count + 1] - cu_seq_lens_k[:count] - 1,
         block_table=block_table[index], **score,
     )  # fmt: skip
-    return out[:, 0], None
+    return out[:, 0, :, :head_size_v], None

@@ -39,8 +39,14 @@ def generate_padded(model, prompts, new_tokens, **other):
 
 
 def generate_batch(model, prompts, new_tokens, **config):
-    """The same of generate_batch(), which leaves results out where attention raises an error."""
-    config = {"page_size": 16, "num_blocks": 256, "max_memory_percent": 0.2, **config}
+    """Tokens of generate_batch(), and their log probabilities.
+
+    It leaves results out where attention raises an error.
+    """
+    config = {
+        "page_size": 16, "num_blocks": 256, "max_memory_percent": 0.2, "return_logprobs": True,
+        **config,
+    }  # fmt: skip
     out = model.generate_batch(
         inputs=prompts, generation_config=greedy(new_tokens),
         continuous_batching_config=ContinuousBatchingConfig(**config), progress_bar=False,
@@ -48,7 +54,7 @@ def generate_batch(model, prompts, new_tokens, **config):
     requests = sorted(out.values(), key=lambda r: int(r.request_id.rsplit("_", 1)[-1]))
     assert [r.error for r in requests] == [None] * len(prompts)
     assert [len(r.generated_tokens) for r in requests] == [new_tokens] * len(prompts)
-    return [list(r.generated_tokens) for r in requests]
+    return [list(r.generated_tokens) for r in requests], [torch.tensor(r.logprobs) for r in requests]
 
 
 def check_logits(actual, expected, rtol=2e-5):
@@ -56,3 +62,12 @@ def check_logits(actual, expected, rtol=2e-5):
         assert a.shape == e.shape
         assert torch.isfinite(a).all()
         assert (a - e).norm() <= rtol * e.norm()
+
+
+def check_batch(actual, expected):
+    """Of generate_batch() against generate_alone()."""
+    (tokens, logprobs), (expected_tokens, logits) = actual, expected
+    for t, p, row in zip(expected_tokens, logprobs, logits, strict=True):
+        expected_logprobs = row.log_softmax(-1).gather(1, torch.tensor(t)[:, None])[:, 0]
+        torch.testing.assert_close(p, expected_logprobs, rtol=1e-4, atol=1e-4)
+    assert tokens == expected_tokens

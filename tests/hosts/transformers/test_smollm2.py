@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from conftest import IMPLEMENTATION
-from running import check_logits, generate_alone, generate_batch, generate_padded
+from running import check_batch, check_logits, generate_alone, generate_batch, generate_padded, greedy
 
 NEW_TOKENS = 12
 STORY = (
@@ -60,8 +60,8 @@ def test_generate_without_padding(model, prompts, expected, calls):
 
 def test_generate_batch(model, prompts, expected, calls):
     """Prompts cut into chunks of 64 tokens and mixed with decodes; common prefixes shared."""
-    tokens = generate_batch(model, prompts, NEW_TOKENS, max_batch_tokens=64)
-    assert tokens == expected[0]
+    actual = generate_batch(model, prompts, NEW_TOKENS, max_batch_tokens=64)
+    check_batch(actual, expected)
     assert calls["varlen"] > 0
     assert calls["blocks"] == 0
 
@@ -69,10 +69,10 @@ def test_generate_batch(model, prompts, expected, calls):
 def test_generate_batch_through_block_tables(
     model, prompts, expected, calls, block_tables_on_cpus
 ):
-    tokens = generate_batch(
+    actual = generate_batch(
         model, prompts, NEW_TOKENS, max_batch_tokens=256, max_blocks_per_request=32
     )
-    assert tokens == expected[0]
+    check_batch(actual, expected)
     # Once the prompts are in, every step is one new token a request.
     assert calls["blocks"] >= 2 * model.config.num_hidden_layers
 
@@ -82,7 +82,6 @@ def test_prefixes_are_shared(model, prompts, expected):
     config = transformers.generation.configuration_utils.ContinuousBatchingConfig(
         page_size=16, num_blocks=256, max_batch_tokens=128, max_memory_percent=0.2
     )
-    from running import greedy
 
     with model.continuous_batching_context_manager(
         generation_config=greedy(NEW_TOKENS), continuous_batching_config=config
