@@ -84,7 +84,7 @@ def _load_ours(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_model(check: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers checks a model for the kernels that it knows, and replaces others silently."""
+    """What transformers checks of a model: it would replace a kernel that it does not know."""
 
     @functools.wraps(check)
     def wrapped(model: Any, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -98,9 +98,7 @@ def _check_model(check: Callable[..., Any]) -> Callable[..., Any]:
             if compatible is not None and NAME not in compatible:
                 # Models with sinks name the FlashAttentions that have them. Other kernels do
                 # something else (sparse attention).
-                if not any(
-                    re.search(r"flash[-_]att(entio)?n[-_]?\d", other) for other in compatible
-                ):
+                if not any(re.search(r"flash.att(entio)?n.?\d", other) for other in compatible):
                     raise ValueError(f"{NAME}: {name} runs on its own kernels only, {compatible}")
                 model._compatible_flash_implementations = [*compatible, NAME]
         return check(model, implementation, *args, **kwargs)

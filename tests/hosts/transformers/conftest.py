@@ -65,6 +65,4 @@ def block_tables_on_cpus(monkeypatch):
     """transformers reads through block tables on GPUs only; the code is the same."""
     from transformers.generation.continuous_batching import initialization
 
-    monkeypatch.setattr(
-        initialization, "ensure_decode_fast_path_is_available", lambda *args: None
-    )
+    monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", lambda *args: None)

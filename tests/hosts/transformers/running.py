@@ -54,7 +54,9 @@ def generate_batch(model, prompts, new_tokens, **config):
     requests = sorted(out.values(), key=lambda r: int(r.request_id.rsplit("_", 1)[-1]))
     assert [r.error for r in requests] == [None] * len(prompts)
     assert [len(r.generated_tokens) for r in requests] == [new_tokens] * len(prompts)
-    return [list(r.generated_tokens) for r in requests], [torch.tensor(r.logprobs) for r in requests]
+    return [list(r.generated_tokens) for r in requests], [
+        torch.tensor(r.logprobs) for r in requests
+    ]
 
 
 def check_logits(actual, expected, rtol=2e-5):

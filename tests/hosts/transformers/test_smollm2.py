@@ -5,7 +5,14 @@ import torch
 import transformers
 
 from conftest import IMPLEMENTATION
-from running import check_batch, check_logits, generate_alone, generate_batch, generate_padded, greedy
+from running import (
+    check_batch,
+    check_logits,
+    generate_alone,
+    generate_batch,
+    generate_padded,
+    greedy,
+)
 
 NEW_TOKENS = 12
 STORY = (
@@ -66,9 +73,7 @@ def test_generate_batch(model, prompts, expected, calls):
     assert calls["blocks"] == 0
 
 
-def test_generate_batch_through_block_tables(
-    model, prompts, expected, calls, block_tables_on_cpus
-):
+def test_generate_batch_through_block_tables(model, prompts, expected, calls, block_tables_on_cpus):
     actual = generate_batch(
         model, prompts, NEW_TOKENS, max_batch_tokens=256, max_blocks_per_request=32
     )
