@@ -83,14 +83,15 @@ def _put_back(key: tuple[Any, ...], plan: Plan) -> None:
 
 
 def _take(query: Array, cache: PagedKvCache, mask: Mask) -> tuple[Any, Plan]:
-    _, block_size, num_kv_heads, head_size = cache.key.shape
+    _, block_size, num_kv_heads, _ = cache.key.shape
+    head_size, head_size_v = (_elements(x, cache.dtype) for x in (cache.key, cache.value))
     device = device_name(query)
     stream = 0
     if device != "cpu":
         torch = sys.modules["torch"]
         stream = torch.cuda.current_stream(query.device).cuda_stream
     key = (
-        query.dtype, query.shape[-2], num_kv_heads, head_size, cache.value.shape[3], block_size,
+        query.dtype, query.shape[-2], num_kv_heads, head_size, head_size_v, block_size,
         cache.dtype, mask, device, stream,
     )  # fmt: skip
     plans = _idle.get(key)
@@ -106,7 +107,7 @@ def _take(query: Array, cache: PagedKvCache, mask: Mask) -> tuple[Any, Plan]:
         num_heads=query.shape[-2],
         num_kv_heads=num_kv_heads,
         head_size=head_size,
-        head_size_v=cache.value.shape[3],
+        head_size_v=head_size_v,
         dtype=query.dtype,
         device=device,
         mask=mask,
@@ -114,6 +115,11 @@ def _take(query: Array, cache: PagedKvCache, mask: Mask) -> tuple[Any, Plan]:
         kv_cache_dtype=cache.dtype,
     )
     return key, plan
+
+
+def _elements(rows: Array, cache_dtype: str) -> int:
+    """How many elements a row of a cache holds."""
+    return rows.shape[3] * (2 if cache_dtype == "int4_per_token_head" else 1)
 
 
 def cache_dtype_of(key_cache: Array, query: Array) -> str:
