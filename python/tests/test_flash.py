@@ -46,6 +46,19 @@ def test_func_alibi_scale_and_strided_query(rng, convert):
         check(out[b], expected)
 
 
+def test_alibi_slopes_expanded_to_a_batch(rng, convert):
+    q, k, v = draw(rng, 2, 3, 4, 32), draw(rng, 2, 9, 4, 32), draw(rng, 2, 9, 4, 32)
+    slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+    expanded = convert(slopes)[None]
+    if not isinstance(expanded, np.ndarray):
+        expanded = expanded.expand(2, 4)
+    else:
+        expanded = np.broadcast_to(expanded, (2, 4))
+    out = qa.flash_attn_func(convert(q), convert(k), convert(v), causal=True, alibi_slopes=expanded)
+    for b in range(2):
+        check(out[b], attend(q[b], k[b], v[b], right=0, slopes=slopes)[0])
+
+
 def test_func_takes_queries_of_any_strides(rng, convert):
     q, k, v = draw(rng, 5, 2, 4, 32), draw(rng, 2, 7, 4, 32), draw(rng, 2, 7, 4, 32)
     out = qa.flash_attn_func(convert(q).swapaxes(0, 1), convert(k), convert(v), causal=True)
@@ -172,16 +185,10 @@ def test_rows_that_see_nothing(convert):
     [
         ({"dropout_p": 0.1}, "dropout_p"),
         ({"alibi_slopes": np.ones(2, np.float32)}, "alibi_slopes"),
-        ({"alibi_slopes": np.ones((1, 2), np.float32), "causal": True}, "alibi_slopes"),
+        ({"alibi_slopes": np.ones((2, 2), np.float32), "causal": True}, "alibi_slopes"),
     ],
 )
 def test_what_is_not_supported_is_refused(arguments, name):
     x = np.ones((1, 2, 2, 8), np.float32)
     with pytest.raises(NotImplementedError, match=name):
         qa.flash_attn_func(x, x, x, **arguments)
-
-
-def test_rotary_embedding_is_refused():
-    x = np.ones((1, 2, 2, 8), np.float32)
-    with pytest.raises(NotImplementedError, match="rotary_cos"):
-        qa.flash_attn_with_kvcache(x, x, x, rotary_cos=x)
