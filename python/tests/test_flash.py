@@ -169,6 +169,32 @@ def test_plans_that_are_kept_are_bounded():
     assert len(one_shot._idle) <= one_shot.MOST_KINDS
 
 
+def test_plans_on_gpus_are_bounded_too_but_for_those_in_graphs(monkeypatch):
+    """generate() has another length, so another kind of plan, each step."""
+    torch = pytest.importorskip("torch")
+    from quire_attn import one_shot
+
+    class Plan:
+        pass
+
+    synchronized, idle, capturing = [], {}, False
+    monkeypatch.setattr(one_shot, "_idle", idle)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    first = Plan()
+    one_shot._in_graphs.add(first)
+    one_shot._put_back((0, "cuda:0", 7), first)
+    for i in range(1, one_shot.MOST_KINDS + 10):
+        one_shot._put_back((i, "cuda:0", 7), Plan())
+    assert len(idle) == one_shot.MOST_KINDS
+    assert idle[(0, "cuda:0", 7)] == [first]
+    assert synchronized == ["cuda:0"] * 10
+    capturing = True
+    one_shot._put_back((-1, "cuda:0", 7), Plan())
+    assert len(synchronized) == 10
+    assert len(idle) == one_shot.MOST_KINDS + 1
+
+
 def test_rows_that_see_nothing(convert):
     """More rows than keys, causal: the first rows are before the first key."""
     ones = np.ones((1, 2, 1, 8), np.float32)
