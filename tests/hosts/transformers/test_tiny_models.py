@@ -9,7 +9,14 @@ import torch
 import transformers
 
 from conftest import IMPLEMENTATION
-from running import check_batch, check_logits, generate_alone, generate_batch, generate_padded
+from running import (
+    check_batch,
+    check_logits,
+    generate_alone,
+    generate_batch,
+    generate_padded,
+    greedy,
+)
 
 NEW_TOKENS = 10
 CACHE_PADS_ROWS = quire_attn.transformers._functions_write_the_cache()  # up to 5.18
@@ -41,12 +48,12 @@ NOT_IN_BATCHES = {"deepseek-v3"} if CACHE_PADS_ROWS else {"deepseek-v3", "mimo-v
 LENGTHS = [5, 70, 33, 21]
 
 
-def build(name, implementation):
+def build(name, implementation, dtype=torch.float32):
     kind, own = MODELS[name]
     config = getattr(transformers, kind)(**{**SMALL, **own})
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=implementation, dtype=torch.float32
+        config, attn_implementation=implementation, dtype=dtype
     ).eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("sinks"):
@@ -89,6 +96,39 @@ def test_generate_batch(name, model, prompts, expected, calls):
     actual = generate_batch(model, prompts, NEW_TOKENS, max_batch_tokens=32)
     check_batch(actual, expected)
     assert calls["varlen"] > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_static_caches_and_beams(name, prompts, calls):
+    """Caches of a fixed length, with more rows than tokens; sequences that fork."""
+    outputs = []
+    for implementation in ("eager", IMPLEMENTATION):
+        model = build(name, "eager")
+        model.set_attn_implementation(implementation)
+        static, _ = generate_padded(
+            model, prompts, NEW_TOKENS, cache_implementation="static", disable_compile=True
+        )
+        beams = model.generate(
+            torch.tensor([prompts[1]]), num_beams=3, generation_config=greedy(NEW_TOKENS)
+        )
+        outputs.append((static, beams.tolist()))
+    assert outputs[0] == outputs[1]
+    assert sum(calls.values()) == 2 * NEW_TOKENS * SMALL["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
+def test_bfloat16(name, prompts):
+    """As close to fp32 as eager in bf16 is, in the logits of the prompts."""
+    exact = build(name, "eager")
+    errors = []
+    for implementation in ("eager", IMPLEMENTATION):
+        model = build(name, implementation, torch.bfloat16)
+        exact.load_state_dict({n: w.float() for n, w in model.state_dict().items()})
+        with torch.no_grad():
+            ids = torch.tensor([prompts[1]])
+            expected = exact(ids).logits
+            errors.append(float((model(ids).logits - expected).norm() / expected.norm()))
+    assert errors[1] <= 1.3 * errors[0]
 
 
 def test_an_encoder_with_padding(calls):
