@@ -3,9 +3,8 @@
 import pytest
 import quire_attn.transformers as adapter
 import transformers
-from transformers import modeling_flash_attention_utils as flash_utils
-
 from conftest import IMPLEMENTATION
+from transformers import modeling_flash_attention_utils as flash_utils
 
 
 def test_other_implementations_are_loaded_as_before():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers
-
 from conftest import IMPLEMENTATION
 from running import (
     check_batch,

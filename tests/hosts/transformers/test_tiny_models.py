@@ -7,7 +7,6 @@ import pytest
 import quire_attn.transformers
 import torch
 import transformers
-
 from conftest import IMPLEMENTATION
 from running import (
     check_batch,
