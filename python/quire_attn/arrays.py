@@ -43,6 +43,26 @@ def even_rows(array: Array) -> Array:
     return array  # the binding sees to it
 
 
+def tokens_as_blocks(name: str, cache: Array) -> Array:
+    """The memory of a cache [rows, n, ...] as [rows * n, 1, ...]."""
+    tokens = cache.reshape(-1, 1, *cache.shape[2:])
+    if is_torch(cache):
+        same = tokens.data_ptr() == cache.data_ptr()
+    else:
+        same = np.may_share_memory(tokens, cache)
+    if not same:
+        raise ValueError(f"{name}: with cache_leftpad expected rows that lie back to back")
+    return tokens
+
+
+def only_row(array: Array) -> Array | None:
+    """The row that all array[i] are, as expand() makes them; None if they are not the same."""
+    stride = array.stride(0) if is_torch(array) else array.strides[0]
+    if array.shape[0] != 1 and stride != 0:
+        return None
+    return array[0] if is_torch(array) else array[0].copy()  # NumPy's are read-only
+
+
 def empty_like(array: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
     """An uninitialised array of the same library, on the same device."""
     if is_torch(array):
@@ -72,20 +92,21 @@ def dtype_name(dtype: Any) -> str:
 
 def arange(like: Array, count: int, step: int = 1) -> Array:
     """int32 0, step, 2 * step, ...: `count` of them, where `like` is. Not to be written: shared."""
-    return _arange(like.device if is_torch(like) else None, count, step)
+    make = _arange.__wrapped__ if is_tracing(like) else _arange
+    return make(like.device if is_torch(like) else None, count, step)
 
 
 @functools.lru_cache(maxsize=1024)
 def _arange(device: Any, count: int, step: int) -> Array:
     if device is None:
-        return np.arange(0, count * step, step, dtype=np.int32)
+        return np.arange(count, dtype=np.int32) * np.int32(step)
     torch = sys.modules["torch"]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # It would lie in the graph's memory, and be kept here for calls outside of the graph.
         raise RuntimeError(
             "a CUDA graph is being captured: make the same call once before (warm up)"
         )
-    return torch.arange(0, count * step, step, dtype=torch.int32, device=device)
+    return torch.arange(count, dtype=torch.int32, device=device) * step
 
 
 def astype(array: Array, dtype: str) -> Array:

@@ -94,8 +94,10 @@ class PagedKvCache:
     ) -> PagedKvCache:
         """Of vLLM's packed layout, K before V in each row.
 
-        [num_blocks, num_kv_heads, block_size, head_size + head_size_v]
+        [num_blocks, num_kv_heads, block_size, head_size + head_size_v], int4 half of that in bytes.
         """
+        if dtype == "int4_per_token_head":
+            head_size //= 2
         if kv_cache.ndim != 4 or kv_cache.shape[3] <= head_size:
             raise ValueError(
                 f"kv_cache: expected 4 dimensions, the last more than head_size {head_size}, "

@@ -13,12 +13,15 @@ from .arrays import (
     even_rows,
     full,
     is_tracing,
+    only_row,
     refuse_gradients,
     take_along_rows,
+    tokens_as_blocks,
     where,
 )
 from .core import PagedKvCache, Score
 from .one_shot import Band, attend, cache_dtype_of, check_like
+from .rotary import rotate
 
 
 def flash_attn_func(
@@ -47,13 +50,13 @@ def flash_attn_func(
         from . import torch_ops
 
         out, lse = torch_ops.traced_flash_attn(
-            q, k, v, None, None, None, None, None, softmax_scale, causal, window_size, softcap,
-            alibi_slopes, s_aux,
+            q, k, v, None, None, None, None, None, None, softmax_scale, causal, window_size,
+            softcap, alibi_slopes, s_aux,
         )  # fmt: skip
     else:
         out, lse = _with_kvcache(
-            q, k, v, None, None, None, None, None, softmax_scale, causal, window_size, softcap,
-            alibi_slopes, s_aux, return_attn_probs,
+            q, k, v, None, None, None, None, None, None, softmax_scale, causal, window_size,
+            softcap, alibi_slopes, s_aux, return_attn_probs,
         )  # fmt: skip
     return (out, lse, None) if return_attn_probs else out
 
@@ -86,22 +89,34 @@ def flash_attn_with_kvcache(
     q: [batch, seqlen_q, heads, head_size]. k_cache, v_cache: [blocks, block size, kv heads, head
     size] with a `block_table` int32 [batch, n], else [batch of the cache, seqlen, kv heads,
     head_size], whose rows `cache_batch_idx` picks. `cache_seqlens` int32 [batch] counts the tokens
-    in the cache without k's; none means that it is full. Returns the output, with
-    return_softmax_lse also lse [batch, heads, seqlen_q]. Rotary embedding and cache_leftpad are
-    not supported.
+    in the cache without k's; none means that it is full. `cache_leftpad` int32 [batch], without a
+    block_table: so many of these are not there.
+
+    rotary_cos and rotary_sin [positions, rotary size / 2] rotate k, and q, before anything else: a
+    token at its place in the cache's row, q all at the place of the first new token where neither
+    causal nor a window is asked for. Returns the output, with return_softmax_lse also lse [batch,
+    heads, seqlen_q].
     """
-    _refuse(rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_leftpad=cache_leftpad)
+    if rotary_cos is not None:
+        rows = 1 if block_table is None else block_table.shape[1]
+        one_position = not causal and tuple(window_size) == (-1, -1)
+        q, k = rotate(
+            q, k, rotary_cos, rotary_sin, cache_seqlens, rows * k_cache.shape[1],
+            rotary_interleaved, one_position,
+        )  # fmt: skip
+    elif rotary_sin is not None:
+        raise ValueError("rotary_cos: expected with rotary_sin")
     if is_tracing(q):
         from . import torch_ops
 
         out, lse = torch_ops.traced_flash_attn(
-            q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, softmax_scale,
-            causal, window_size, softcap, alibi_slopes, s_aux,
+            q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, cache_leftpad,
+            softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux,
         )  # fmt: skip
     else:
         out, lse = _with_kvcache(
-            q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, softmax_scale,
-            causal, window_size, softcap, alibi_slopes, s_aux, return_softmax_lse,
+            q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, cache_leftpad,
+            softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, return_softmax_lse,
         )  # fmt: skip
     return (out, lse) if return_softmax_lse else out
 
@@ -177,8 +192,13 @@ def _score(
         raise ValueError(f"softcap: expected a finite cap of at least 0, got {softcap}")
     if softmax_scale is not None and not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale: expected a finite scale, got {softmax_scale}")
-    if alibi_slopes is not None and alibi_slopes.ndim != 1:
-        raise NotImplementedError("alibi_slopes: one slope a head is supported, not one a sequence")
+    if alibi_slopes is not None and alibi_slopes.ndim == 2:
+        alibi_slopes = only_row(alibi_slopes)
+        if alibi_slopes is None:
+            raise NotImplementedError(
+                "alibi_slopes: one slope a head is supported, the same for all sequences (as "
+                "expand() makes them [batch, heads])"
+            )
     if alibi_slopes is not None:
         check_like("alibi_slopes", alibi_slopes, q, 1, num_heads)
     if s_aux is not None:
@@ -209,6 +229,7 @@ def _with_kvcache(
     cache_seqlens: int | Array | None,
     cache_batch_idx: Array | None,
     block_table: Array | None,
+    cache_leftpad: Array | None,
     softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
@@ -224,16 +245,23 @@ def _with_kvcache(
     batch_size, query_len, num_heads, _ = q.shape
     band = _band(causal, window_size, alibi_slopes)
     score = _score(q, softmax_scale, softcap, alibi_slopes, s_aux)
-    cache = PagedKvCache(k_cache, v_cache, cache_dtype_of(k_cache, q))
-    if block_table is None:  # each row of the cache is one block
-        rows = arange(q, batch_size) if cache_batch_idx is None else cache_batch_idx
-        block_table = astype(rows, "int32")[:, None]
-    elif cache_batch_idx is not None:
-        raise ValueError("cache_batch_idx: expected none with a block_table")
     if cache_seqlens is None:
-        cache_seqlens = block_table.shape[1] * k_cache.shape[1]
+        cache_seqlens = (1 if block_table is None else block_table.shape[1]) * k_cache.shape[1]
     if isinstance(cache_seqlens, int):
         cache_seqlens = full(q, batch_size, cache_seqlens)
+    if block_table is None:
+        rows = arange(q, batch_size) if cache_batch_idx is None else cache_batch_idx
+        rows = astype(rows, "int32")[:, None]
+        if cache_leftpad is None:
+            block_table = rows  # each row of the cache is one block
+        else:
+            block_table = _table_past_padding(rows, cache_leftpad, k_cache.shape[1])
+            k_cache = tokens_as_blocks("k_cache", k_cache)
+            v_cache = tokens_as_blocks("v_cache", v_cache)
+            cache_seqlens = cache_seqlens - cache_leftpad
+    elif cache_batch_idx is not None or cache_leftpad is not None:
+        raise ValueError("cache_batch_idx, cache_leftpad: expected none with a block_table")
+    cache = PagedKvCache(k_cache, v_cache, cache_dtype_of(k_cache, q))
     seq_lens = cache_seqlens
     write = None
     if k is not None:
@@ -258,11 +286,17 @@ def _with_kvcache(
     return out, lse
 
 
+def _table_past_padding(rows: Array, leftpad: Array, row_len: int) -> Array:
+    """A block table of blocks of one token: the tokens of each row from `leftpad` on."""
+    token = astype(leftpad, "int32")[:, None] + arange(rows, row_len)[None, :]
+    return where((token >= 0) & (token < row_len), rows * row_len + token, -1)
+
+
 def _slots(block_table: Array, cache_seqlens: Array, new_tokens: int, block_size: int) -> Array:
-    """int64 [batch * new_tokens]: slots of tokens behind `cache_seqlens`; past the table -1."""
+    """int64 [batch * new_tokens]: slots of the tokens behind; -1 outside of the table."""
     position = astype(cache_seqlens, "int64")[:, None] + arange(block_table, new_tokens)[None, :]
     end = block_table.shape[1] * block_size
-    inside = position < end
+    inside = (position >= 0) & (position < end)
     position = where(inside, position, 0)
     block = take_along_rows(astype(block_table, "int64"), position // block_size)
     return where(inside, block * block_size + position % block_size, -1).reshape(-1)

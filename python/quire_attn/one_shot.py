@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from .core import Mask, PagedKvCache, Plan, Score, attention, write_kv_cache
 # stream gives. A list's pop and append are atomic, so a plan serves one thread at a time.
 MOST_KINDS = 64
 _idle: dict[tuple[Any, ...], list[Plan]] = {}
+_in_graphs: weakref.WeakSet[Plan] = weakref.WeakSet()
+"""Plans that a call was captured with: a CUDA graph may use their memory."""
 
 
 @dataclass(frozen=True)
@@ -75,38 +78,55 @@ def attend(
 def _put_back(key: tuple[Any, ...], plan: Plan) -> None:
     _idle.setdefault(key, []).append(plan)
     if len(_idle) > MOST_KINDS:
-        # The oldest kind goes; never one on CUDA, where a captured graph may use the plan's memory.
-        for old in list(_idle):
-            if old[-2] == "cpu" and old != key:
-                _idle.pop(old, None)
-                break
+        _drop_oldest(key)
+
+
+def _drop_oldest(kept: tuple[Any, ...]) -> None:
+    """Forgets a kind of plans, but none that a graph uses."""
+    for kind in list(_idle):
+        if kind == kept or any(plan in _in_graphs for plan in _idle.get(kind, ())):
+            continue
+        if kind[-2] != "cpu":
+            cuda = sys.modules["torch"].cuda
+            if cuda.is_current_stream_capturing():
+                return
+            cuda.synchronize(kind[-2])  # a plan must not go before its work is done
+        _idle.pop(kind, None)
+        return
 
 
 def _take(query: Array, cache: PagedKvCache, mask: Mask) -> tuple[Any, Plan]:
-    _, block_size, num_kv_heads, head_size = cache.key.shape
+    _, block_size, num_kv_heads, _ = cache.key.shape
+    head_size, head_size_v = (_elements(x, cache.dtype) for x in (cache.key, cache.value))
     device = device_name(query)
     stream = 0
     if device != "cpu":
         torch = sys.modules["torch"]
         stream = torch.cuda.current_stream(query.device).cuda_stream
     key = (
-        query.dtype, query.shape[-2], num_kv_heads, head_size, cache.value.shape[3], block_size,
+        query.dtype, query.shape[-2], num_kv_heads, head_size, head_size_v, block_size,
         cache.dtype, mask, device, stream,
     )  # fmt: skip
     plans = _idle.get(key)
+    capturing = device != "cpu" and sys.modules["torch"].cuda.is_current_stream_capturing()
     if plans:
-        return key, plans.pop()
-    if device != "cpu" and sys.modules["torch"].cuda.is_current_stream_capturing():
+        plan = plans.pop()
+        if capturing:
+            _in_graphs.add(plan)
+        return key, plan
+    if capturing:
         # Memory cannot be taken in a capture. A plan that was warmed up on another stream has what
         # it needs; nobody else gets it any more.
         for other, plans in _idle.items():
             if other[:-1] == key[:-1] and plans:
-                return key, plans.pop()
+                plan = plans.pop()
+                _in_graphs.add(plan)
+                return key, plan
     plan = Plan(
         num_heads=query.shape[-2],
         num_kv_heads=num_kv_heads,
         head_size=head_size,
-        head_size_v=cache.value.shape[3],
+        head_size_v=head_size_v,
         dtype=query.dtype,
         device=device,
         mask=mask,
@@ -114,6 +134,11 @@ def _take(query: Array, cache: PagedKvCache, mask: Mask) -> tuple[Any, Plan]:
         kv_cache_dtype=cache.dtype,
     )
     return key, plan
+
+
+def _elements(rows: Array, cache_dtype: str) -> int:
+    """How many elements a row of a cache holds."""
+    return rows.shape[3] * (2 if cache_dtype == "int4_per_token_head" else 1)
 
 
 def cache_dtype_of(key_cache: Array, query: Array) -> str:

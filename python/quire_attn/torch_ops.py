@@ -43,20 +43,20 @@ def _join(number: float, tensor: torch.Tensor | None) -> Any:
 
 _FLASH = (
     "Tensor? cache_seqlens, int cache_len, Tensor? cache_batch_idx, Tensor? block_table, "
-    "float softmax_scale, bool causal, int left, int right, float softcap, Tensor? alibi_slopes, "
-    "Tensor? s_aux) -> (Tensor, Tensor)"
+    "Tensor? cache_leftpad, float softmax_scale, bool causal, int left, int right, float softcap, "
+    "Tensor? alibi_slopes, Tensor? s_aux) -> (Tensor, Tensor)"
 )
 
 
 def _run_append(
     q, k_cache, v_cache, k, v, cache_seqlens, cache_len, cache_batch_idx, block_table,
-    softmax_scale, causal, left, right, softcap, alibi_slopes, s_aux,
+    cache_leftpad, softmax_scale, causal, left, right, softcap, alibi_slopes, s_aux,
 ):  # fmt: skip
     if cache_seqlens is None:
         cache_seqlens = None if cache_len < 0 else cache_len
     return flash._with_kvcache(
-        q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, softmax_scale,
-        causal, (left, right), softcap, alibi_slopes, s_aux, True,
+        q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, cache_leftpad,
+        softmax_scale, causal, (left, right), softcap, alibi_slopes, s_aux, True,
     )  # fmt: skip
 
 
@@ -80,15 +80,15 @@ _define(
 
 
 def traced_flash_attn(
-    q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, softmax_scale, causal,
-    window_size, softcap, alibi_slopes, s_aux,
+    q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, cache_leftpad,
+    softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux,
 ):  # fmt: skip
     """flash_attn_func and flash_attn_with_kvcache; returns output and lse."""
     is_number = isinstance(cache_seqlens, int)
     rest = (
         None if is_number else cache_seqlens, cache_seqlens if is_number else -1, cache_batch_idx,
-        block_table, softmax_scale or 0.0, causal, window_size[0], window_size[1], softcap,
-        alibi_slopes, s_aux,
+        block_table, cache_leftpad, softmax_scale or 0.0, causal, window_size[0], window_size[1],
+        softcap, alibi_slopes, s_aux,
     )  # fmt: skip
     if k is None:
         return torch.ops.quire_attn.flash_attn(q, k_cache, v_cache, *rest)

@@ -50,8 +50,9 @@ def unified_attention(
     q: [num_tokens, num_heads, head_size]; k, v: [num_blocks, block_size, num_kv_heads, head_size].
     `causal` may be an array, bool or uint8 [num_seqs]. window_size[0] + 1 is the window, -1 none.
     The scratch space of Triton's kernels (seq_threshold_3D to softmax_segm_expsum) is not used.
-    kv_quant_mode: vLLM's KVQuantMode, 0 none, 1 fp8, 2 int8 and 3 fp8 with a scale for each token
-    and head, which are in k_scale_cache and v_scale_cache.
+    kv_quant_mode: vLLM's KVQuantMode, 0 none, 1 fp8, 2 int8, 3 fp8 and 4 int4 with a scale for each
+    token and head, which are in k_scale_cache and v_scale_cache. int4: k and v are bytes, head_size
+    / 2 in a row, as write_kv_cache() and vLLM write them; queries and outputs are rotated in here.
     """
     if is_tracing(q):
         from . import torch_ops
@@ -113,11 +114,11 @@ def _mask(causal: bool, window: int, chunk_lookback: int, clamp_ranges: bool) ->
 
 
 def _cache_dtype(key_cache: Array, query: Array, kv_quant_mode: int) -> str:
-    kinds = {2: "int8_per_token_head", 3: "fp8_per_token_head"}
+    kinds = {2: "int8_per_token_head", 3: "fp8_per_token_head", 4: "int4_per_token_head"}
     if kv_quant_mode in kinds:
         return kinds[kv_quant_mode]
     if kv_quant_mode not in (0, 1):
-        raise NotImplementedError(f"kv_quant_mode: expected 0 to 3, got {kv_quant_mode}")
+        raise NotImplementedError(f"kv_quant_mode: expected 0 to 4, got {kv_quant_mode}")
     if kv_quant_mode == 1 and dtype_name(key_cache.dtype) == "float8_e5m2":
         return "fp8_e5m2"
     return "fp8_e4m3" if kv_quant_mode == 1 else cache_dtype_of(key_cache, query)

@@ -46,6 +46,19 @@ def test_func_alibi_scale_and_strided_query(rng, convert):
         check(out[b], expected)
 
 
+def test_alibi_slopes_expanded_to_a_batch(rng, convert):
+    q, k, v = draw(rng, 2, 3, 4, 32), draw(rng, 2, 9, 4, 32), draw(rng, 2, 9, 4, 32)
+    slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+    expanded = convert(slopes)[None]
+    if not isinstance(expanded, np.ndarray):
+        expanded = expanded.expand(2, 4)
+    else:
+        expanded = np.broadcast_to(expanded, (2, 4))
+    out = qa.flash_attn_func(convert(q), convert(k), convert(v), causal=True, alibi_slopes=expanded)
+    for b in range(2):
+        check(out[b], attend(q[b], k[b], v[b], right=0, slopes=slopes)[0])
+
+
 def test_func_takes_queries_of_any_strides(rng, convert):
     q, k, v = draw(rng, 5, 2, 4, 32), draw(rng, 2, 7, 4, 32), draw(rng, 2, 7, 4, 32)
     out = qa.flash_attn_func(convert(q).swapaxes(0, 1), convert(k), convert(v), causal=True)
@@ -156,6 +169,32 @@ def test_plans_that_are_kept_are_bounded():
     assert len(one_shot._idle) <= one_shot.MOST_KINDS
 
 
+def test_plans_on_gpus_are_bounded_too_but_for_those_in_graphs(monkeypatch):
+    """generate() has another length, so another kind of plan, each step."""
+    torch = pytest.importorskip("torch")
+    from quire_attn import one_shot
+
+    class Plan:
+        pass
+
+    synchronized, idle, capturing = [], {}, False
+    monkeypatch.setattr(one_shot, "_idle", idle)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    first = Plan()
+    one_shot._in_graphs.add(first)
+    one_shot._put_back((0, "cuda:0", 7), first)
+    for i in range(1, one_shot.MOST_KINDS + 10):
+        one_shot._put_back((i, "cuda:0", 7), Plan())
+    assert len(idle) == one_shot.MOST_KINDS
+    assert idle[(0, "cuda:0", 7)] == [first]
+    assert synchronized == ["cuda:0"] * 10
+    capturing = True
+    one_shot._put_back((-1, "cuda:0", 7), Plan())
+    assert len(synchronized) == 10
+    assert len(idle) == one_shot.MOST_KINDS + 1
+
+
 def test_rows_that_see_nothing(convert):
     """More rows than keys, causal: the first rows are before the first key."""
     ones = np.ones((1, 2, 1, 8), np.float32)
@@ -172,16 +211,10 @@ def test_rows_that_see_nothing(convert):
     [
         ({"dropout_p": 0.1}, "dropout_p"),
         ({"alibi_slopes": np.ones(2, np.float32)}, "alibi_slopes"),
-        ({"alibi_slopes": np.ones((1, 2), np.float32), "causal": True}, "alibi_slopes"),
+        ({"alibi_slopes": np.ones((2, 2), np.float32), "causal": True}, "alibi_slopes"),
     ],
 )
 def test_what_is_not_supported_is_refused(arguments, name):
     x = np.ones((1, 2, 2, 8), np.float32)
     with pytest.raises(NotImplementedError, match=name):
         qa.flash_attn_func(x, x, x, **arguments)
-
-
-def test_rotary_embedding_is_refused():
-    x = np.ones((1, 2, 2, 8), np.float32)
-    with pytest.raises(NotImplementedError, match="rotary_cos"):
-        qa.flash_attn_with_kvcache(x, x, x, rotary_cos=x)

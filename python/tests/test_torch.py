@@ -74,6 +74,10 @@ def test_arrays_of_two_libraries_do_not_mix():
         qa.flash_attn_func(convert(x), x, x)
 
 
+def draw(rng, *shape):
+    return convert(rng.standard_normal(shape).astype(np.float32))
+
+
 def compiled(function):
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -120,6 +124,25 @@ def test_compiled_append_writes_the_cache(rng):
     assert k_cache[:, 4:].isnan().all()
     for b in range(2):
         check(out[b], attend(q[b], k[b] + 1, v[b], right=0)[0])
+
+
+def test_compiled_rotary_embedding_and_padding(rng):
+    """The same as without torch.compile."""
+    q, k, v = (draw(rng, 2, 3, 2, 32) for _ in range(3))
+    table = draw(rng, 16, 8)
+    lens, pads = (torch.tensor(x, dtype=torch.int32) for x in ([7, 9], [2, 0]))
+
+    def step(q, k_cache, v_cache, k, v):
+        return qa.flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, table, table + 1, lens, cache_leftpad=pads, causal=True
+        )
+
+    caches = [draw(rng, 2, 16, 2, 32) for _ in range(2)]
+    copies = [x.clone() for x in caches]
+    out = step(q, *caches, k, v)
+    torch.testing.assert_close(compiled(step)(q, *copies, k, v), out)
+    for actual, expected in zip(copies, caches, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_compiled_layer_over_a_plan(rng):
