@@ -7,6 +7,7 @@
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cli/common/info.h"
 #include "python/src/views.h"
@@ -216,6 +217,67 @@ int64_t kv_cache_dtype(const ffi::String& name) {
   });
 }
 
+// What a backend can do (quire/backend.h: BackendCapabilities), by the members' names.
+ffi::Map<ffi::String, ffi::Any> capabilities(const ffi::String& backend) {
+  return guarded([&] {
+    const AttentionBackend& found =
+        attention_backend(std::string_view(backend.data(), backend.size()));
+    const BackendCapabilities& caps = found.capabilities();
+    const auto names = [](const auto& values) {
+      ffi::Array<ffi::String> list;
+      for (const auto value : values) list.push_back(to_string(value));
+      return list;
+    };
+    return ffi::Map<ffi::String, ffi::Any>{
+        {"available", found.available()},
+        {"instruction_set", ffi::String(found.instruction_set())},
+        {"dtypes", names(caps.dtypes)},
+        {"kv_cache_dtypes", names(caps.kv_cache_dtypes)},
+        {"output_dtypes", names(caps.output_dtypes)},
+        {"min_head_size", caps.min_head_size},
+        {"max_head_size", caps.max_head_size},
+        {"head_size_multiple", caps.head_size_multiple},
+        {"block_size_multiple", caps.block_size_multiple},
+        {"max_block_size", caps.max_block_size},
+        {"sinks", caps.sinks},
+        {"alibi", caps.alibi},
+        {"soft_cap", caps.soft_cap},
+        {"sliding_window", caps.sliding_window},
+        {"chunked", caps.chunked},
+        {"bidirectional_ranges", caps.bidirectional_ranges},
+        {"visible_prefix", caps.visible_prefix},
+        {"qq_bias", caps.qq_bias},
+        {"cross_attention", caps.cross_attention},
+        {"encoder_attention", caps.encoder_attention},
+        {"cascade", caps.cascade},
+        {"lse", caps.lse},
+        {"fp8_output", caps.fp8_output},
+        {"block_scale_output", caps.block_scale_output},
+        {"batch_invariant", caps.batch_invariant},
+        {"graph_capture", caps.graph_capture},
+    };
+  });
+}
+
+void validate_head_size(const ffi::String& backend, int64_t head_size) {
+  guarded([&] {
+    attention_backend(std::string_view(backend.data(), backend.size()))
+        .validate_head_size(head_size);
+  });
+}
+
+ffi::Array<int64_t> kv_cache_shape(const ffi::String& backend, int64_t num_blocks,
+                                   int64_t block_size, int64_t num_kv_heads, int64_t head_size,
+                                   const ffi::String& cache_dtype_str) {
+  return guarded([&] {
+    const std::vector<int64_t> shape =
+        attention_backend(std::string_view(backend.data(), backend.size()))
+            .kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size,
+                            std::string_view(cache_dtype_str.data(), cache_dtype_str.size()));
+    return ffi::Array<int64_t>(shape.begin(), shape.end());
+  });
+}
+
 ffi::String version() { return QUIRE_VERSION_STRING; }
 ffi::String info() {
   return guarded([] { return ffi::String(cli::info_text()); });
@@ -239,6 +301,9 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, quire::python::attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(write_kv_cache, quire::python::write_kv_cache);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(merge_states, quire::python::merge_states);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_cache_dtype, quire::python::kv_cache_dtype);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(capabilities, quire::python::capabilities);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(validate_head_size, quire::python::validate_head_size);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_cache_shape, quire::python::kv_cache_shape);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, quire::python::version);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(info, quire::python::info);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kernels, quire::python::kernels);

@@ -1,0 +1,136 @@
+"""vLLM's backend, builder and impl over quire_attn.backend, in what all its versions share."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MultipleOf,
+)
+
+from ..backend import (
+    QuireAttentionBackend,
+    QuireAttentionImpl,
+    QuireAttentionMetadata,
+    QuireAttentionMetadataBuilder,
+)
+from ..backend.backend import capabilities
+
+
+class VllmQuireImpl(QuireAttentionImpl, AttentionImpl):
+    """A layer. vLLM calls do_kv_cache_update() before forward()."""
+
+    forward_includes_kv_cache_update = False
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Whether forward() may be given an fp8 output and its scale."""
+        from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+
+        return quant_key == kFp8StaticTensorSym
+
+
+class VllmQuireBuilder(QuireAttentionMetadataBuilder, AttentionMetadataBuilder):
+    """Makes a step's metadata; one for each KV cache group."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    supports_draft_decode_metadata_update = True
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        """As vLLM calls it."""
+        AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
+        self.batch_invariant = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
+        QuireAttentionMetadataBuilder.__init__(
+            self, kv_cache_spec, layer_names, vllm_config, device
+        )
+        self._prefix_buffer: torch.Tensor | None = None
+        if self.rswa_window is not None:
+            # The prefixes come from the host each step, which no graph does again.
+            self.supports_draft_decode_metadata_update = False
+            most = vllm_config.scheduler_config.max_num_seqs
+            self._prefix_buffer = torch.zeros(most, dtype=torch.int32, device=device)
+
+    def update_draft_decode_metadata(self, metadata: QuireAttentionMetadata) -> None:
+        """The batch's tensors have new values: the next layer plans them, in the graph too."""
+        self.plans.forget()
+
+    def _prefix_lens(self, prefix_lens: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        """In memory that stays, for captured graphs."""
+        assert self._prefix_buffer is not None
+        buffer = self._prefix_buffer[: seq_lens.shape[0]]
+        buffer.copy_(prefix_lens[: seq_lens.shape[0]])
+        return buffer
+
+
+class VllmQuireBackend(QuireAttentionBackend, AttentionBackend):
+    """What Quire can do, as vLLM asks for it."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [
+        name for name in QuireAttentionBackend.get_supported_kv_cache_dtypes() if name != "float32"
+    ]  # vLLM has no such cache dtype: fp32 models have "auto"
+    forward_includes_kv_cache_update: bool = False
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """The class of layers."""
+        return VllmQuireImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """The class of builders."""
+        return VllmQuireBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(*args: Any) -> list[Any]:
+        """Any."""
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """8 to 576."""
+        caps = capabilities("cpu")
+        return caps["min_head_size"] <= head_size <= caps["max_head_size"]
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """All."""
+        return attn_type in (
+            AttentionType.DECODER,
+            AttentionType.ENCODER,
+            AttentionType.ENCODER_ONLY,
+            AttentionType.ENCODER_DECODER,
+        )
+
+    @classmethod
+    def supports_combination(cls, *args: Any, **kwargs: Any) -> str | None:
+        """Why this machine's GPU cannot be used; vLLM asks only where there is one."""
+        caps = capabilities("cuda")
+        if caps is None:
+            return "this build of quire_attn has no CUDA backend"
+        return None if caps["available"] else f"quire_attn: {caps['instruction_set']}"
+
+
+def _yes(cls: type[Any]) -> bool:
+    return True
+
+
+# What vLLM asks by name. Those that an older vLLM does not ask do no harm there.
+for _name in (
+    "supports_sink",
+    "supports_alibi_sqrt",
+    "supports_mm_prefix",
+    "supports_sliding_window",
+    "supports_rswa",
+    "supports_non_causal",
+    "supports_batch_invariance",
+):
+    setattr(VllmQuireBackend, _name, classmethod(_yes))

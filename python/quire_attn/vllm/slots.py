@@ -1,0 +1,24 @@
+"""The backend classes, one for each slot of vLLM's registry, made when vLLM asks for them.
+
+vLLM takes a backend by module and name, and wants get_name() to be the slot's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """The backend for the slot of that name."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if name not in AttentionBackendEnum.__members__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .generations import current
+
+    def get_name() -> str:
+        return name
+
+    members = {"__module__": __name__, "__qualname__": name, "get_name": staticmethod(get_name)}
+    globals()[name] = type(name, (current(),), members)
+    return globals()[name]
