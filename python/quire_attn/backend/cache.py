@@ -63,6 +63,8 @@ def _floats(four_bytes: Array) -> Array:
             import torch
 
             return four_bytes.view(torch.float32)[..., 0]
+        if any(stride % _SCALE_BYTES for stride in four_bytes.strides[:-1]):
+            raise ValueError(f"strides {four_bytes.strides}")
         return four_bytes.view(np.float32)[..., 0]
     except (RuntimeError, ValueError) as error:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 from ..arrays import Array, device_name, empty_like, float_array, is_torch
 from ..core import Mask, PagedKvCache, Score, attention, cache_dtype_number, write_kv_cache
 from .cache import layer_cache, scale_of
+from .context_parallel import attend_shard
 from .plans import LayerKind, StepPlans
 
 ATTN_TYPES = ("decoder", "encoder", "encoder_only", "encoder_decoder")
@@ -127,9 +128,13 @@ class QuireAttentionImpl:
         if self.paged:
             if self.forward_includes_kv_cache_update:
                 self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
-            self.attend(
-                layer, query, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
+            if attn_metadata.context is not None and self.attn_type == "decoder":
+                _refuse_scales(output_scale, output_block_scale)
+                attend_shard(self, layer, query, kv_cache, attn_metadata, output)
+            else:
+                self.attend_rows(
+                    layer, query, kv_cache, attn_metadata, output, output_scale, output_block_scale
+                )
             return output
         kind = self.kind(layer, query, attn_metadata, value.shape[-1], 16)
         attention(
@@ -144,7 +149,7 @@ class QuireAttentionImpl:
         )
         return output
 
-    def attend(
+    def attend_rows(
         self,
         layer: Any,
         query: Array,
@@ -153,19 +158,25 @@ class QuireAttentionImpl:
         output: Array,
         output_scale: float | Array | None = None,
         output_block_scale: Array | None = None,
+        lse: Array | None = None,
     ) -> None:
-        """forward() over a cache that has this step's tokens."""
+        """Attention over a cache that has this step's tokens, of all heads that `query` has.
+
+        With `lse`, float32 [num_heads, num_tokens], sinks and slopes stay out of it.
+        """
         cache = self.cache(layer, kv_cache)
         _, block_size, _, head_size_v = cache.value.shape
         if self.kv_cache_dtype == "int4_per_token_head":
             head_size_v *= 2
         kind = self.kind(layer, query, attn_metadata, head_size_v, block_size)
+        score = self.score(query)
         attention(
             self._plan(kind, attn_metadata),
             query,
             cache,
             output=output,
-            score=self.score(query),
+            lse=lse,
+            score=score if lse is None else Score(score.softmax_scale, score.soft_cap),
             q_scale=1.0 if query.dtype == output.dtype else scale_of(layer, "_q_scale"),
             output_scale=output_scale,
             output_block_scale=output_block_scale,
@@ -191,18 +202,20 @@ class QuireAttentionImpl:
         return plans.plan(kind, self.number, metadata)
 
     def cache(self, layer: Any, kv_cache: Array) -> PagedKvCache:
-        """K and V in `kv_cache`: made once for an array, and forgotten with it."""
+        """K and V in `kv_cache`: made once for a tensor, and forgotten with it."""
         k_scale = v_scale = 1.0
         if self.kv_cache_dtype in ("fp8", "fp8_e4m3", "fp8_e5m2"):
             k_scale, v_scale = scale_of(layer, "_k_scale"), scale_of(layer, "_v_scale")
-        if self._known is not None and self._known() is kv_cache:
-            views = self._views
-            if views.k_scale is k_scale and views.v_scale is v_scale:
-                return views
-        views = layer_cache(kv_cache, self.head_size, self.kv_cache_dtype, k_scale, v_scale)
-        self._views = views
-        # The views would keep the memory alive after the caller has dropped the array.
-        self._known = weakref.ref(kv_cache, self._forget_cache)
+        if not is_torch(kv_cache):  # NumPy's views are cheap, and would keep the array alive
+            return layer_cache(kv_cache, self.head_size, self.kv_cache_dtype, k_scale, v_scale)
+        views = self._views if self._known is not None and self._known() is kv_cache else None
+        if views is None or views.k_scale is not k_scale or views.v_scale is not v_scale:
+            views = layer_cache(
+                kv_cache.detach(), self.head_size, self.kv_cache_dtype, k_scale, v_scale
+            )
+            # The views are of a detached alias: so the tensor itself can go, and they go with it.
+            self._known = weakref.ref(kv_cache, self._forget_cache)
+            self._views = views
         return views
 
     def _forget_cache(self, dropped: Any) -> None:
@@ -227,11 +240,12 @@ class QuireAttentionImpl:
         """What a plan for this layer must be made for."""
         causal = metadata.causal is not False
         clamp = bool(getattr(layer, "mm_prefix_clamp_sliding_window", False))
-        key = (query.dtype, causal, clamp, metadata.rswa_window, head_size_v, block_size)
+        heads = query.shape[1]
+        key = (query.dtype, heads, causal, clamp, metadata.rswa_window, head_size_v, block_size)
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = LayerKind(
-                num_heads=self.num_heads,
+                num_heads=heads,
                 num_kv_heads=self.num_kv_heads,
                 head_size=self.head_size,
                 head_size_v=head_size_v,
@@ -263,3 +277,9 @@ class QuireAttentionImpl:
             size = window // (self.chunk_lookback + 1)
             return Mask(causal, "chunked", size, self.chunk_lookback)
         return Mask(causal, "left", window, clamp_ranges=clamp_ranges)
+
+
+def _refuse_scales(output_scale: Any, output_block_scale: Any) -> None:
+    for name, value in (("output_scale", output_scale), ("output_block_scale", output_block_scale)):
+        if value is not None:
+            raise NotImplementedError(f"{name}: expected none with context parallelism")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arrays import Array, astype, full, is_torch
+from .context_parallel import ContextShard
 from .plans import StepPlans
 
 
@@ -50,8 +51,8 @@ class QuireAttentionMetadata:
     rswa_window: int | None = None
     qq_bias: Array | None = None
     """float32 [m, m] or [num_seqs, m, m] (tree attention)."""
-    context: Any = None
-    """The step's part of context parallelism, where there is one."""
+    context: ContextShard | None = None
+    """With context parallelism: what of the sequences this rank's cache has."""
 
 
 class QuireAttentionMetadataBuilder:

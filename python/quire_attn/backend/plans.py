@@ -113,4 +113,6 @@ def _batch(metadata: Any, paged: bool) -> dict[str, Any]:
         qq_bias=metadata.qq_bias,
         common_prefix_len=metadata.common_prefix_len if metadata.use_cascade else 0,
     )
+    if metadata.context is not None:
+        batch.update(metadata.context.positions(metadata))
     return batch

@@ -22,18 +22,21 @@ from ..backend import (
     QuireAttentionMetadataBuilder,
 )
 from ..backend.backend import capabilities
+from ..backend.context_parallel import ContextShard
 
 
 class VllmQuireImpl(QuireAttentionImpl, AttentionImpl):
     """A layer. vLLM calls do_kv_cache_update() before forward()."""
 
     forward_includes_kv_cache_update = False
+    supports_dcp = True
+    can_return_lse_for_decode = True
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Whether forward() may be given an fp8 output and its scale."""
         from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
 
-        return quant_key == kFp8StaticTensorSym
+        return quant_key == kFp8StaticTensorSym and self.dcp_world_size == 1
 
 
 class VllmQuireBuilder(QuireAttentionMetadataBuilder, AttentionMetadataBuilder):
@@ -51,12 +54,27 @@ class VllmQuireBuilder(QuireAttentionMetadataBuilder, AttentionMetadataBuilder):
         QuireAttentionMetadataBuilder.__init__(
             self, kv_cache_spec, layer_names, vllm_config, device
         )
+        self._dcp_group = _dcp_group(kv_cache_spec, vllm_config)
         self._prefix_buffer: torch.Tensor | None = None
         if self.rswa_window is not None:
             # The prefixes come from the host each step, which no graph does again.
             self.supports_draft_decode_metadata_update = False
             most = vllm_config.scheduler_config.max_num_seqs
             self._prefix_buffer = torch.zeros(most, dtype=torch.int32, device=device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> QuireAttentionMetadata:
+        """A step's metadata, with this rank's part of the context where it is split."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if self._dcp_group is not None:
+            metadata.context = ContextShard(
+                self._dcp_group,
+                self._dcp_group.rank_in_group,
+                self._dcp_group.world_size,
+                common_attn_metadata.dcp_local_seq_lens,
+            )
+        return metadata
 
     def update_draft_decode_metadata(self, metadata: QuireAttentionMetadata) -> None:
         """The batch's tensors have new values: the next layer plans them, in the graph too."""
@@ -68,6 +86,21 @@ class VllmQuireBuilder(QuireAttentionMetadataBuilder, AttentionMetadataBuilder):
         buffer = self._prefix_buffer[: seq_lens.shape[0]]
         buffer.copy_(prefix_lens[: seq_lens.shape[0]])
         return buffer
+
+
+def _dcp_group(kv_cache_spec: Any, vllm_config: Any) -> Any:
+    """The ranks that share this cache's tokens; None if each has all of them."""
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size == 1 or not getattr(kv_cache_spec, "dcp_sharded", True):
+        return None
+    interleave = getattr(parallel, "cp_kv_cache_interleave_size", 1)
+    if interleave != 1:
+        raise NotImplementedError(
+            f"cp_kv_cache_interleave_size: expected 1 with Quire, got {interleave}"
+        )
+    from vllm.distributed.parallel_state import get_dcp_group
+
+    return get_dcp_group()
 
 
 class VllmQuireBackend(QuireAttentionBackend, AttentionBackend):
