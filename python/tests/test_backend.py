@@ -243,9 +243,7 @@ def test_cascade_is_announced(rng, convert):
     assert metadata.prefix_kv_lens.tolist() == [32]
     assert metadata.suffix_kv_lens.tolist() == [38, 18, 32]
     cache = cached(batch, empty_cache(batch, "5d"))
-    check(
-        forward(make_layer(batch), batch, convert, cache, metadata), batch.expected(right=0)[0]
-    )
+    check(forward(make_layer(batch), batch, convert, cache, metadata), batch.expected(right=0)[0])
 
 
 def test_work_is_planned_once_a_step_for_each_kind_of_layer(rng, convert, monkeypatch):
@@ -267,15 +265,12 @@ def test_work_is_planned_once_a_step_for_each_kind_of_layer(rng, convert, monkey
 def test_another_pass_plans_what_the_tensors_hold_then(rng, convert):
     """A draft model's next token: lengths are changed in place, as in a captured graph."""
     batch = Batch(rng, lens=[(1, 20), (1, 33)])
-    other = Batch(rng, num_heads=batch.num_heads, num_kv_heads=batch.num_kv_heads,
-                  head_size=batch.head_size, block_size=batch.block_size, lens=batch.lens)  # fmt: skip
     layers = [make_layer(batch), make_layer(batch)]
     builder = QuireAttentionMetadataBuilder(None, [], None, "cpu")
     metadata = builder.build(0, common_metadata(batch, convert))
     cache = cached(batch, empty_cache(batch, "5d"))
     for layer in layers:
         check(forward(layer, batch, convert, cache, metadata), batch.expected(right=0)[0])
-    other.key_cache, other.value_cache = batch.key_cache, batch.value_cache
     shorter = [(1, 11), (1, 32)]
     for s, (_, n) in enumerate(shorter):
         batch.k[s], batch.v[s], batch.slots[s] = (x[s][:n] for x in (batch.k, batch.v, batch.slots))

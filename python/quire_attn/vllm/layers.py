@@ -91,7 +91,8 @@ class VllmQuireBuilder(QuireAttentionMetadataBuilder, AttentionMetadataBuilder):
 def _dcp_group(kv_cache_spec: Any, vllm_config: Any) -> Any:
     """The ranks that share this cache's tokens; None if each has all of them."""
     parallel = vllm_config.parallel_config
-    if parallel.decode_context_parallel_size == 1 or not getattr(kv_cache_spec, "dcp_sharded", True):
+    sharded = getattr(kv_cache_spec, "dcp_sharded", True)  # a draft model's may be whole
+    if parallel.decode_context_parallel_size == 1 or not sharded:
         return None
     interleave = getattr(parallel, "cp_kv_cache_interleave_size", 1)
     if interleave != 1:
