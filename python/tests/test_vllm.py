@@ -82,8 +82,25 @@ def test_what_it_says_it_can_do():
     assert not BACKEND.supports_kv_cache_dtype("nvfp4")
     for attn_type in host.AttentionType:
         assert BACKEND.supports_attn_type(attn_type)
-    support = BACKEND.get_builder_cls().get_cudagraph_support(None, None)
-    assert support == host.AttentionCGSupport.ALWAYS
+
+
+def test_how_much_graphs_can_serve():
+    """Ranges of an image come from the host, which no graph does again."""
+    levels = host.AttentionCGSupport
+
+    def support(is_mm_prefix_lm, *layers):
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(is_mm_prefix_lm=is_mm_prefix_lm),
+            compilation_config=SimpleNamespace(static_forward_context=dict(enumerate(layers))),
+        )
+        return BACKEND.get_builder_cls().get_cudagraph_support(config, None)
+
+    plain = SimpleNamespace(sliding_window=None)
+    clamped = SimpleNamespace(sliding_window=8, mm_prefix_clamp_sliding_window=True)
+    wide = SimpleNamespace(sliding_window=8, mm_prefix_clamp_sliding_window=False)
+    assert support(False, plain, wide) == levels.ALWAYS
+    assert support(True, plain, clamped) == levels.UNIFORM_SINGLE_TOKEN_DECODE
+    assert support(True, plain, wide) == levels.NEVER
 
 
 def test_a_wheel_without_cuda_says_so_where_there_is_a_gpu():

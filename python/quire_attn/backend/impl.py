@@ -10,7 +10,7 @@ from ..arrays import Array, device_name, empty_like, float_array, is_torch
 from ..core import Mask, PagedKvCache, Score, attention, cache_dtype_number, write_kv_cache
 from .cache import layer_cache, scale_of
 from .context_parallel import attend_shard
-from .plans import LayerKind, StepPlans
+from .plans import LayerKind, StepPlans, layer_kind
 
 ATTN_TYPES = ("decoder", "encoder", "encoder_only", "encoder_decoder")
 
@@ -244,7 +244,7 @@ class QuireAttentionImpl:
         key = (query.dtype, heads, causal, clamp, metadata.rswa_window, head_size_v, block_size)
         kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[key] = LayerKind(
+            kind = self._kinds[key] = layer_kind(
                 num_heads=heads,
                 num_kv_heads=self.num_kv_heads,
                 head_size=self.head_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..arrays import Array, astype, full, is_torch
+from ..arrays import Array, full, is_torch
 from .context_parallel import ContextShard
 from .plans import StepPlans
 
@@ -43,7 +43,7 @@ class QuireAttentionMetadata:
     """With use_cascade the same object: one plan covers prefix and suffixes."""
 
     causal: bool | Array = True
-    """Or bool or uint8 [num_seqs]."""
+    """Or a flag of any integer type for each sequence."""
     mm_prefix_range: Array | None = None
     """int32 [num_seqs, num_ranges, 2]: positions that see each other, ends included."""
     rswa_prefix_lens: Array | None = None
@@ -95,7 +95,7 @@ class QuireAttentionMetadataBuilder:
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             scheduler_metadata=self.plans,
-            causal=_causal(getattr(common, "causal", True)),
+            causal=getattr(common, "causal", True),
             qq_bias=getattr(common, "qq_bias", None),
         )
         self.plans.forget()
@@ -122,13 +122,6 @@ class QuireAttentionMetadataBuilder:
 
     def _prefix_lens(self, prefix_lens: Array, seq_lens: Array) -> Array:
         return _int32_like(prefix_lens, seq_lens)[: seq_lens.shape[0]]
-
-
-def _causal(causal: bool | Array) -> bool | Array:
-    """Flags of any integer type as bytes, which the library takes."""
-    if isinstance(causal, bool) or str(causal.dtype).endswith(("bool", "uint8")):
-        return causal
-    return astype(causal != 0, "uint8")
 
 
 def _set_cascade(metadata: QuireAttentionMetadata, common_prefix_len: int) -> None:

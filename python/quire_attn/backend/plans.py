@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
+from ..arrays import Array, astype, dtype_name
 from ..core import Mask, Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerKind:
-    """What layers must have in common to share a plan; all of it goes to Plan()."""
+    """What layers must have in common to share a plan; all of it goes to Plan().
+
+    Made by layer_kind(), the same object for the same arguments: comparing and hashing them costs
+    more than the rest of a call.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -27,6 +33,12 @@ class LayerKind:
     def paged(self) -> bool:
         """Whether keys and values are read from the cache."""
         return self.type in ("decoder", "encoder_decoder")
+
+
+@functools.lru_cache(maxsize=1024)
+def layer_kind(**arguments: Any) -> LayerKind:
+    """The LayerKind of these arguments."""
+    return LayerKind(**arguments)
 
 
 class _Planned:
@@ -93,6 +105,14 @@ class StepPlans:
         return "\n".join(f"{kind}\n{planned.plan}" for kind, planned in self._planned.items())
 
 
+def _flags(causal: bool | Array) -> Array | None:
+    """One flag a sequence, as the library takes them; None where the layer's mask says it."""
+    if isinstance(causal, bool):
+        return None
+    name = dtype_name(causal.dtype)
+    return causal if name in ("bool", "uint8") else astype(causal != 0, "uint8")
+
+
 def _batch(metadata: Any, paged: bool) -> dict[str, Any]:
     """The arguments of Plan.update()."""
     batch = {
@@ -102,12 +122,11 @@ def _batch(metadata: Any, paged: bool) -> dict[str, Any]:
     }
     if not paged:
         return batch
-    causal = metadata.causal
     batch.update(
         seq_lens=metadata.seq_lens,
         block_table=metadata.block_table,
         max_seq_len=metadata.max_seq_len,
-        causal=None if isinstance(causal, bool) else causal,
+        causal=_flags(metadata.causal),
         mm_prefix_range=metadata.mm_prefix_range,
         visible_prefix_lens=metadata.rswa_prefix_lens,
         qq_bias=metadata.qq_bias,

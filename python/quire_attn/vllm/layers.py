@@ -62,6 +62,21 @@ class VllmQuireBuilder(QuireAttentionMetadataBuilder, AttentionMetadataBuilder):
             most = vllm_config.scheduler_config.max_num_seqs
             self._prefix_buffer = torch.zeros(most, dtype=torch.int32, device=device)
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Any batch, but for models with ranges of tokens (images) that see each other.
+
+        Ranges come from the host. A graph that was captured without them serves what sees none:
+        single tokens, if no window would hide from them what a range shows.
+        """
+        if not getattr(getattr(vllm_config, "model_config", None), "is_mm_prefix_lm", False):
+            return cls._cudagraph_support
+        for layer in vllm_config.compilation_config.static_forward_context.values():
+            windowed = getattr(layer, "sliding_window", None) is not None
+            if windowed and not getattr(layer, "mm_prefix_clamp_sliding_window", False):
+                return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> QuireAttentionMetadata:

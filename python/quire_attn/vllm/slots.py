@@ -5,6 +5,7 @@ vLLM takes a backend by module and name, and wants get_name() to be the slot's.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 
@@ -21,4 +22,19 @@ def __getattr__(name: str) -> Any:
 
     members = {"__module__": __name__, "__qualname__": name, "get_name": staticmethod(get_name)}
     globals()[name] = type(name, (current(),), members)
+    _say_who_serves(name)
     return globals()[name]
+
+
+def _say_who_serves(slot: str) -> None:
+    from .. import __version__
+    from ..backend.backend import capabilities
+
+    parts = [
+        f"{device}: {caps['instruction_set']}"
+        for device, caps in (("CPU", capabilities("cpu")), ("CUDA", capabilities("cuda")))
+        if caps is not None
+    ]
+    logging.getLogger("vllm.quire_attn").info(
+        "Quire %s is the attention backend %s (%s)", __version__, slot, ", ".join(parts)
+    )
