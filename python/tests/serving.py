@@ -1,5 +1,6 @@
 """Caches as vLLM lays them out, and batches as its runner hands them over."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,6 +62,17 @@ def common_metadata(batch, convert, **other):
         "causal": True,
     }
     return SimpleNamespace(**{**fields, **other})
+
+
+def shortened(batch, lens):
+    """The same sequences when they were shorter."""
+    short = copy.copy(batch)
+    short.lens = lens
+    short.seq_lens = np.array([n for _, n in lens], np.int32)
+    for name in ("k", "v", "slots"):
+        cut = [array[:n] for array, (_, n) in zip(getattr(batch, name), lens, strict=True)]
+        setattr(short, name, cut)
+    return short
 
 
 def forward(layer, batch, convert, cache, metadata, *, scales=None, width=None, **other):

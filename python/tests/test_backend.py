@@ -11,7 +11,16 @@ from quire_attn.backend import (
     QuireAttentionMetadata,
     QuireAttentionMetadataBuilder,
 )
-from serving import LAYOUTS, cached, common_metadata, empty_cache, forward, halves, new_tokens
+from serving import (
+    LAYOUTS,
+    cached,
+    common_metadata,
+    empty_cache,
+    forward,
+    halves,
+    new_tokens,
+    shortened,
+)
 
 from reference import Batch, check
 
@@ -264,18 +273,14 @@ def test_work_is_planned_once_a_step_for_each_kind_of_layer(rng, convert, monkey
 
 def test_another_pass_plans_what_the_tensors_hold_then(rng, convert):
     """A draft model's next token: lengths are changed in place, as in a captured graph."""
-    batch = Batch(rng, lens=[(1, 20), (1, 33)])
+    batch = Batch(rng, lens=[(1, 200), (1, 33)])
+    short = shortened(batch, [(1, 11), (1, 32)])
     layers = [make_layer(batch), make_layer(batch)]
-    builder = QuireAttentionMetadataBuilder(None, [], None, "cpu")
-    metadata = builder.build(0, common_metadata(batch, convert))
+    metadata = build(short, convert)
     cache = cached(batch, empty_cache(batch, "5d"))
     for layer in layers:
-        check(forward(layer, batch, convert, cache, metadata), batch.expected(right=0)[0])
-    shorter = [(1, 11), (1, 32)]
-    for s, (_, n) in enumerate(shorter):
-        batch.k[s], batch.v[s], batch.slots[s] = (x[s][:n] for x in (batch.k, batch.v, batch.slots))
-    batch.lens = shorter
-    batch.seq_lens[:] = [n for _, n in shorter]
+        check(forward(layer, short, convert, cache, metadata), short.expected(right=0)[0])
+    short.seq_lens[:] = batch.seq_lens
     metadata.slot_mapping = convert(new_tokens(batch)[2])
     for layer in layers:
         check(forward(layer, batch, convert, cache, metadata), batch.expected(right=0)[0])

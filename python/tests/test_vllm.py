@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from serving import cached, common_metadata, empty_cache, forward, new_tokens
+from serving import cached, common_metadata, empty_cache, forward, new_tokens, shortened
 
 from reference import Batch, check
 
@@ -151,6 +151,17 @@ def test_the_cache_as_this_vllm_makes_it(rng):
         assert BACKEND.customize_spec(spec).state_content_bytes == row
 
 
+def test_another_head_size_for_v(rng):
+    """Rows of K and V of different sizes in one cache (TRITON_ATTN_DIFFKV)."""
+    if not hasattr(BACKEND, "set_head_size_v"):
+        pytest.skip("this vLLM makes caches by a shape of one head size")
+    BACKEND.set_head_size_v(32)
+    batch = Batch(rng, head_size=48, head_size_v=32, lens=[(5, 5), (20, 20)])
+    num_blocks, block_size, num_kv_heads, _ = batch.key_cache.shape
+    cache = np.full((num_blocks, num_kv_heads, block_size, 80), np.nan, np.float32)
+    check(serve(make_layer(batch), batch, cache, build(batch)), batch.expected(right=0)[0])
+
+
 def test_chunked_local_attention(rng):
     """vLLM cuts a batch into one sequence for each chunk (Llama 4)."""
     from vllm.model_executor.layers.attention import chunked_local_attention as chunked
@@ -224,19 +235,15 @@ def test_fast_prefill_of_layers_that_share_a_cache(rng):
 
 def test_what_a_draft_model_does_in_a_graph(rng):
     """Lengths change in place between two forward passes; nothing is built again."""
-    batch = Batch(rng, lens=[(1, 20), (1, 33)])
-    builder_cls = BACKEND.get_builder_cls()
+    batch = Batch(rng, lens=[(1, 200), (1, 33)])
+    short = shortened(batch, [(1, 11), (1, 32)])
     spec = SimpleNamespace(block_size=batch.block_size)
-    builder = builder_cls(spec, ["layer"], CONFIG, torch.device("cpu"))
+    builder = BACKEND.get_builder_cls()(spec, ["layer"], CONFIG, torch.device("cpu"))
     assert builder.supports_draft_decode_metadata_update
-    metadata = builder.build_for_drafting(host_metadata(batch), 0)
-    layer = make_layer(batch)
+    metadata = builder.build_for_drafting(host_metadata(short), 0)
     cache = cached(batch, empty_cache(batch, "LBHNC"))
-    check(serve(layer, batch, cache, metadata), batch.expected(right=0)[0])
-    batch.lens = [(1, 15), (1, 30)]
-    batch.seq_lens[:] = [15, 30]
-    for s, (_, n) in enumerate(batch.lens):
-        batch.k[s], batch.v[s], batch.slots[s] = (x[s][:n] for x in (batch.k, batch.v, batch.slots))
+    check(serve(make_layer(batch), short, cache, metadata), short.expected(right=0)[0])
+    short.seq_lens[:] = batch.seq_lens
     builder.update_draft_decode_metadata(metadata)
     other = make_layer(batch)  # not the layer that ran before: the hook alone makes it plan again
     check(serve(other, batch, cache, metadata), batch.expected(right=0)[0])

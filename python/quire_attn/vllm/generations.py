@@ -65,6 +65,10 @@ class PackedBackend(SpecBackend):
 class StridedBackend(SpecBackend):
     """From 0.29. Any layout will do, which is what vLLM's default says."""
 
+    @classmethod
+    def set_head_size_v(cls, head_size_v: int) -> None:
+        """Called where V's head size is not K's (TRITON_ATTN_DIFFKV). The cache's rows say it."""
+
 
 def current() -> type[Any]:
     """The class for the vLLM that is installed, by what its own base class has."""

@@ -127,6 +127,7 @@ class VllmQuireBackend(QuireAttentionBackend, AttentionBackend):
         name for name in QuireAttentionBackend.get_supported_kv_cache_dtypes() if name != "float32"
     ]  # vLLM has no such cache dtype: fp32 models have "auto"
     forward_includes_kv_cache_update: bool = False
+    supports_kv_cache_update_bypass: bool = True  # key and value may be None once they are written
 
     @staticmethod
     def get_impl_cls() -> type[Any]:
