@@ -217,20 +217,21 @@ int64_t kv_cache_dtype(const ffi::String& name) {
   });
 }
 
-// What a backend can do (quire/backend.h: BackendCapabilities), by the members' names.
+const AttentionBackend& backend_named(const ffi::String& name) {
+  return attention_backend(std::string_view(name.data(), name.size()));
+}
+
+// What a backend can do (quire/backend.h: BackendCapabilities), by the members' names. Touches no
+// device.
 ffi::Map<ffi::String, ffi::Any> capabilities(const ffi::String& backend) {
   return guarded([&] {
-    const AttentionBackend& found =
-        attention_backend(std::string_view(backend.data(), backend.size()));
-    const BackendCapabilities& caps = found.capabilities();
+    const BackendCapabilities& caps = backend_named(backend).capabilities();
     const auto names = [](const auto& values) {
       ffi::Array<ffi::String> list;
       for (const auto value : values) list.push_back(to_string(value));
       return list;
     };
     return ffi::Map<ffi::String, ffi::Any>{
-        {"available", found.available()},
-        {"instruction_set", ffi::String(found.instruction_set())},
         {"dtypes", names(caps.dtypes)},
         {"kv_cache_dtypes", names(caps.kv_cache_dtypes)},
         {"output_dtypes", names(caps.output_dtypes)},
@@ -259,21 +260,22 @@ ffi::Map<ffi::String, ffi::Any> capabilities(const ffi::String& backend) {
   });
 }
 
+// What it runs on here, or why it cannot.
+ffi::String instruction_set(const ffi::String& backend) {
+  return guarded([&] { return ffi::String(backend_named(backend).instruction_set()); });
+}
+
 void validate_head_size(const ffi::String& backend, int64_t head_size) {
-  guarded([&] {
-    attention_backend(std::string_view(backend.data(), backend.size()))
-        .validate_head_size(head_size);
-  });
+  guarded([&] { backend_named(backend).validate_head_size(head_size); });
 }
 
 ffi::Array<int64_t> kv_cache_shape(const ffi::String& backend, int64_t num_blocks,
                                    int64_t block_size, int64_t num_kv_heads, int64_t head_size,
                                    const ffi::String& cache_dtype_str) {
   return guarded([&] {
-    const std::vector<int64_t> shape =
-        attention_backend(std::string_view(backend.data(), backend.size()))
-            .kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size,
-                            std::string_view(cache_dtype_str.data(), cache_dtype_str.size()));
+    const std::vector<int64_t> shape = backend_named(backend).kv_cache_shape(
+        num_blocks, block_size, num_kv_heads, head_size,
+        std::string_view(cache_dtype_str.data(), cache_dtype_str.size()));
     return ffi::Array<int64_t>(shape.begin(), shape.end());
   });
 }
@@ -302,6 +304,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(write_kv_cache, quire::python::write_kv_cache);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(merge_states, quire::python::merge_states);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_cache_dtype, quire::python::kv_cache_dtype);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(capabilities, quire::python::capabilities);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_set, quire::python::instruction_set);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(validate_head_size, quire::python::validate_head_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_cache_shape, quire::python::kv_cache_shape);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, quire::python::version);

@@ -114,6 +114,8 @@ def test_a_wheel_without_cuda_says_so_where_there_is_a_gpu():
         device_capability=None, attn_type="decoder", use_batch_invariant=True,
     )  # fmt: skip
     assert reasons == ["this build of quire_attn has no CUDA backend"]
+    older = SimpleNamespace(major=7, minor=5)
+    assert not BACKEND.supports_compute_capability(older)
 
 
 @pytest.mark.parametrize("sinks", [False, True])

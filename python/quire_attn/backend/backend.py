@@ -14,8 +14,8 @@ from .metadata import QuireAttentionMetadata, QuireAttentionMetadataBuilder
 def capabilities(name: str) -> dict[str, Any] | None:
     """What the backend "cpu", "cuda" or "reference" can do; None if this build has none so named.
 
-    The members of quire::BackendCapabilities, `available` and `instruction_set` (which says why, if
-    it is not).
+    The members of quire::BackendCapabilities. Touches no device: vLLM asks before it forks, which
+    CUDA does not survive.
     """
     try:
         found = _binding.capabilities(name)

@@ -161,12 +161,16 @@ class VllmQuireBackend(QuireAttentionBackend, AttentionBackend):
         )
 
     @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        """From 8.0 on."""
+        return capability is None or capability.major >= 8
+
+    @classmethod
     def supports_combination(cls, *args: Any, **kwargs: Any) -> str | None:
-        """Why this machine's GPU cannot be used; vLLM asks only where there is one."""
-        caps = capabilities("cuda")
-        if caps is None:
+        """What a GPU needs further; vLLM asks only where there is one."""
+        if capabilities("cuda") is None:
             return "this build of quire_attn has no CUDA backend"
-        return None if caps["available"] else f"quire_attn: {caps['instruction_set']}"
+        return None
 
 
 def _yes(cls: type[Any]) -> bool:

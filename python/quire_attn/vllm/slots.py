@@ -27,14 +27,12 @@ def __getattr__(name: str) -> Any:
 
 
 def _say_who_serves(slot: str) -> None:
-    from .. import __version__
+    from .. import __version__, _binding
     from ..backend.backend import capabilities
 
-    parts = [
-        f"{device}: {caps['instruction_set']}"
-        for device, caps in (("CPU", capabilities("cpu")), ("CUDA", capabilities("cuda")))
-        if caps is not None
-    ]
+    devices = "CPU: " + str(_binding.instruction_set("cpu"))
+    if capabilities("cuda") is not None:
+        devices += ", CUDA"  # more would have to ask the GPU: too early, see capabilities()
     logging.getLogger("vllm.quire_attn").info(
-        "Quire %s is the attention backend %s (%s)", __version__, slot, ", ".join(parts)
+        "Quire %s is the attention backend %s (%s)", __version__, slot, devices
     )
