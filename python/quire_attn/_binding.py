@@ -19,6 +19,7 @@ write_kv_cache = library.write_kv_cache
 merge_states = library.merge_states
 kv_cache_dtype = library.kv_cache_dtype
 capabilities = library.capabilities
+use_openmp_threads = library.use_openmp_threads
 instruction_set = library.instruction_set
 validate_head_size = library.validate_head_size
 kv_cache_shape = library.kv_cache_shape

@@ -23,6 +23,7 @@ from ..backend import (
 )
 from ..backend.backend import capabilities
 from ..backend.context_parallel import ContextShard
+from ..core import use_openmp_threads
 
 
 class VllmQuireImpl(QuireAttentionImpl, AttentionImpl):
@@ -55,6 +56,9 @@ class VllmQuireBuilder(QuireAttentionMetadataBuilder, AttentionMetadataBuilder):
             self, kv_cache_spec, layer_names, vllm_config, device
         )
         self._dcp_group = _dcp_group(kv_cache_spec, vllm_config)
+        if torch.device(device).type == "cpu" and not os.environ.get("QUIRE_NUM_THREADS"):
+            # vLLM binds the OpenMP threads of a worker to its CPUs, and the main thread to one.
+            use_openmp_threads()
         self._prefix_buffer: torch.Tensor | None = None
         if self.rswa_window is not None:
             # The prefixes come from the host each step, which no graph does again.
