@@ -357,6 +357,16 @@ def test_wrong_layers(arguments, text):
         QuireAttentionImpl(4, 64, 0.125, **{"num_kv_heads": 2, **arguments})
 
 
+def test_a_wrong_batch_writes_nothing(rng, convert):
+    batch = Batch(rng, lens=[(3, 30)])
+    metadata = build(batch, convert)
+    metadata.seq_lens = convert(batch.seq_lens.astype(np.int64))
+    cache = empty_cache(batch, "5d")
+    with pytest.raises(TypeError, match="seq_lens: expected int32, got int64"):
+        forward(make_layer(batch), batch, convert, cache, metadata)
+    assert np.isnan(cache).all()
+
+
 def test_wrong_caches(rng):
     batch = Batch(rng, head_size=32)
     layer = make_layer(batch)

@@ -121,3 +121,29 @@ def test_fp8_outputs(rng, attn_type):
     np.testing.assert_allclose(scales.numpy(), abs(groups).max(-1) / 448, rtol=1e-5)
     read_back = out.float().reshape(14, 3, 128) * scales[..., None]
     np.testing.assert_allclose(read_back.numpy(), groups, rtol=0.07, atol=1e-3)
+
+
+@pytest.mark.parametrize("output_dtype", ["float32", "float8_e4m3fn"])
+def test_fp8_queries(rng, output_dtype):
+    torch = pytest.importorskip("torch")
+    batch = Batch(rng, head_size=64)
+    cache = empty_cache(batch, "LBNHC", np.uint8, poison=0x7F)
+    views = fill(batch, cache, "fp8")
+    at = np.concatenate(batch.slots)
+    qa.write_kv_cache(np.concatenate(batch.k), np.concatenate(batch.v), views, at)
+    for s, slots in enumerate(batch.slots):
+        at = slots // batch.block_size, slots % batch.block_size
+        batch.k[s], batch.v[s] = (fp8_values(x[at], "fp8") for x in (views.key, views.value))
+    query = torch.from_numpy(batch.q).mul(4).to(torch.float8_e4m3fn)
+    batch.q = query.float().numpy() * 0.25
+    layer = SimpleNamespace(_k_scale=1.0, _v_scale=1.0, _q_scale=torch.tensor(0.25))
+    out = torch.zeros(batch.q.shape, dtype=getattr(torch, output_dtype))
+    make_layer(batch, kv_cache_dtype="fp8").forward(
+        layer, query, None, None, torch.from_numpy(cache), build(batch, torch.from_numpy), out,
+        None if output_dtype == "float32" else torch.tensor(0.01),
+    )  # fmt: skip
+    expected = batch.expected(right=0)[0]
+    if output_dtype == "float32":
+        check(out.numpy(), expected)
+    else:
+        np.testing.assert_allclose(out.float().numpy() * 0.01, expected, rtol=0.07, atol=1e-3)

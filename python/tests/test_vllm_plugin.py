@@ -1,6 +1,7 @@
 """The plugin's registration, without vLLM: whatever happens, vLLM goes on."""
 
 import enum
+import importlib.metadata
 import logging
 import sys
 import types
@@ -34,6 +35,11 @@ def fake_vllm(monkeypatch):
 
 def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_vllm_finds_it():
+    (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="quire")
+    assert entry.load() is plugin.register
 
 
 def test_the_slots_that_are_taken(fake_vllm, monkeypatch, caplog):

@@ -126,15 +126,16 @@ class QuireAttentionImpl:
             output.fill_(0) if is_torch(output) else output.fill(0)
             return output
         if self.paged:
-            if self.forward_includes_kv_cache_update:
-                self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
+            write = (key, value) if self.forward_includes_kv_cache_update else (None, None)
             if attn_metadata.context is not None and self.attn_type == "decoder":
                 _refuse_scales(output_scale, output_block_scale)
+                self.do_kv_cache_update(layer, *write, kv_cache, attn_metadata.slot_mapping)
                 attend_shard(self, layer, query, kv_cache, attn_metadata, output)
             else:
                 self.attend_rows(
-                    layer, query, kv_cache, attn_metadata, output, output_scale, output_block_scale
-                )
+                    layer, query, kv_cache, attn_metadata, output, output_scale,
+                    output_block_scale, write=write,
+                )  # fmt: skip
             return output
         kind = self.kind(layer, query, attn_metadata, value.shape[-1], 16)
         attention(
@@ -159,25 +160,29 @@ class QuireAttentionImpl:
         output_scale: float | Array | None = None,
         output_block_scale: Array | None = None,
         lse: Array | None = None,
+        write: tuple[Array | None, Array | None] = (None, None),
     ) -> None:
-        """Attention over a cache that has this step's tokens, of all heads that `query` has.
+        """Attention over the cache, of all heads that `query` has.
 
-        With `lse`, float32 [num_heads, num_tokens], sinks and slopes stay out of it.
+        With `lse`, float32 [num_heads, num_tokens], sinks and slopes stay out of it. `write`: key
+        and value to store first, once the batch has been accepted.
         """
         cache = self.cache(layer, kv_cache)
         _, block_size, _, head_size_v = cache.value.shape
         if self.kv_cache_dtype == "int4_per_token_head":
             head_size_v *= 2
         kind = self.kind(layer, query, attn_metadata, head_size_v, block_size)
+        plan = self._plan(kind, attn_metadata)
+        self.do_kv_cache_update(layer, *write, kv_cache, attn_metadata.slot_mapping)
         score = self.score(query)
         attention(
-            self._plan(kind, attn_metadata),
+            plan,
             query,
             cache,
             output=output,
             lse=lse,
             score=score if lse is None else Score(score.softmax_scale, score.soft_cap),
-            q_scale=1.0 if query.dtype == output.dtype else scale_of(layer, "_q_scale"),
+            q_scale=scale_of(layer, "_q_scale") if kind.has_quantised_query else 1.0,
             output_scale=output_scale,
             output_block_scale=output_block_scale,
         )

@@ -30,6 +30,11 @@ class LayerKind:
     kv_cache_dtype: str
 
     @property
+    def has_quantised_query(self) -> bool:
+        """Whether the query is fp8, and has a scale."""
+        return dtype_name(self.dtype) == "float8_e4m3"
+
+    @property
     def paged(self) -> bool:
         """Whether keys and values are read from the cache."""
         return self.type in ("decoder", "encoder_decoder")
