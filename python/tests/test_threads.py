@@ -26,7 +26,7 @@ torch.randn(4_000_000).exp_()
 batch = Batch(np.random.default_rng(1), lens=[(40, 900), (1, 700), (9, 9)], num_kv_heads=2)
 cache = qa.PagedKvCache(np.empty_like(batch.key_cache), np.empty_like(batch.value_cache))
 before = num_threads()
-print(use_openmp_threads())
+print(use_openmp_threads() == torch.get_num_threads())
 
 def step():
     for k, v, slots in zip(batch.k, batch.v, batch.slots):
@@ -48,10 +48,10 @@ print(num_threads() - before >= 4)
 
 
 def test_openmps_threads_are_used_and_no_others():
-    environment = {**os.environ, "OMP_NUM_THREADS": "3", "QUIRE_NUM_THREADS": "5"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "QUIRE_NUM_THREADS": "5"}
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, os.path.dirname(__file__)],
         capture_output=True, text=True, env=environment, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["3", "0", "5", "True"], result.stdout
+    assert result.stdout.split() == ["True", "0", "5", "True"], result.stdout
