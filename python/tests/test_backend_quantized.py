@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import quire_attn as qa
 from quire_attn.backend import layer_cache
-from serving import LAYOUTS, empty_cache, forward, new_tokens
+from serving import LAYOUTS, empty_cache, forward, halves, new_tokens
 from test_backend import build, make_layer
 from test_core import fp8_values
 
@@ -31,7 +31,7 @@ def test_scales_behind_each_row(rng, convert, cache_dtype, layout):
     batch = Batch(rng, head_size=64)
     stored = 32 if cache_dtype == "int4_per_token_head" else 64
     cache = empty_cache(batch, layout, np.uint8, stored + 4, 0x5A)
-    views = fill(batch, cache, cache_dtype)
+    fill(batch, cache, cache_dtype)
     out = forward(
         make_layer(batch, kv_cache_dtype=cache_dtype), batch, convert, cache, build(batch, convert)
     )
@@ -45,8 +45,11 @@ def test_scales_behind_each_row(rng, convert, cache_dtype, layout):
     qa.write_kv_cache(
         np.concatenate(batch.k), np.concatenate(batch.v), apart, np.concatenate(batch.slots)
     )
-    for name in ("key", "value", "k_scale_cache", "v_scale_cache"):
-        np.testing.assert_array_equal(getattr(views, name), getattr(apart, name), name)
+    rows = (cache[:, 0], cache[:, 1]) if layout == "5d" else halves(cache)  # [K, scale], [V, scale]
+    for row, side in zip(rows, ("key", "value"), strict=True):
+        np.testing.assert_array_equal(row[..., :stored], getattr(apart, side), side)
+        scales = np.ascontiguousarray(row[..., stored:]).view(np.float32)[..., 0]
+        np.testing.assert_array_equal(scales, getattr(apart, f"{side[0]}_scale_cache"), side)
     plan = qa.Plan(**batch.plan_arguments(), kv_cache_dtype=cache_dtype)
     plan.update(**batch.update_arguments(lambda array: array))
     np.testing.assert_array_equal(out, qa.attention(plan, batch.q, apart))
