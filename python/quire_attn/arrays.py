@@ -136,3 +136,11 @@ def where(condition: Array, value: Array, otherwise: int) -> Array:
     if is_torch(condition):
         return value.masked_fill(~condition, otherwise)
     return np.where(condition, value, otherwise)
+
+
+def float_array(values: Any, like: Array) -> Array:
+    """float32 where `like` is: the same memory if it is that already, else a copy."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.as_tensor(values, dtype=torch.float32, device=like.device).detach()
+    return np.asarray(values, np.float32)

@@ -244,6 +244,16 @@ class Plan:
         return str(_binding.plan_to_string(self._object))
 
 
+def use_openmp_threads(use: bool = True) -> int:
+    """Runs what is on the CPU on the OpenMP threads of the process (torch's), or on Quire's again.
+
+    For engines whose threads are bound to CPUs and stay awake between calls: a second pool would be
+    in their way. Returns how many threads there are; 0, and nothing changes, where no OpenMP
+    runtime is loaded.
+    """
+    return int(_binding.use_openmp_threads(use))
+
+
 _numbers = itertools.count()
 _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 

@@ -3,17 +3,31 @@
 // tensors alive; errors become Python's here (views.h).
 #include <tvm/ffi/tvm_ffi.h>
 
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cli/common/info.h"
+#include "python/src/openmp_threads.h"
 #include "python/src/views.h"
 #include "quire/quire.h"
 
 namespace quire::python {
 namespace {
+
+// The threads of calls on the CPU; null is Quire's own.
+std::atomic<ThreadPool*> chosen_threads{nullptr};
+
+Context context_of(Device device, bool check_indices = false) {
+  Context context;
+  context.stream = current_stream(device);
+  context.threads = chosen_threads.load(std::memory_order_relaxed);
+  context.check_indices = check_indices;
+  return context;
+}
 
 // A plan serves one call at a time, and Python's threads may call at the same time, since calls are
 // made without the interpreter's lock.
@@ -100,10 +114,8 @@ void plan_update(const PlanRef& ref, ffi::TensorView query_start_loc, OptionalTe
     batch.q_offset = view("q_offset", q_offset);
     PlanObj* object = const_cast<PlanObj*>(ref.get());
     const std::lock_guard lock(object->mutex);
-    Context context;
-    context.stream = current_stream(object->plan.config().device);
-    context.check_indices = check_indices;
-    object->plan.update(batch, common_prefix_len, context);
+    object->plan.update(batch, common_prefix_len,
+                        context_of(object->plan.config().device, check_indices));
   });
 }
 
@@ -152,10 +164,7 @@ void attention(const PlanRef& ref, ffi::TensorView query, OptionalTensor key_cac
     }
     PlanObj* object = const_cast<PlanObj*>(ref.get());
     const std::lock_guard lock(object->mutex);
-    Context context;
-    context.stream = current_stream(object->plan.config().device);
-    context.check_indices = check_indices;
-    quire::attention(object->plan, args, context);
+    quire::attention(object->plan, args, context_of(object->plan.config().device, check_indices));
   });
 }
 
@@ -167,10 +176,8 @@ void write_kv_cache(ffi::TensorView key, ffi::TensorView value, OptionalTensor k
   guarded([&] {
     const PagedKvCache cache = cache_of(key_cache, value_cache, cache_dtype, k_scale, v_scale,
                                         k_scale_cache, v_scale_cache);
-    Context context;
-    context.stream = current_stream(cache.key.device);
+    Context context = context_of(cache.key.device, check_indices);
     context.backend = std::string_view(backend.data(), backend.size());
-    context.check_indices = check_indices;
     quire::write_kv_cache(rows_view("key", key), rows_view("value", value), cache,
                           view("slot_mapping", slot_mapping), context);
   });
@@ -181,8 +188,7 @@ void merge_states(ffi::TensorView o_a, ffi::TensorView lse_a, ffi::TensorView o_
                   const ffi::String& backend) {
   guarded([&] {
     const TensorView first = view("o_a", o_a);
-    Context context;
-    context.stream = current_stream(first.device);
+    Context context = context_of(first.device);
     context.backend = std::string_view(backend.data(), backend.size());
     quire::merge_states(first, view("lse_a", lse_a), view("o_b", o_b), view("lse_b", lse_b),
                         view("output", output), view("lse", lse), context);
@@ -216,6 +222,80 @@ int64_t kv_cache_dtype(const ffi::String& name) {
   });
 }
 
+const AttentionBackend& backend_named(const ffi::String& name) {
+  return attention_backend(std::string_view(name.data(), name.size()));
+}
+
+// What a backend can do (quire/backend.h: BackendCapabilities), by the members' names. Touches no
+// device.
+ffi::Map<ffi::String, ffi::Any> capabilities(const ffi::String& backend) {
+  return guarded([&] {
+    const BackendCapabilities& caps = backend_named(backend).capabilities();
+    const auto names = [](const auto& values) {
+      ffi::Array<ffi::String> list;
+      for (const auto value : values) list.push_back(to_string(value));
+      return list;
+    };
+    return ffi::Map<ffi::String, ffi::Any>{
+        {"dtypes", names(caps.dtypes)},
+        {"kv_cache_dtypes", names(caps.kv_cache_dtypes)},
+        {"output_dtypes", names(caps.output_dtypes)},
+        {"min_head_size", caps.min_head_size},
+        {"max_head_size", caps.max_head_size},
+        {"head_size_multiple", caps.head_size_multiple},
+        {"block_size_multiple", caps.block_size_multiple},
+        {"max_block_size", caps.max_block_size},
+        {"sinks", caps.sinks},
+        {"alibi", caps.alibi},
+        {"soft_cap", caps.soft_cap},
+        {"sliding_window", caps.sliding_window},
+        {"chunked", caps.chunked},
+        {"bidirectional_ranges", caps.bidirectional_ranges},
+        {"visible_prefix", caps.visible_prefix},
+        {"qq_bias", caps.qq_bias},
+        {"cross_attention", caps.cross_attention},
+        {"encoder_attention", caps.encoder_attention},
+        {"cascade", caps.cascade},
+        {"lse", caps.lse},
+        {"fp8_output", caps.fp8_output},
+        {"block_scale_output", caps.block_scale_output},
+        {"batch_invariant", caps.batch_invariant},
+        {"graph_capture", caps.graph_capture},
+    };
+  });
+}
+
+// What it runs on here, or why it cannot.
+ffi::String instruction_set(const ffi::String& backend) {
+  return guarded([&] { return ffi::String(backend_named(backend).instruction_set()); });
+}
+
+void validate_head_size(const ffi::String& backend, int64_t head_size) {
+  guarded([&] { backend_named(backend).validate_head_size(head_size); });
+}
+
+ffi::Array<int64_t> kv_cache_shape(const ffi::String& backend, int64_t num_blocks,
+                                   int64_t block_size, int64_t num_kv_heads, int64_t head_size,
+                                   const ffi::String& cache_dtype_str) {
+  return guarded([&] {
+    const std::vector<int64_t> shape = backend_named(backend).kv_cache_shape(
+        num_blocks, block_size, num_kv_heads, head_size,
+        std::string_view(cache_dtype_str.data(), cache_dtype_str.size()));
+    return ffi::Array<int64_t>(shape.begin(), shape.end());
+  });
+}
+
+// Calls on the CPU run on the OpenMP threads of the process from now on, or on Quire's own again.
+// Returns how many threads; 0, and nothing changes, where no OpenMP runtime is loaded.
+int64_t use_openmp_threads(bool use) {
+  return guarded([&]() -> int64_t {
+    ThreadPool* threads = use ? openmp_threads() : nullptr;
+    if (use && threads == nullptr) return 0;
+    chosen_threads.store(threads, std::memory_order_relaxed);
+    return use ? threads->num_threads() : default_num_threads();
+  });
+}
+
 ffi::String version() { return QUIRE_VERSION_STRING; }
 ffi::String info() {
   return guarded([] { return ffi::String(cli::info_text()); });
@@ -239,6 +319,11 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, quire::python::attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(write_kv_cache, quire::python::write_kv_cache);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(merge_states, quire::python::merge_states);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_cache_dtype, quire::python::kv_cache_dtype);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(capabilities, quire::python::capabilities);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_set, quire::python::instruction_set);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(validate_head_size, quire::python::validate_head_size);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_cache_shape, quire::python::kv_cache_shape);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_openmp_threads, quire::python::use_openmp_threads);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, quire::python::version);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(info, quire::python::info);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kernels, quire::python::kernels);
