@@ -1,0 +1,64 @@
+"""A quantised cache without one: the host's own backend over keys and values rounded as in the cache."""
+
+import torch
+
+FP8_MAX = 448.0
+
+
+def _by_token(x, largest, to_stored):
+    """Per token and head: scale = largest magnitude / `largest`, in fp32."""
+    scale = (x.float().abs().amax(-1, keepdim=True) / largest).clamp(min=1e-6)
+    return (to_stored(x.float() / scale) * scale).to(x.dtype)
+
+
+def _int8(x):
+    half_away = torch.sign(x) * torch.floor(x.abs() + 0.5)
+    return half_away.clamp(-128, 127)
+
+
+def _through(dtype, limit=None):
+    def rounded(x):
+        clamped = x if limit is None else x.clamp(-limit, limit)
+        return clamped.to(dtype).to(x.dtype)
+
+    return rounded
+
+
+_E4M3 = _through(torch.float8_e4m3fn, FP8_MAX)
+ROUND = {
+    "bfloat16": _through(torch.bfloat16),
+    "fp8_e4m3": _E4M3,
+    "fp8_e5m2": _through(torch.float8_e5m2, 57344.0),
+    "fp8_per_token_head": lambda x: _by_token(x, FP8_MAX, _E4M3),
+    "int8_per_token_head": lambda x: _by_token(x, 127.0, _int8),
+}
+
+
+def round_keys_and_values(impls, dtype):
+    """From now on these classes see keys and values as a cache of `dtype` would hold them."""
+    for impl in impls:
+        for name in ("forward", "do_kv_cache_update"):
+            original = getattr(impl, name, None)
+            if original is not None:
+                setattr(impl, f"exact_{name}", original)
+                setattr(impl, name, _rounding(original, ROUND[dtype], name == "forward"))
+
+
+def undo(impls):
+    """As before."""
+    for impl in impls:
+        for name in ("forward", "do_kv_cache_update"):
+            if hasattr(impl, f"exact_{name}"):
+                setattr(impl, name, getattr(impl, f"exact_{name}"))
+                delattr(impl, f"exact_{name}")
+
+
+def _rounding(method, to_stored, with_query):
+    def rounded(impl, layer, *tensors, **kwargs):
+        before = tensors[:1] if with_query else ()
+        key, value, *rest = tensors[len(before) :]
+        if key is not None:
+            key, value = to_stored(key), to_stored(value)
+        return method(impl, layer, *before, key, value, *rest, **kwargs)
+
+    return rounded
