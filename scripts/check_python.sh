@@ -11,8 +11,8 @@ if [ "$("$ruff" --version 2> /dev/null)" != "ruff $version" ]; then
   build/ruff/bin/python -m pip install --quiet --disable-pip-version-check "ruff==$version"
 fi
 if [ "${1:-}" = --fix ]; then
-  "$ruff" check --quiet --fix python
-  "$ruff" format --quiet python
+  "$ruff" check --quiet --fix python tests/hosts
+  "$ruff" format --quiet python tests/hosts
 else
-  "$ruff" check --quiet python && "$ruff" format --check python
+  "$ruff" check --quiet python tests/hosts && "$ruff" format --check python tests/hosts
 fi

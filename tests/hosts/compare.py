@@ -1,11 +1,11 @@
 """How a host's answers with Quire are held against those with its own attention.
 
-Each function takes the result with Quire, a list of the host's own and the case's limit, and returns what
-it found in words; it raises Mismatch where the two do not agree.
+Each function takes the result with Quire, a list of the host's own and the case's limit, and
+returns what it found in words; it raises MismatchError where the two do not agree.
 """
 
 
-class Mismatch(Exception):
+class MismatchError(Exception):
     """The answers do not agree; the message says where."""
 
 
@@ -16,13 +16,14 @@ def tokens(result, own, limit):
     for number, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         for step, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=False)):
             if x != y:
-                raise Mismatch(f"request {number} differs at token {step}: {x}, the host's own is {y}")
+                where = f"request {number} differs at token {step}"
+                raise MismatchError(f"{where}: {x}, the host's own is {y}")
             p, q = a["logprobs"][step], b["logprobs"][step]
             largest = max([largest, *(_gap(p[t], q[t]) for t in p if t in q)])
     generated = sum(len(a["tokens"]) for a in ours)
     words = f"{len(ours)} requests, {generated} tokens equal, logprobs within {largest:.1e}"
     if not largest <= limit:
-        raise Mismatch(f"{words}; the limit is {limit:.1e}")
+        raise MismatchError(f"{words}; the limit is {limit:.1e}")
     return words
 
 
@@ -31,7 +32,7 @@ def cached(result, own, limit):
     words = tokens(result, own, limit)
     hits = [a["cached"] for a in result["answers"]]
     if not sum(hits):
-        raise Mismatch("no token of a prompt came from the cache of prefixes")
+        raise MismatchError("no token of a prompt came from the cache of prefixes")
     return f"{words}, {sum(hits)} prompt tokens cached"
 
 
@@ -39,44 +40,24 @@ def drafted(result, own, limit):
     """The same, and drafts were accepted."""
     words = tokens(result, own, limit)
     if not result["accepted"]:
-        raise Mismatch(f"no drafted token was accepted ({result['accepted']})")
+        raise MismatchError(f"no drafted token was accepted ({result['accepted']})")
     return f"{words}, {result['accepted']} drafted tokens accepted"
 
 
-def logprobs(result, own, limit):
-    """Each token of a text has the same logprob, within the limit."""
-    largest, mean = _differences(result, own[0])
-    words = f"{_count(result)} logprobs within {largest:.1e}, {mean:.1e} on average"
-    if not largest <= limit:
-        raise Mismatch(f"{words}; the limit is {limit:.1e}")
-    return words
-
-
 def rounded(result, own, limit):
-    """The logprobs of the host's own backend over rounded keys and values; not those over exact ones.
+    """The logprobs of the host's own backend over rounded keys and values, not over exact ones.
 
-    An element whose rounding is a tie may go the other way, and changes what follows by as much as its
-    rounding did: so the average decides, as a part of what rounding changes on the whole.
+    An element whose rounding is a tie may go the other way, and changes what follows by as much as
+    its rounding did: so the average decides, as a part of what rounding changes on the whole.
     """
     largest, mean = _differences(result, own[0])
     _, effect = _differences(result, own[1])
     words = f"{_count(result)} logprobs {mean:.1e} apart on average, {largest:.1e} at most"
     words += f" (the cache's rounding changes them by {effect:.1e})"
     if not mean <= limit * effect:
-        raise Mismatch(f"{words}; the limit is {limit:.2f} of that")
+        raise MismatchError(f"{words}; the limit is {limit:.2f} of that")
     if effect < 1e-6:
-        raise Mismatch(f"{words}: nothing was quantised")
-    return words
-
-
-def quantised(result, own, limit):
-    """The logprobs of exact keys and values, within the limit on average."""
-    largest, mean = _differences(result, own[0])
-    words = f"{_count(result)} logprobs {mean:.1e} from exact ones on average, {largest:.1e} at most"
-    if not mean <= limit:
-        raise Mismatch(f"{words}; the limit is {limit:.1e}")
-    if mean < 1e-6:
-        raise Mismatch(f"{words}: nothing was quantised")
+        raise MismatchError(f"{words}: nothing was quantised")
     return words
 
 
@@ -85,10 +66,10 @@ def no_worse(result, own, limit):
     _, ours = _differences(result, own[1])
     _, theirs = _differences(own[0], own[1])
     _, between = _differences(result, own[0])
-    words = f"{_count(result)} logprobs {ours:.1e} from fp32's on average, the host's own {theirs:.1e}"
-    words += f", {between:.1e} between the two"
+    words = f"{_count(result)} logprobs {ours:.1e} from fp32's on average, "
+    words += f"the host's own {theirs:.1e}, {between:.1e} between the two"
     if not ours <= limit * theirs:
-        raise Mismatch(f"{words}; the limit is {limit} of the host's own")
+        raise MismatchError(f"{words}; the limit is {limit} of the host's own")
     return words
 
 
@@ -101,7 +82,7 @@ def embeddings(result, own, limit):
         largest = max([largest, *(_gap(x, y) for x, y in elements)])
     words = f"{len(result['answers'])} embeddings, elements within {largest:.1e}"
     if not largest <= limit:
-        raise Mismatch(f"{words}; the limit is {limit:.1e}")
+        raise MismatchError(f"{words}; the limit is {limit:.1e}")
     return words
 
 
@@ -110,7 +91,7 @@ def texts(result, own, limit):
     pairs = list(zip(result["answers"], own[0]["answers"], strict=True))
     for number, (a, b) in enumerate(pairs):
         if a["text"] != b["text"]:
-            raise Mismatch(f"request {number}: {a['text']!r}, the host's own is {b['text']!r}")
+            raise MismatchError(f"request {number}: {a['text']!r}, the host's own is {b['text']!r}")
     return f"{len(pairs)} texts equal"
 
 

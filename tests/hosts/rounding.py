@@ -1,4 +1,4 @@
-"""A quantised cache without one: the host's own backend over keys and values rounded as in the cache."""
+"""A quantised cache without one: the host's own backend over rounded keys and values."""
 
 import torch
 
@@ -11,9 +11,12 @@ def _by_token(x, largest, to_stored):
     return (to_stored(x.float() / scale) * scale).to(x.dtype)
 
 
+def _half_away(x):
+    return torch.sign(x) * torch.floor(x.abs() + 0.5)
+
+
 def _int8(x):
-    half_away = torch.sign(x) * torch.floor(x.abs() + 0.5)
-    return half_away.clamp(-128, 127)
+    return _half_away(x).clamp(-128, 127)
 
 
 def _through(dtype, limit=None):
@@ -24,12 +27,41 @@ def _through(dtype, limit=None):
     return rounded
 
 
+def _blocks(x):
+    """X in blocks of a power of two, and what rotates each: (x * signs) @ hadamard."""
+    size = x.shape[-1]
+    block = size & -size
+    x = x.float().reshape(*x.shape[:-1], size // block, block)
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < block:
+        top, bottom = torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)
+        hadamard = torch.cat([top, bottom])
+    generator = torch.Generator().manual_seed(0x9E3779B9)
+    signs = 2.0 * torch.bernoulli(torch.full((block,), 0.5), generator=generator) - 1.0
+    return x, hadamard, signs
+
+
+def _int4(x):
+    """Rotated, 16 steps from the smallest element to the largest, rotated back."""
+    parts, hadamard, signs = _blocks(x)
+    rotated = ((parts * signs) @ hadamard).reshape(x.shape)
+    low, high = rotated.amin(-1, keepdim=True), rotated.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).clamp(min=1e-6)
+    zero = _half_away(-low / scale).clamp(0, 15)
+    steps = _half_away(rotated * (1 / scale) + zero).clamp(0, 15)
+    # The zero point is kept in the scale's last four bits.
+    stored = (scale.view(torch.int32) & -16 | zero.int()).view(torch.float32)
+    back = ((steps - zero) * stored).reshape(parts.shape) @ hadamard * signs / len(signs)
+    return back.reshape(x.shape).to(x.dtype)
+
+
 _E4M3 = _through(torch.float8_e4m3fn, FP8_MAX)
 ROUND = {
     "bfloat16": _through(torch.bfloat16),
     "fp8_e4m3": _E4M3,
     "fp8_e5m2": _through(torch.float8_e5m2, 57344.0),
     "fp8_per_token_head": lambda x: _by_token(x, FP8_MAX, _E4M3),
+    "int4_per_token_head": _int4,
     "int8_per_token_head": lambda x: _by_token(x, 127.0, _int8),
 }
 

@@ -4,6 +4,7 @@ usage: run.py [-k WORDS] [--list] [--only-environments]     (scripts/test_hosts.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -106,21 +107,17 @@ class Worker:
             late = time.monotonic() - last > SECONDS_FOR_A_RUN
             if seen < expected and (ended or late):
                 how = f"the process ended with {process.returncode}" if ended else "no answer"
-                yield {"error": f"{how} after {time.monotonic() - last:.0f} s: {log}", "seconds": [0, 0]}
+                yield {"error": f"{how} after {time.monotonic() - last:.0f} s: {log}"}
                 return
             time.sleep(0.5)
 
 
 def _end(process):
     """The process and those it started."""
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(20)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -132,7 +129,7 @@ class OwnRecords:
         self.environments = environments
 
     def path(self, host, run):
-        """0.33's own backend does not run on 0.32's binaries; what it is compared with is 0.32's."""
+        """0.33's own backend does not run on 0.32's binaries: 0.32's is the one to compare with."""
         host = HOSTS[host].runs_on or host
         version = HOSTS[host].packages[0].replace("==", "-")
         return self.environments.root / "own" / version / f"{run.key()}.json"
@@ -147,7 +144,8 @@ class OwnRecords:
         worker = Worker(self.environments, HOSTS[host].runs_on or host, "own")
         for index, result in worker.results(runs):
             if "error" in result:
-                say(f"{host}: own backend: {runs[index].model} {runs[index].options}: {result['error']}")
+                run = runs[index]
+                say(f"{host}: own backend: {run.model} {run.options}: {result['error']}")
                 continue
             path = self.path(host, runs[index])
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +155,7 @@ class OwnRecords:
         """A record."""
         path = self.path(host, run)
         if not path.exists():
-            raise compare.Mismatch(f"the host's own backend failed (runs/{host}-own-vllm.log)")
+            raise compare.MismatchError(f"the host's own backend failed (runs/{host}-own-vllm.log)")
         return json.loads(path.read_text())
 
 
@@ -168,7 +166,7 @@ def judge(case, host, result, own):
     try:
         records = [own.read(host, run) for run in case.own]
         words = getattr(compare, case.compare)(result, records, case.limit)
-    except compare.Mismatch as mismatch:
+    except compare.MismatchError as mismatch:
         return False, str(mismatch)
     if result.get("poisoned"):
         words += f", {result['poisoned']} blocks poisoned"
@@ -213,7 +211,7 @@ def wanted(host, case, words):
 def main():
     """Exits with 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-k", action="append", metavar="WORDS", help="only cases whose host/name has them")
+    parser.add_argument("-k", action="append", metavar="WORDS", help="only these of --list")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--only-environments", action="store_true", help="download and install")
     parser.add_argument("--wheel", help="the wheel of quire_attn")

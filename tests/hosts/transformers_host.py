@@ -18,7 +18,8 @@ def run(environments, host, names, report):
     """Each test of these files becomes a line."""
     runs = environments.root / "runs"
     runs.mkdir(exist_ok=True)
-    env = {**environments.env(host), "QUIRE_TEST_MODEL": str(environments.root / "model" / "hf-f32")}
+    model = str(environments.root / "model" / "hf-f32")
+    env = {**environments.env(host), "QUIRE_TEST_MODEL": model}
     for name in names:
         results, log = (runs / f"{host}-{name}.{suffix}" for suffix in ("xml", "log"))
         results.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ MAX_MODEL_LEN = 512
 
 @register_model_loader("seeded")
 class SeededLoader(BaseModelLoader):
-    """Weights that depend on the parameter's name only, large enough for attention to have peaks."""
+    """Weights that depend on the parameter's name only, so large that attention has peaks."""
 
     def download_model(self, model_config):
         """Nothing to download."""
