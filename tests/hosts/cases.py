@@ -81,6 +81,7 @@ class Case:
 # What the host's own backend runs with: pages that it likes, nothing clever.
 _PLAIN = {"block_size": 128, "enable_prefix_caching": False}
 _CHUNKED = {"max_num_batched_tokens": 64, "enable_chunked_prefill": True}
+_FEW_BLOCKS = {"num_gpu_blocks_override": 40, **_CHUNKED}  # six long requests need 70
 _PREFIXES = {"enable_prefix_caching": True}
 _NGRAM = {
     "method": "ngram",
@@ -125,8 +126,8 @@ def vllm_cases():
         _served("greedy"),
         _served("chunked-prefill", options=_CHUNKED),
         _served("prefix-caching", again, "cached", options={**_CHUNKED, **_PREFIXES}),
-        _served("ngram-speculation", compare="drafted", options={"speculative_config": _NGRAM}),
         _served("nan-in-free-blocks", poison=True, options=_CHUNKED),
+        _served("preemption", compare="preempted", poison=True, options=_FEW_BLOCKS),
         Case("bf16", bf16, "no_worse", (bf16, OWN_SCORE), 1.25),
         *(_served(f"block-{n}", FOUR, options={"block_size": n}) for n in (8, 16, 48, 128)),
         *(
@@ -146,6 +147,9 @@ def vllm_cases():
         _tiny("bloom", options=_CHUNKED),
         _tiny("gpt-oss", name="gpt-oss-evicted", options=_CHUNKED, poison=True),
         _tiny("bert", EMBED, "embeddings"),
+        # The last one of its process: it imports Numba, over which vLLM 0.32 stumbles when the next
+        # engine starts and it looks for Triton's kernels in all modules.
+        _served("ngram-speculation", compare="drafted", options={"speculative_config": _NGRAM}),
         *(
             Case("serve-openai", run, "texts", (OWN_TEN,), None, hosts, "serve_worker.py")
             for run, hosts in ((served, ("v32", "v33")), (older, ("v28", "v22")))

@@ -44,6 +44,14 @@ def drafted(result, own, limit):
     return f"{words}, {result['accepted']} drafted tokens accepted"
 
 
+def preempted(result, own, limit):
+    """The same, and requests lost their blocks and were begun again."""
+    words = tokens(result, own, limit)
+    if not result["preemptions"]:
+        raise MismatchError(f"no request was preempted ({result['preemptions']})")
+    return f"{words}, {result['preemptions']} requests preempted"
+
+
 def rounded(result, own, limit):
     """The logprobs of the host's own backend over rounded keys and values, not over exact ones.
 

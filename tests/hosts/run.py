@@ -102,7 +102,10 @@ class Worker:
             ended = process.poll() is not None
             lines = answered.read_text().splitlines()
             for line in lines[seen:]:
-                yield json.loads(line)
+                result = json.loads(line)
+                yield result
+                if "trace" in result:
+                    return  # the worker ends there
                 seen, last = seen + 1, time.monotonic()
             late = time.monotonic() - last > SECONDS_FOR_A_RUN
             if seen < expected and (ended or late):

@@ -125,10 +125,13 @@ def answer(output):
     return found
 
 
-def accepted_drafts(engine):
-    """How many tokens came from speculation."""
+def counted(engine):
+    """How many tokens came from speculation, how many requests lost their blocks."""
     metrics = {m.name: getattr(m, "value", None) for m in engine.get_metrics()}
-    return metrics.get("vllm:spec_decode_num_accepted_tokens")
+    return {
+        "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens"),
+        "preemptions": metrics.get("vllm:num_preemptions"),
+    }
 
 
 def close(engine):
@@ -147,29 +150,30 @@ def result_of(run, models):
     engine = open_engine(run, models)
     loaded = time.monotonic()
     impls = Impls(engine)
-    if run["rounded_to"]:
-        rounding.round_keys_and_values(impls.classes, run["rounded_to"])
-    poisoned = poison_free_blocks(engine) if run["poison"] else None
-    cache = engine.llm_engine.vllm_config.cache_config
-    result = {
-        "answers": ask(engine, run["requests"]),
-        "accepted": accepted_drafts(engine) if "speculative_config" in run["options"] else None,
-        "impls": impls.names(),
-        "forwards": impls.forwards,
-        "block_size": cache.block_size,
-        "cache_dtype": cache.cache_dtype,
-        "poisoned": poisoned.blocks if poisoned else 0,
-        "seconds": [round(loaded - start, 1), round(time.monotonic() - loaded, 1)],
-    }
-    rounding.undo(impls.classes)
-    close(engine)
-    return result
+    try:
+        if run["rounded_to"]:
+            rounding.round_keys_and_values(impls.classes, run["rounded_to"])
+        poisoned = poison_free_blocks(engine) if run["poison"] else None
+        cache = engine.llm_engine.vllm_config.cache_config
+        return {
+            "answers": ask(engine, run["requests"]),
+            **counted(engine),
+            "impls": impls.names(),
+            "forwards": impls.forwards,
+            "block_size": cache.block_size,
+            "cache_dtype": cache.cache_dtype,
+            "poisoned": poisoned.blocks if poisoned else 0,
+            "seconds": [round(loaded - start, 1), round(time.monotonic() - loaded, 1)],
+        }
+    finally:
+        rounding.undo(impls.classes)
+        close(engine)
 
 
 def main():
-    """Every run, whatever happened to the ones before."""
+    """Every run, up to the first that fails: what that leaves behind could make others fail."""
     runs, results, models, side = sys.argv[1:]
-    for number, run in enumerate(json.loads(Path(runs).read_text())):
+    for run in json.loads(Path(runs).read_text()):
         try:
             result = result_of(run, models)
             ours = [name.startswith("quire") for name in result["impls"]]
@@ -178,10 +182,10 @@ def main():
         except Exception as error:
             trace = traceback.format_exc().strip().splitlines()
             result = {"error": f"{type(error).__name__}: {error}", "trace": trace[-30:]}
-            gc.collect()
-        result["run"] = number
         with open(results, "a") as file:
             file.write(json.dumps(result) + "\n")
+        if "trace" in result:
+            return
 
 
 if __name__ == "__main__":
