@@ -81,8 +81,8 @@ class Case:
 # What the host's own backend runs with: pages that it likes, nothing clever.
 _PLAIN = {"block_size": 128, "enable_prefix_caching": False}
 _CHUNKED = {"max_num_batched_tokens": 64, "enable_chunked_prefill": True}
-# As many as the longest request may have, and the one that no request gets. Ten at a time begin with
-# fewer and end with more.
+# As many as the longest request may have, and one that none gets. Ten at a time begin with
+# fewer, and end with more.
 _FEW_BLOCKS = {"num_gpu_blocks_override": 33, **_CHUNKED}
 _PREFIXES = {"enable_prefix_caching": True}
 _NGRAM = {
