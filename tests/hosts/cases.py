@@ -134,7 +134,9 @@ def vllm_cases():
         Case("bf16", bf16, "no_worse", (bf16, OWN_SCORE), 1.25),
         *(_served(f"block-{n}", FOUR, options={"block_size": n}) for n in (8, 16, 48, 128)),
         *(
-            _served(f"layout-{name}", FOUR, hosts=hosts, env={"VLLM_KV_CACHE_LAYOUT": name})
+            _served(
+                f"layout-{name}", FOUR, "laid_out", hosts=hosts, env={"VLLM_KV_CACHE_LAYOUT": name}
+            )
             for names, hosts in ((LAYOUTS, ("v32", "v33")), (("NHD", "HND"), ("v28", "v22")))
             for name in names
         ),

@@ -44,6 +44,15 @@ def drafted(result, own, limit):
     return f"{words}, {result['accepted']} drafted tokens accepted"
 
 
+def laid_out(result, own, limit):
+    """The same, and the cache had the layout that was asked for."""
+    words = tokens(result, own, limit)
+    asked = result["run"]["env"]["VLLM_KV_CACHE_LAYOUT"]
+    if result["layout"] not in (asked, None):
+        raise MismatchError(f"the cache's layout was {result['layout']}")
+    return f"{words}, strides as {result['layout'] or 'Quire chose'}"
+
+
 def preempted(result, own, limit):
     """The same, and requests lost their blocks and were begun again."""
     words = tokens(result, own, limit)

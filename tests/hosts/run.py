@@ -168,6 +168,7 @@ def judge(case, host, result, own):
         return False, result["error"]
     try:
         records = [own.read(host, run) for run in case.own]
+        result = {**result, "run": asdict(case.run)}
         words = getattr(compare, case.compare)(result, records, case.limit)
     except compare.MismatchError as mismatch:
         return False, str(mismatch)

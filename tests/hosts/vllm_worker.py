@@ -18,6 +18,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
 
 import rounding
 import torch
+import vllm.v1.kv_cache_interface
 from poison import poison_free_blocks
 from vllm import LLM, SamplingParams
 from vllm.model_executor.model_loader import register_model_loader
@@ -144,6 +145,17 @@ def close(engine):
     gc.collect()
 
 
+def layout_of(engine):
+    """The axes of the cache from the one with the largest stride on, in vLLM's letters."""
+    core = engine.llm_engine.engine_core.engine_core
+    first, second, *_ = core.model_executor.driver_worker.worker.model_runner.kv_caches
+    if first.dim() != 4 or "KVCacheLayout" not in dir(vllm.v1.kv_cache_interface):
+        return None
+    strides = dict(zip("BHNC", first.stride(), strict=True))
+    strides["L"] = (second.data_ptr() - first.data_ptr()) // first.element_size()
+    return "".join(sorted(strides, key=strides.get, reverse=True))
+
+
 def result_of(run, models):
     """All that the driver compares."""
     start = time.monotonic()
@@ -162,6 +174,7 @@ def result_of(run, models):
             "forwards": impls.forwards,
             "block_size": cache.block_size,
             "cache_dtype": cache.cache_dtype,
+            "layout": layout_of(engine) if "VLLM_KV_CACHE_LAYOUT" in run["env"] else None,
             "poisoned": poisoned.blocks if poisoned else 0,
             "seconds": [round(loaded - start, 1), round(time.monotonic() - loaded, 1)],
         }
