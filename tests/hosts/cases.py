@@ -5,6 +5,14 @@ import json
 from dataclasses import asdict, dataclass, field
 
 VLLM_HOSTS = ("v32", "v33", "v28", "v22")
+CACHES = {
+    "bfloat16": VLLM_HOSTS,
+    "fp8_e4m3": VLLM_HOSTS,
+    "fp8_e5m2": VLLM_HOSTS,
+    "int8_per_token_head": VLLM_HOSTS,
+    "fp8_per_token_head": VLLM_HOSTS,
+    "int4_per_token_head": ("v32", "v33", "v28"),
+}
 LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC", "BHLNC", "LHBNC")
 
 SHORT = (
@@ -102,11 +110,12 @@ def _served(name, requests=TEN, compare="tokens", own=(OWN_TEN,), limit=1e-3, ho
     return Case(name, Run(requests, options=options, **run), compare, own, limit, hosts)
 
 
-def _cache(dtype, hosts=None):
+def _cache(dtype, model, compare, limit, hosts=None):
     """A cache of another dtype, against the host's own backend over keys and values so rounded."""
-    own = (Run(SCORE, options=_PLAIN, rounded_to=dtype), OWN_SCORE)
+    own = tuple(Run(SCORE, model, _PLAIN, rounded_to=rounded) for rounded in (dtype, None))
     options = {"kv_cache_dtype": dtype, **_CHUNKED}
-    return _served(f"cache-{dtype}", SCORE, "rounded", own, 0.1, hosts, options=options)
+    name = f"cache-{dtype}" + ("-1-layer" if model == "tiny-llama" else "")
+    return _served(name, SCORE, compare, own, limit, hosts, model=model, options=options)
 
 
 def _tiny(model, requests=TINY, compare="tokens", name=None, **run):
@@ -140,12 +149,8 @@ def vllm_cases():
             for names, hosts in ((LAYOUTS, ("v32", "v33")), (("NHD", "HND"), ("v28", "v22")))
             for name in names
         ),
-        _cache("bfloat16"),
-        _cache("fp8_e4m3"),
-        _cache("fp8_e5m2"),
-        _cache("int8_per_token_head"),
-        _cache("fp8_per_token_head"),
-        _cache("int4_per_token_head", ("v32", "v33", "v28")),
+        *(_cache(dtype, "hf-f32", "no_worse", 1.25, hosts) for dtype, hosts in CACHES.items()),
+        *(_cache(dtype, "tiny-llama", "rounded", 0.05, hosts) for dtype, hosts in CACHES.items()),
         _tiny("gemma2"),
         _tiny("gemma2", name="gemma2-evicted", options=_CHUNKED, poison=True),
         _tiny("gemma3", name="gemma3-evicted", options=_CHUNKED, poison=True),

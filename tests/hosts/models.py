@@ -13,8 +13,23 @@ _COMMON = {
     "torch_dtype": "float32",
 }
 
-# Windows of 64 and 128 tokens, shorter than the long prompts of requests.py; what each is for:
+# Windows of 64 and 128 tokens, shorter than the long prompts of cases.py; what each is for:
 TINY = {
+    "llama": {  # one layer: its keys and values are the same, to the bit, before they are rounded
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
     "gemma2": {  # soft cap, windows in every other layer
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
