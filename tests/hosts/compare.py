@@ -65,8 +65,8 @@ def rounded(result, own, limit):
     """The logprobs of the host's own backend over rounded keys and values, not over exact ones.
 
     For one layer: a difference in the last bit can turn an element of the next one to its other
-    neighbour, and after thirty layers the two are half as far apart as rounding takes them. A tie or
-    two there may be in one layer, too: so the average decides, as a part of what rounding changes.
+    neighbour, and after thirty layers the two are half as far apart as rounding takes them. A few
+    ties there may be in one layer, too: so the average decides, as a part of what rounding changes.
     """
     largest, mean = _differences(result, own[0])
     _, effect = _differences(result, own[1])
