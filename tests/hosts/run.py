@@ -82,7 +82,6 @@ class Worker:
         asked.write_text(json.dumps(runs))
         answered.write_text("")
         env = self.environments.env(self.host)
-        # A process each costs what vLLM has to find out about a model's class; it keeps that here.
         env["VLLM_CACHE_ROOT"] = str(self.environments.root / "vllm-cache" / self.host)
         if self.side == "own":
             env["VLLM_PLUGINS"] = ""
