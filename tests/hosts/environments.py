@@ -38,6 +38,7 @@ VLLM_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
 }
+TF_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ HOSTS = {
             runs_on="v32",
             overlay="vllm==0.33.0",
         ),
-        Host("tf518", ("transformers==5.18.0", *FOR_TRANSFORMERS), "2.13.0"),
-        Host("tf523", ("transformers==5.23.0", *FOR_TRANSFORMERS), "2.13.0"),
-        Host("tf524", ("transformers==5.24.0", *FOR_TRANSFORMERS), "2.13.0"),
+        Host("tf518", ("transformers==5.18.0", *FOR_TRANSFORMERS), "2.13.0", TF_ENV),
+        Host("tf523", ("transformers==5.23.0", *FOR_TRANSFORMERS), "2.13.0", TF_ENV),
+        Host("tf524", ("transformers==5.24.0", *FOR_TRANSFORMERS), "2.13.0", TF_ENV),
     )
 }
 

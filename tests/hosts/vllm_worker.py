@@ -47,6 +47,8 @@ class SeededLoader(BaseModelLoader):
                 noise = noise * 0.1 + ("bias" not in name)
             elif parameter.dim() >= 2:
                 noise *= 2.0 / parameter.shape[-1] ** 0.5
+            elif "sinks" in name:
+                noise = noise.bfloat16()
             parameter.data.copy_(noise)
 
 
@@ -58,11 +60,17 @@ class Impls:
         self.forwards = 0
         config = engine.llm_engine.vllm_config
         layers = config.compilation_config.static_forward_context.values()
-        self.classes = {type(layer.impl) for layer in layers if hasattr(layer, "impl")}
+        impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
+        self.classes = {type(impl) for impl in impls}
         for impl in self.classes:
             if not hasattr(impl, "quire_test_forward"):
                 impl.quire_test_forward = impl.forward
             impl.forward = self._counting(impl.quire_test_forward)
+        for impl in impls:
+            # vLLM's own backend for CPUs took them in bf16 only, before 0.32. SeededLoader makes
+            # such as bf16 can hold.
+            if "cpu_attn" in type(impl).__module__ and getattr(impl, "sinks", None) is not None:
+                impl.sinks = impl.sinks.bfloat16()
 
     def names(self):
         """Where they come from."""
