@@ -97,7 +97,7 @@ class Worker:
             _end(process)
 
     def _follow(self, process, answered, log, expected):
-        seen, last = 0, time.monotonic()
+        seen = waited = 0  # counted, so that a pause of all processes takes no time away
         while seen < expected:
             ended = process.poll() is not None
             lines = answered.read_text().splitlines()
@@ -106,13 +106,14 @@ class Worker:
                 yield result
                 if "trace" in result:
                     return  # the worker ends there
-                seen, last = seen + 1, time.monotonic()
-            late = time.monotonic() - last > SECONDS_FOR_A_RUN
+                seen, waited = seen + 1, 0
+            late = waited > SECONDS_FOR_A_RUN
             if seen < expected and (ended or late):
                 how = f"the process ended with {process.returncode}" if ended else "no answer"
-                yield {"error": f"{how} after {time.monotonic() - last:.0f} s: {log}"}
+                yield {"error": f"{how} after {waited:.0f} s: {log}"}
                 return
             time.sleep(0.5)
+            waited += 0.5
 
 
 def _end(process):
