@@ -24,6 +24,7 @@ from vllm import LLM, SamplingParams
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models import registry
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 MAX_MODEL_LEN = 512
 # vLLM looks at each model's class in a process that imports everything again, lest CUDA starts in
@@ -98,6 +99,7 @@ def open_engine(run, models):
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=run["requests"]["concurrent"],
         enforce_eager=True,
+        distributed_executor_backend=UniProcExecutor,  # 0.22 makes another process of "uni"
         seed=0,
         disable_log_stats=False,  # counts accepted drafts
         **options,
