@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 VLLM_HOSTS = ("v32", "v33", "v28", "v22")
 CACHES = {
-    "bfloat16": VLLM_HOSTS,
+    "bfloat16": ("v32", "v28", "v22"),  # 0.33 refuses it where the model is in fp32
     "fp8_e4m3": VLLM_HOSTS,
     "fp8_e5m2": VLLM_HOSTS,
     "int8_per_token_head": VLLM_HOSTS,
@@ -150,13 +150,13 @@ def vllm_cases():
             for name in names
         ),
         *(_cache(dtype, "hf-f32", "no_worse", 1.25, hosts) for dtype, hosts in CACHES.items()),
-        *(_cache(dtype, "tiny-llama", "rounded", 0.05, hosts) for dtype, hosts in CACHES.items()),
+        *(_cache(dtype, "tiny-llama", "rounded", 0.01, hosts) for dtype, hosts in CACHES.items()),
         _tiny("gemma2"),
         _tiny("gemma2", name="gemma2-evicted", options=_CHUNKED, poison=True),
         _tiny("gemma3", name="gemma3-evicted", options=_CHUNKED, poison=True),
         _tiny("bloom", options=_CHUNKED),
         _tiny("gpt-oss", name="gpt-oss-evicted", options=_CHUNKED, poison=True),
-        _tiny("bert", EMBED, "embeddings"),
+        _tiny("bert", EMBED, "embeddings", limit=1e-5),
         # The last one of its process: it imports Numba, over which vLLM 0.32 stumbles when the next
         # engine starts and it looks for Triton's kernels in all modules.
         _served("ngram-speculation", compare="drafted", options={"speculative_config": _NGRAM}),
