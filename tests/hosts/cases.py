@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 VLLM_HOSTS = ("v32", "v33", "v28", "v22")
 CACHES = {
@@ -69,8 +70,12 @@ class Run:
     rounded_to: str | None = None  # the cache dtype that keys and values are rounded to beforehand
 
     def key(self):
-        """Changes with everything that its result depends on."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """Changes with everything that the host's own result depends on."""
+        files = ("rounding.py",) if self.rounded_to else ()
+        files += ("models.py", "seeded.py") if self.model.startswith("tiny-") else ()
+        parts = [Path(__file__).with_name(name).read_text() for name in files]
+        parts.append(json.dumps(asdict(self), sort_keys=True))
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,14 @@ def _blocks(x):
 
 
 def _int4(x):
-    """Rotated, 16 steps from the smallest element to the largest, rotated back."""
-    parts, hadamard, signs = _blocks(x)
-    rotated = ((parts * signs) @ hadamard).reshape(x.shape)
-    low, high = rotated.amin(-1, keepdim=True), rotated.amax(-1, keepdim=True)
+    """Rotated, in 16 steps from the smallest element to the largest, rotated back.
+
+    As vLLM does it on a GPU: in bf16 before and after the rotation.
+    """
+    parts, hadamard, signs = _blocks(x.bfloat16())
+    rotated = ((parts * signs) @ hadamard).bfloat16().float().reshape(x.shape)
+    low = rotated.amin(-1, keepdim=True).clamp(max=0)
+    high = rotated.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / 15).clamp(min=1e-6)
     zero = _half_away(-low / scale).clamp(0, 15)
     steps = _half_away(rotated * (1 / scale) + zero).clamp(0, 15)

@@ -11,18 +11,15 @@ import os
 import sys
 import time
 import traceback
-import zlib
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, to look into
 
 import rounding
-import torch
+import seeded  # noqa: F401 (registers itself)
 import vllm.v1.kv_cache_interface
 from poison import poison_free_blocks
 from vllm import LLM, SamplingParams
-from vllm.model_executor.model_loader import register_model_loader
-from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models import registry
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -30,27 +27,6 @@ MAX_MODEL_LEN = 512
 # vLLM looks at each model's class in a process that imports everything again, lest CUDA starts in
 # its own. There is none here.
 registry._run_in_subprocess = lambda look: look()
-
-
-@register_model_loader("seeded")
-class SeededLoader(BaseModelLoader):
-    """Weights that depend on the parameter's name only, so large that attention has peaks."""
-
-    def download_model(self, model_config):
-        """Nothing to download."""
-
-    def load_weights(self, model, model_config):
-        """Norms around 1; matrices so that a layer keeps the size of what it gets."""
-        for name, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name.lower() or ".ln_" in name:
-                noise = noise * 0.1 + ("bias" not in name)
-            elif parameter.dim() >= 2:
-                noise *= 2.0 / parameter.shape[-1] ** 0.5
-            elif "sinks" in name:
-                noise = noise.bfloat16()
-            parameter.data.copy_(noise)
 
 
 class Impls:
