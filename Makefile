@@ -13,11 +13,12 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help bootstrap configure build run test bench wheel format lint clean
+.PHONY: help bootstrap configure build run test test-hosts bench wheel format lint clean
 
 help:
 	@echo 'make run      build, fetch a small language model, answer several prompts at once'
 	@echo 'make test     build and run the tests'
+	@echo 'make test-hosts  vLLM and transformers with Quire as attention (ARGS are passed on; 14 GB)'
 	@echo 'make build    install what is missing, configure, build everything'
 	@echo 'make bench    build and measure the CPU backend (ARGS are passed on)'
 	@echo 'make wheel    build the Python package (WHEEL=--cpu: without CUDA) into build/wheel'
@@ -44,6 +45,9 @@ run: configure
 test: build
 	@scripts/fetch_model.sh > /dev/null
 	@ctest --preset $(PRESET) -j $(JOBS)
+
+test-hosts: bootstrap
+	@JOBS=$(JOBS) scripts/test_hosts.sh $(ARGS)
 
 bench: configure
 	@cmake --build $(BUILD_DIR) -j $(JOBS) --target quire_cli

@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 version=0.17.6 # others format differently
+folders=(python examples/python tests/hosts)
 ruff=build/ruff/bin/ruff
 if [ "$("$ruff" --version 2> /dev/null)" != "ruff $version" ]; then
   echo "check_python: installing ruff $version from PyPI"
@@ -11,8 +12,8 @@ if [ "$("$ruff" --version 2> /dev/null)" != "ruff $version" ]; then
   build/ruff/bin/python -m pip install --quiet --disable-pip-version-check "ruff==$version"
 fi
 if [ "${1:-}" = --fix ]; then
-  "$ruff" check --quiet --fix python examples/python
-  "$ruff" format --quiet python examples/python
+  "$ruff" check --quiet --fix "${folders[@]}"
+  "$ruff" format --quiet "${folders[@]}"
 else
-  "$ruff" check --quiet python examples/python && "$ruff" format --check python examples/python
+  "$ruff" check --quiet "${folders[@]}" && "$ruff" format --check "${folders[@]}"
 fi
