@@ -155,7 +155,11 @@ def vllm_cases():
             for name in names
         ),
         *(_cache(dtype, "hf-f32", "no_worse", 1.25, hosts) for dtype, hosts in CACHES.items()),
-        *(_cache(dtype, "tiny-llama", "rounded", 0.01, hosts) for dtype, hosts in CACHES.items()),
+        # Of int4 two roundings to bf16 are part, which the last bit can turn as well.
+        *(
+            _cache(dtype, "tiny-llama", "rounded", 0.05 if "int4" in dtype else 0.01, hosts)
+            for dtype, hosts in CACHES.items()
+        ),
         _tiny("gemma2"),
         _tiny("gemma2", name="gemma2-evicted", options=_CHUNKED, poison=True),
         _tiny("gemma3", name="gemma3-evicted", options=_CHUNKED, poison=True),
