@@ -25,6 +25,9 @@ HERE = Path(__file__).resolve().parent
 SECONDS_FOR_A_RUN = float(os.environ.get("QUIRE_HOSTS_TIMEOUT", 900))
 
 
+VERDICTS = {True: "passed", False: "FAILED", None: "skipped"}
+
+
 class Report:
     """The lines of the table."""
 
@@ -33,8 +36,8 @@ class Report:
         self.lines = []
 
     def add(self, host, case, passed, words, seconds):
-        """Prints a line as soon as it is known."""
-        verdict = "passed" if passed else "FAILED"
+        """Prints a line as soon as it is known. `passed` is None where the host itself cannot."""
+        verdict = VERDICTS[passed]
         self.lines.append(
             {"host": host, "case": case, "passed": passed, "words": words, "seconds": seconds}
         )
@@ -46,14 +49,16 @@ class Report:
         cells = {(line["host"], line["case"]): line["passed"] for line in self.lines}
         rows = [f"{'':28} " + " ".join(f"{host:>7}" for host in hosts)]
         for case in dict.fromkeys(line["case"] for line in self.lines):
-            words = {True: "passed", False: "FAILED", None: "-"}
-            row = (f"{words[cells.get((host, case))]:>7}" for host in hosts)
+            row = (
+                f"{VERDICTS[cells[host, case]] if (host, case) in cells else '-':>7}"
+                for host in hosts
+            )
             rows.append(f"{case:28} " + " ".join(row))
         return "\n".join(rows)
 
     def failed(self):
         """How many."""
-        return sum(not line["passed"] for line in self.lines)
+        return sum(line["passed"] is False for line in self.lines)
 
 
 class Worker:
@@ -260,7 +265,9 @@ def finish(report, path):
     path.write_text(json.dumps(report.lines, indent=1))
     failed = report.failed()
     print(f"\n{report.table()}\n\n{path}")
-    print(f"{len(report.lines) - failed} passed, {failed} failed")
+    passed = sum(line["passed"] is True for line in report.lines)
+    skipped = len(report.lines) - passed - failed
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed or not report.lines else 0
 
 

@@ -40,7 +40,10 @@ def run(environments, host, names, report):
 
 
 def _add(host, test, report, log):
-    wrong = [node for kind in ("failure", "error", "skipped") for node in test.findall(kind)]
-    words = f"{wrong[0].get('message', '').splitlines()[:1]} {log}" if wrong else ""
+    wrong = [node for kind in ("failure", "error") for node in test.findall(kind)]
+    skipped = test.findall("skipped")
+    passed = False if wrong else (None if skipped else True)
+    reasons = [node.get("message", "").splitlines()[:1] for node in wrong + skipped]
+    words = f"{' '.join(reasons[0])} {log}" if reasons else ""
     name = f"tf-{test.get('name').removeprefix('test_')}"
-    report.add(host, name, not wrong, words, float(test.get("time", 0)))
+    report.add(host, name, passed, words, float(test.get("time", 0)))
