@@ -62,7 +62,7 @@ def draw(result):
     peers = [name for name in PEERS if name in workloads[0]["results"]]
     for lane, name in enumerate(peers):
         _, colour, marker = PEERS[name]
-        offset = 0.54 * (lane / max(len(peers) - 1, 1) - 0.5)
+        offset = 0.54 * (lane / (len(peers) - 1) - 0.5) if len(peers) > 1 else 0.0
         points = [(workload["results"][name]["fraction"], row + offset)
                   for row, workload in zip(rows, workloads)
                   if "fraction" in workload["results"].get(name, {})]
