@@ -2,7 +2,7 @@
 
 import torch
 
-from peers import DenseAttention, Refused, first_import, version_of
+from peers import Refused, TorchSdpa, first_import, version_of
 
 
 class VllmCpu:
@@ -58,19 +58,13 @@ class VllmCpu:
         return key_cache, value_cache
 
 
-class TorchCpu(DenseAttention):
-    """torch's scaled_dot_product_attention on the CPU."""
-
-    name = "sdpa"
+class TorchCpu(TorchSdpa):
+    """torch's scaled_dot_product_attention on the CPU, which has other kernels there."""
 
     def __init__(self):
-        self.version = f"torch {torch.__version__}"
+        super().__init__()
         backend = torch.nn.attention.SDPBackend
         self.backends = [backend.FLASH_ATTENTION, backend.MATH]
-
-    def mask_of_chunk(self, batch):
-        bias = torch.nn.attention.bias.causal_lower_right(batch.max_query_len, batch.max_seq_len)
-        return {"attn_mask": bias}
 
 
 CPU_PEERS = [VllmCpu, TorchCpu]

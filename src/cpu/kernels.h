@@ -14,9 +14,9 @@
 namespace quire::cpu {
 
 // Rows and columns of scratch tiles are padded to these, whatever the ISA.
-inline constexpr std::int32_t kPadK = 16;  // head_size: the widest vector
-inline constexpr std::int32_t kPadV = 64;  // head_size_v: the widest panel
-inline constexpr std::int64_t kMaxKvTile = 128;
+inline constexpr std::int32_t kPadK = 16;        // head_size: the widest vector
+inline constexpr std::int32_t kPadV = 64;        // head_size_v: the widest panel
+inline constexpr std::int64_t kMaxKvTile = 128;  // keys of any kv tile
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -106,7 +106,7 @@ struct WorkItem {
   const AttentionParams* params = nullptr;
   const WorkTile* tile = nullptr;
   Scratch* scratch = nullptr;
-  MultiplyTiles multiply_tiles = nullptr;  // where the tile is one of tile instructions
+  MultiplyTiles multiply_tiles = nullptr;  // null: not a prefill by tile instructions
   std::int32_t first_kv_head = 0;
   std::int32_t kv_heads = 0;
   std::int32_t rows = 0;           // of one kv head: num_tokens * group, group fastest
@@ -124,8 +124,8 @@ struct WorkItem {
 // The kernels of one ISA.
 struct Kernels {
   const char* isa;
-  MultiplyTiles multiply_tiles;  // null: none, tiles are widened to fp32
-  // Fills scratch->q.
+  MultiplyTiles multiply_tiles;  // null: the ISA has no tile instructions
+  // Fills scratch->q, or scratch->tiles.q where the item has multiply_tiles.
   void (*load_queries)(const WorkItem& item);
   // Attends to the kv tiles [kv_tile_begin, kv_tile_end) of the item's tile; overwrites `out`.
   void (*attend_chunk)(const WorkItem& item, std::int32_t kv_tile_begin, std::int32_t kv_tile_end,

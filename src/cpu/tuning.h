@@ -1,4 +1,5 @@
-// (problem) -> tile policy. Pure functions; each number has its reason beside it.
+// (problem) -> tile policy, for the ISA that the process runs on. Each number has its reason beside
+// it.
 #pragma once
 
 #include <algorithm>
