@@ -67,13 +67,6 @@ struct TileToken {
   semantics::Spans visible;
 };
 
-// An element of V that is NaN or infinite, or whose scale is.
-struct NonfiniteValue {
-  std::int32_t key = 0;  // of the kv tile
-  std::int32_t column = 0;
-  float value = 0.0F;
-};
-
 // Scratch of prefill_tiles-inl.h: bf16, in the layouts of TileProduct.
 struct TileScratch {
   std::uint16_t* q = nullptr;     // [head_rows, padded head_size]
@@ -81,7 +74,6 @@ struct TileScratch {
   std::uint16_t* v = nullptr;     // tiles of V
   std::uint16_t* p = nullptr;     // [32 rows, kMaxKvTile] weights
   std::uint16_t* rows = nullptr;  // a few rows of K or V before they become tiles
-  std::vector<NonfiniteValue> nonfinite;
 };
 
 // One thread's scratch: everything an item needs, sized by the plan's largest.

@@ -17,7 +17,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/kv_tile-inl.h"
@@ -228,45 +227,46 @@ HWY_INLINE void rescale(const WorkItem& item, const Rows& rows, const Partial& s
 // Their elements, and whole keys whose scale is not finite, are zeros in the tiles, and each row
 // that sees the key adds them here. Elements beside them keep their bits.
 
-inline void clear_in_tiles(const WorkItem& item, std::int64_t count, std::int64_t key,
-                           std::int64_t column) {
-  const std::int64_t depth = round_up(count, kTileDepth);
-  item.scratch->tiles.v[(column / kTileColumns * depth + key / 2 * 2) * kTileColumns +
-                        column % kTileColumns * 2 + key % 2] = 0;
-}
-
-HWY_NOINLINE inline void move_nonfinite_values(const WorkItem& item, const KvTile& kv_tile,
-                                               TokenScales* scales,
-                                               std::vector<NonfiniteValue>* out) {
+// Calls visit(key, column, value times scale) for each of them.
+template <class Visit>
+HWY_INLINE void for_nonfinite_values(const WorkItem& item, const KvTile& kv_tile,
+                                     const Visit& visit) {
   const std::int32_t size = item.params->layer.head_size_v;
   const WidenRow widen = widener(item.params->v.dtype);
-  out->clear();
   for (std::int32_t t = 0; t < kv_tile.count; ++t) {
     if (kv_tile.v.row[t] == nullptr) continue;
-    const float scale = scales->any ? scales->scale[t] : 1.0F;
-    const bool whole = !std::isfinite(scale);
+    const float scale = kv_tile.v.scale[t] == nullptr ? 1.0F : *kv_tile.v.scale[t];
     widen(kv_tile.v.row[t], size, 1.0F, item.scratch->staging, size);
     for (std::int32_t i = 0; i < size; ++i) {
       const float x = item.scratch->staging[i];
-      if (!whole && std::isfinite(x)) continue;
-      out->push_back({t, i, x * scale});
-      clear_in_tiles(item, kv_tile.count, t, i);
+      if (!std::isfinite(scale) || !std::isfinite(x)) visit(t, i, x * scale);
     }
-    if (whole) scales->scale[t] = 1.0F;
+  }
+}
+
+HWY_NOINLINE inline void clear_nonfinite_values(const WorkItem& item, const KvTile& kv_tile,
+                                                TokenScales* scales) {
+  const std::int64_t depth = round_up(kv_tile.count, kTileDepth);
+  for_nonfinite_values(item, kv_tile, [&](std::int64_t t, std::int64_t i, float) {
+    item.scratch->tiles
+        .v[(i / kTileColumns * depth + t / 2 * 2) * kTileColumns + i % kTileColumns * 2 + t % 2] =
+        0;
+  });
+  for (std::int32_t t = 0; scales->any && t < kv_tile.count; ++t) {
+    if (!std::isfinite(scales->scale[t])) scales->scale[t] = 1.0F;
   }
 }
 
 HWY_NOINLINE inline void add_nonfinite_values(const WorkItem& item, const KvTile& kv_tile,
                                               const Rows& rows, const Partial& state) {
   const Scratch& scratch = *item.scratch;
-  for (std::int32_t r = rows.begin; r < rows.end; ++r) {
-    const TileToken& token = scratch.tokens[r / item.params->layer.group];
-    const float* s = scratch.s + (r - rows.begin) * kMaxKvTile;
-    for (const NonfiniteValue& value : scratch.tiles.nonfinite) {
-      if (!sees(item.params->batch, token, kv_tile.first + value.key)) continue;
-      state.o[r * item.padded_v + value.column] += s[value.key] * value.value;
+  for_nonfinite_values(item, kv_tile, [&](std::int32_t t, std::int32_t i, float value) {
+    for (std::int32_t r = rows.begin; r < rows.end; ++r) {
+      const TileToken& token = scratch.tokens[r / item.params->layer.group];
+      if (!sees(item.params->batch, token, kv_tile.first + t)) continue;
+      state.o[r * item.padded_v + i] += scratch.s[(r - rows.begin) * kMaxKvTile + t] * value;
     }
-  }
+  });
 }
 
 // ---- one step -----------------------------------------------------------------------------------
@@ -318,12 +318,12 @@ inline void attend_prefill_tiles(const WorkItem& item, const KvTile& kv_tile, co
   const bool finite = load_v_tiles(item, kv_tile.v, kv_tile.count);
   load_scales(p.k, kv_tile.k, padded, kv_tile.count, &key_scales);
   load_scales(p.v, kv_tile.v, padded, kv_tile.count, &value_scales);
-  const bool move = !(finite && value_scales.finite) && !seen_by_all(item, kv_tile);
-  if (move) move_nonfinite_values(item, kv_tile, &value_scales, &item.scratch->tiles.nonfinite);
+  const bool apart = !(finite && value_scales.finite) && !seen_by_all(item, kv_tile);
+  if (apart) clear_nonfinite_values(item, kv_tile, &value_scales);
   for (std::int32_t r = 0; r < item.rows; r += kBlockOfRows) {
     const Rows rows{r, std::min(r + kBlockOfRows, item.rows)};
     attend_rows(item, kv_tile, rows, key_scales, value_scales, out);
-    if (move) add_nonfinite_values(item, kv_tile, rows, out);
+    if (apart) add_nonfinite_values(item, kv_tile, rows, out);
   }
 }
 
