@@ -2,6 +2,7 @@
 
 #include <cublas_v2.h>
 
+#include <array>
 #include <vector>
 
 #include "cpu_ops.h"
@@ -143,13 +144,23 @@ class CudaOps final : public DeviceOps {
     return timer_.seconds();
   }
 
-  Tensor load_weight(std::span<const GgufTensor* const> parts) override {
-    const Tensor decoded = host_.load_weight(parts);
-    Tensor weight = allocate(DType::kFloat32, {decoded.view.shape.data(), 2});
-    upload(decoded.view.data, bytes_of(decoded.view), weight.view.data);
+  Weight load_weight(std::span<const GgufTensor* const> parts) override {
+    std::int64_t num_rows = 0;
+    for (const GgufTensor* part : parts) num_rows += part->num_rows();
+    const std::int64_t cols = parts[0]->row_size();
+    Weight weight{allocate(DType::kFloat32, std::array{num_rows, cols}), {}};
+    auto* to = static_cast<float*>(weight.tensor.view.data);
+    for (const GgufTensor* part : parts) to = upload_rows(*part, to);
     return weight;
   }
+  Tensor load_vector(const GgufTensor& stored) override {
+    const GgufTensor* const parts[] = {&stored};
+    return load_weight(parts).tensor;
+  }
 
+  void embed(const Weight& weight, const TensorView& indices, const TensorView& out) override {
+    gather_rows(weight.tensor.view, indices, out);
+  }
   void gather_rows(const TensorView& in, const TensorView& indices,
                    const TensorView& out) override {
     queue_gather_rows(in, indices, out, stream_.get());
@@ -158,11 +169,11 @@ class CudaOps final : public DeviceOps {
                 const TensorView& out) override {
     queue_rms_norm(x, weight, epsilon, out, stream_.get());
   }
-  void linear(const TensorView& x, const TensorView& weight, const TensorView& out) override {
-    blas_.multiply(x, weight, 0.0F, out);
+  void linear(const TensorView& x, const Weight& weight, const TensorView& out) override {
+    blas_.multiply(x, weight.tensor.view, 0.0F, out);
   }
-  void linear_add(const TensorView& x, const TensorView& weight, const TensorView& out) override {
-    blas_.multiply(x, weight, 1.0F, out);
+  void linear_add(const TensorView& x, const Weight& weight, const TensorView& out) override {
+    blas_.multiply(x, weight.tensor.view, 1.0F, out);
   }
   void rope_angles(const TensorView& positions, const TensorView& frequencies,
                    const TensorView& out) override {
@@ -176,6 +187,14 @@ class CudaOps final : public DeviceOps {
   }
 
  private:
+  // Widens a stored weight and copies it to `to`, on the device. Returns what comes behind it there.
+  float* upload_rows(const GgufTensor& part, float* to) {
+    std::vector<float> rows(static_cast<std::size_t>(part.num_rows() * part.row_size()));
+    host_.dequantize(part, rows.data());
+    upload(rows.data(), rows.size() * sizeof(float), to);
+    return to + rows.size();
+  }
+
   static std::size_t bytes_of(const TensorView& view) {
     return static_cast<std::size_t>(view.num_elements() * size_of(view.dtype));
   }

@@ -29,6 +29,13 @@ std::unique_ptr<DeviceOps> make_cuda(int num_threads) {
 
 }  // namespace
 
+std::int64_t Weight::num_rows() const {
+  if (parts.empty()) return tensor.view.shape[0];
+  std::int64_t sum = 0;
+  for (const GgufTensor& part : parts) sum += part.num_rows();
+  return sum;
+}
+
 std::unique_ptr<DeviceOps> make_ops(DeviceType type, int num_threads) {
   if (type == DeviceType::kCuda) return make_cuda(num_threads);
   return std::make_unique<CpuOps>(num_threads);

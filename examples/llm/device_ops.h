@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "gguf.h"
 #include "quire/types.h"
@@ -22,12 +23,20 @@ struct Tensor {
   TensorView view;
 };
 
+// A weight matrix, [num_rows(), columns], in the form that the device multiplies by.
+struct Weight {
+  Tensor tensor;                  // CUDA: the matrix, in dtype(). CPU: the memory of `parts`
+  std::vector<GgufTensor> parts;  // CPU: rows as the file stores them, one part below the other
+
+  std::int64_t num_rows() const;
+};
+
 class DeviceOps {
  public:
   virtual ~DeviceOps() = default;
 
   virtual Device device() const = 0;
-  // Of activations and weights, and so of the queries that attention sees.
+  // Of activations and vectors, and so of the queries that attention sees.
   virtual DType dtype() const = 0;
   // What Quire's calls are to run with, so that they follow the operations here.
   virtual Context context() const = 0;
@@ -43,8 +52,12 @@ class DeviceOps {
   virtual double timed_seconds() = 0;
 
   // The rows of several stored weights with equally long rows, one below the other.
-  virtual Tensor load_weight(std::span<const GgufTensor* const> parts) = 0;
+  virtual Weight load_weight(std::span<const GgufTensor* const> parts) = 0;
+  // A stored vector, [1, cols] of dtype().
+  virtual Tensor load_vector(const GgufTensor& stored) = 0;
 
+  // out[i] = weight[indices[i]], rows; indices int32 on the device.
+  virtual void embed(const Weight& weight, const TensorView& indices, const TensorView& out) = 0;
   // out[i] = in[indices[i]], rows; indices int32 on the device.
   virtual void gather_rows(const TensorView& in, const TensorView& indices,
                            const TensorView& out) = 0;
@@ -52,8 +65,8 @@ class DeviceOps {
   virtual void rms_norm(const TensorView& x, const TensorView& weight, float epsilon,
                         const TensorView& out) = 0;
   // out = x weight^T, or out += x weight^T; weight [out cols, x cols].
-  virtual void linear(const TensorView& x, const TensorView& weight, const TensorView& out) = 0;
-  virtual void linear_add(const TensorView& x, const TensorView& weight, const TensorView& out) = 0;
+  virtual void linear(const TensorView& x, const Weight& weight, const TensorView& out) = 0;
+  virtual void linear_add(const TensorView& x, const Weight& weight, const TensorView& out) = 0;
   // The angles of rotary embeddings: out[i] = cos(positions[i] * frequencies), then as many sines.
   // positions int32 [rows], frequencies float32 [pairs], out float32 [rows, 2 * pairs].
   virtual void rope_angles(const TensorView& positions, const TensorView& frequencies,

@@ -66,18 +66,23 @@ std::int64_t Model::max_blocks_per_seq() const {
 // ---------------------------------------------------------------------------------------------
 // Loading
 
-Tensor Model::load(const GgufFile& file, const std::string& prefix,
+const GgufTensor& Model::use(const GgufFile& file, const std::string& name,
+                             const std::vector<std::int64_t>& shape) {
+  const GgufTensor& tensor = file.tensor(name, shape);
+  used_tensors_.insert(tensor.name);
+  return tensor;
+}
+
+Tensor Model::load_vector(const GgufFile& file, const std::string& name, std::int64_t size) {
+  return ops_.load_vector(use(file, name, {size}));
+}
+
+Weight Model::load(const GgufFile& file, const std::string& prefix,
                    std::initializer_list<std::pair<const char*, std::int64_t>> parts,
                    std::int64_t num_columns) {
   std::vector<const GgufTensor*> tensors;
   for (const auto& [name, num_rows] : parts) {
-    const GgufTensor* found = file.find_tensor(prefix + name);
-    // Norm weights are vectors in the file.
-    const bool vector = found != nullptr && found->shape.size() == 1 && num_rows == 1;
-    const std::vector<std::int64_t> shape =
-        vector ? std::vector{num_columns} : std::vector{num_columns, num_rows};
-    tensors.push_back(&file.tensor(prefix + name, shape));
-    used_tensors_.insert(tensors.back()->name);
+    tensors.push_back(&use(file, prefix + name, {num_columns, num_rows}));
   }
   return ops_.load_weight(tensors);
 }
@@ -85,7 +90,7 @@ Tensor Model::load(const GgufFile& file, const std::string& prefix,
 void Model::load_weights(const GgufFile& file) {
   const ModelConfig& c = config_;
   embedding_ = load(file, "", {{"token_embd.weight", c.vocab_size}}, c.hidden_size);
-  output_norm_ = load(file, "", {{"output_norm.weight", 1}}, c.hidden_size);
+  output_norm_ = load_vector(file, "output_norm.weight", c.hidden_size);
   // A model without an output matrix uses its embedding again.
   output_ = file.find_tensor("output.weight") == nullptr
                 ? embedding_
@@ -95,7 +100,7 @@ void Model::load_weights(const GgufFile& file) {
   for (std::size_t i = 0; i < layers_.size(); ++i) {
     const std::string prefix = "blk." + std::to_string(i) + ".";
     Layer& layer = layers_[i];
-    layer.attention_norm = load(file, prefix, {{"attn_norm.weight", 1}}, c.hidden_size);
+    layer.attention_norm = load_vector(file, prefix + "attn_norm.weight", c.hidden_size);
     layer.qkv = load(file, prefix,
                      {{"attn_q.weight", c.num_heads * c.head_size},
                       {"attn_k.weight", c.num_kv_heads * c.head_size},
@@ -103,7 +108,7 @@ void Model::load_weights(const GgufFile& file) {
                      c.hidden_size);
     layer.attention_output =
         load(file, prefix, {{"attn_output.weight", c.hidden_size}}, c.num_heads * c.head_size_v);
-    layer.ffn_norm = load(file, prefix, {{"ffn_norm.weight", 1}}, c.hidden_size);
+    layer.ffn_norm = load_vector(file, prefix + "ffn_norm.weight", c.hidden_size);
     layer.gate_up =
         load(file, prefix, {{"ffn_gate.weight", c.ffn_size}, {"ffn_up.weight", c.ffn_size}},
              c.hidden_size);
@@ -127,8 +132,7 @@ void Model::load_frequencies(const GgufFile& file) {
   // Llama 3.1 stretches each wavelength by a factor of its own.
   std::vector<float> factors(static_cast<std::size_t>(pairs), 1.0F);
   if (file.find_tensor("rope_freqs.weight") != nullptr) {
-    const Tensor stored = load(file, "", {{"rope_freqs.weight", 1}}, pairs);
-    const GgufTensor& tensor = file.tensor("rope_freqs.weight", {pairs});
+    const GgufTensor& tensor = use(file, "rope_freqs.weight", {pairs});
     if (tensor.type != GgmlType::kF32) file.fail("tensor \"rope_freqs.weight\": expected F32");
     std::copy_n(reinterpret_cast<const float*>(tensor.data.data()), pairs, factors.begin());
   }
@@ -174,7 +178,7 @@ void Model::allocate_workspace() {
   };
   space_.hidden = matrix(tokens, c.hidden_size);
   space_.normed = matrix(tokens, c.hidden_size);
-  space_.qkv = matrix(tokens, layers_.front().qkv.view.shape[0]);
+  space_.qkv = matrix(tokens, layers_.front().qkv.num_rows());
   space_.attention = matrix(tokens, c.num_heads * c.head_size_v);
   space_.gate_up = matrix(tokens, 2 * c.ffn_size);
   space_.ffn = matrix(tokens, c.ffn_size);
@@ -243,7 +247,7 @@ void Model::run_layer(Layer& layer, const AttentionMetadata& metadata, std::int6
   const TensorView ffn = first_rows(space_.ffn, num_tokens);
 
   ops_.rms_norm(hidden, layer.attention_norm.view, c.norm_epsilon, normed);
-  ops_.linear(normed, layer.qkv.view, qkv);
+  ops_.linear(normed, layer.qkv, qkv);
   ops_.rope(heads(qkv, 0, c.num_heads + c.num_kv_heads, c.head_size),
             first_rows(space_.angles, num_tokens));
 
@@ -257,19 +261,19 @@ void Model::run_layer(Layer& layer, const AttentionMetadata& metadata, std::int6
                      {}, ops_.context());
   ops_.end_timed();
 
-  ops_.linear_add(attention, layer.attention_output.view, hidden);
+  ops_.linear_add(attention, layer.attention_output, hidden);
   ops_.rms_norm(hidden, layer.ffn_norm.view, c.norm_epsilon, normed);
-  ops_.linear(normed, layer.gate_up.view, gate_up);
+  ops_.linear(normed, layer.gate_up, gate_up);
   ops_.swiglu(gate_up, ffn);
-  ops_.linear_add(ffn, layer.down.view, hidden);
+  ops_.linear_add(ffn, layer.down, hidden);
 }
 
 std::span<const float> Model::forward(const Batch& batch) {
   upload(batch);
   const AttentionMetadata metadata = plan(batch);
   const std::int64_t num_tokens = batch.num_tokens();
-  ops_.gather_rows(embedding_.view, first_rows(space_.tokens, num_tokens),
-                   first_rows(space_.hidden, num_tokens));
+  ops_.embed(embedding_, first_rows(space_.tokens, num_tokens),
+             first_rows(space_.hidden, num_tokens));
   ops_.rope_angles(first_rows(space_.positions, num_tokens), frequencies_.view,
                    first_rows(space_.angles, num_tokens));
   for (Layer& layer : layers_) run_layer(layer, metadata, num_tokens);
@@ -280,7 +284,7 @@ std::span<const float> Model::forward(const Batch& batch) {
   const TensorView logits = first_rows(space_.logits, wanted);
   ops_.gather_rows(space_.hidden.view, first_rows(space_.logit_rows, wanted), last);
   ops_.rms_norm(last, output_norm_.view, config_.norm_epsilon, last);
-  ops_.linear(last, output_.view, logits);
+  ops_.linear(last, output_, logits);
   const auto count = static_cast<std::size_t>(wanted * config_.vocab_size);
   ops_.download(logits.data, count * sizeof(float), logits_.data());
   return {logits_.data(), count};

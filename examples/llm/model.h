@@ -79,11 +79,11 @@ class Model {
  private:
   struct Layer {
     Tensor attention_norm;
-    Tensor qkv;  // q, k and v below each other: one product for the three
-    Tensor attention_output;
+    Weight qkv;  // q, k and v below each other: one product for the three
+    Weight attention_output;
     Tensor ffn_norm;
-    Tensor gate_up;
-    Tensor down;
+    Weight gate_up;
+    Weight down;
     std::vector<Tensor> cache_memory;
     PagedKvCache cache;
   };
@@ -94,7 +94,11 @@ class Model {
   };
 
   void load_weights(const GgufFile& file);
-  Tensor load(const GgufFile& file, const std::string& prefix,
+  // The tensor `name`, of this size; it counts as used.
+  const GgufTensor& use(const GgufFile& file, const std::string& name,
+                        const std::vector<std::int64_t>& shape);
+  Tensor load_vector(const GgufFile& file, const std::string& name, std::int64_t size);
+  Weight load(const GgufFile& file, const std::string& prefix,
               std::initializer_list<std::pair<const char*, std::int64_t>> parts,
               std::int64_t num_columns);
   void load_frequencies(const GgufFile& file);
@@ -111,9 +115,9 @@ class Model {
   DeviceOps& ops_;
   AttentionImpl attention_;
   AttentionMetadataBuilder metadata_builder_;
-  Tensor embedding_;
+  Weight embedding_;
   Tensor output_norm_;
-  Tensor output_;
+  Weight output_;
   Tensor frequencies_;
   std::vector<Layer> layers_;
   Workspace space_;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <concepts>
 #include <cstdint>
 #include <initializer_list>
@@ -119,7 +120,7 @@ class QUIRE_API ThreadPool {
   // Calls task(context, index, worker) once for each index in [0, num_tasks), on any threads in
   // any order, and returns when all have returned. `worker` is in [0, num_threads()) and no two
   // calls of this run that are under way at the same time share one. Tasks do not throw.
-  // Implementations block rather than spin while they wait.
+  // Implementations block rather than spin while they wait, unless their user asked for it.
   //
   // Calls may come from several threads, and from inside a task. One from inside a task must not
   // wait for the run which that task is part of: that would never end. Quire's pools then run it on
@@ -151,7 +152,13 @@ QUIRE_API int default_num_threads();
 // Throws Error unless num_threads is 1 to 4096; std::system_error with the code
 // std::errc::resource_unavailable_try_again, saying how many it could start, if the system does not
 // start them all (limits of processes or of address space). None is left running then.
-QUIRE_API std::unique_ptr<ThreadPool> make_thread_pool(int num_threads);
+//
+// `spin`: how long a thread that waits, for the next run or for a run's end, looks for it before it
+// sleeps; 0 to 10,000 us, else Error. 0, the default, is right where other threads want the cores
+// meanwhile. Waking takes 10 to 50 us: an engine whose runs follow each other faster than that, and
+// which has the cores to itself, loses less by looking. `quire generate` does.
+QUIRE_API std::unique_ptr<ThreadPool> make_thread_pool(int num_threads,
+                                                       std::chrono::microseconds spin = {});
 
 // Where and how a call runs. The default: the CPU, on the default thread pool.
 struct Context {

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <functional>
 #include <memory>
 #include <string>
@@ -205,6 +206,44 @@ TEST(ThreadPool, CallsFromSeveralThreadsTakeTurns) {
 }
 
 // Random cases of the conformance suite, by tasks of a pool that the cases themselves use.
+// Runs that are over before a worker has woken: it must not touch the next one's tasks as its own, nor
+// keep the caller waiting. With threads that sleep, and with threads that look for work.
+TEST(ThreadPool, RunsShorterThanWakingAThread) {
+  const Watchdog watchdog;
+  for (const auto spin : {0us, 20us, 2000us}) {
+    for (const int num_threads : {2, 3, 9}) {
+      const std::unique_ptr<ThreadPool> pool = make_thread_pool(num_threads, spin);
+      // A worker that joined a run too late would have to lose its core at the wrong moment to do harm.
+      for (std::int64_t i = 0; i < (kThreadSanitizer || kAddressSanitizer ? 2000 : 50000); ++i) {
+        ASSERT_TRUE(runs_right(*pool, 1 + i % 12)) << i << " " << spin.count() << " us";
+      }
+      EXPECT_TRUE(runs_two_at_a_time(*pool)) << num_threads << " " << spin.count() << " us";
+    }
+  }
+}
+
+TEST(ThreadPool, LooksForWorkForALimitedTimeOnly) {
+  const std::unique_ptr<ThreadPool> pool = make_thread_pool(4, 2ms);
+  EXPECT_TRUE(runs_right(*pool, 20));
+  std::this_thread::sleep_for(20ms);  // by now all sleep
+  const std::clock_t before = std::clock();
+  std::this_thread::sleep_for(500ms);
+  EXPECT_LT(static_cast<double>(std::clock() - before) / CLOCKS_PER_SEC, 0.1);
+}
+
+TEST(ThreadPool, RefusesToLookForLong) {
+  for (const auto spin : {-1us, 10001us}) {
+    try {
+      make_thread_pool(2, spin);
+      ADD_FAILURE() << "no error for " << spin.count();
+    } catch (const Error& error) {
+      EXPECT_EQ(std::string(error.what()).find("spin: expected 0 to 10000 us, got "), 0U)
+          << error.what();
+    }
+  }
+  EXPECT_NE(make_thread_pool(2, 10000us), nullptr);
+}
+
 TEST(ThreadPoolNested, AttentionInsideATask) {
   const Watchdog watchdog(300);
   const AttentionBackend& cpu = attention_backend("cpu");

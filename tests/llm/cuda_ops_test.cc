@@ -6,6 +6,7 @@
 #include <cmath>
 #include <functional>
 #include <random>
+#include <span>
 
 #include "examples/llm/cpu_ops.h"
 #include "tests/llm/devices.h"
@@ -39,6 +40,14 @@ std::vector<float> random_values(std::size_t count, unsigned seed) {
   std::vector<float> values(count);
   for (float& value : values) value = static_cast<float>(random() >> 8) * 0x1p-21F - 4.0F;
   return values;
+}
+
+// A float32 weight of random numbers.
+Weight random_weight(DeviceOps& ops, std::int64_t rows, std::int64_t cols) {
+  const auto values = random_values(static_cast<std::size_t>(rows * cols), 7);
+  const GgufTensor stored{{}, GgmlType::kF32, {cols, rows}, std::as_bytes(std::span(values))};
+  const GgufTensor* const parts[] = {&stored};
+  return ops.load_weight(parts);
 }
 
 // What the operation leaves in the last matrix, padding included.
@@ -115,17 +124,24 @@ TEST_F(CudaOps, RmsNorm) {
 TEST_F(CudaOps, Linear) {
   for (const std::int64_t rows : {1, 3, 70}) {
     for (const std::int64_t inner : {7, 192}) {
-      const Operands operands{{{rows, inner}, {101, inner}, {rows, 101}}, {0}};
+      const Operands operands{{{rows, inner}, {rows, 101}}, {0}};
       expect_same(operands, 1e-3F,
-                  [](DeviceOps& ops, const auto& m, const TensorView& /*integers*/) {
-                    ops.linear(m[0], m[1], m[2]);
+                  [&](DeviceOps& ops, const auto& m, const TensorView& /*integers*/) {
+                    ops.linear(m[0], random_weight(ops, 101, inner), m[1]);
                   });
       expect_same(operands, 1e-3F,
-                  [](DeviceOps& ops, const auto& m, const TensorView& /*integers*/) {
-                    ops.linear_add(m[0], m[1], m[2]);
+                  [&](DeviceOps& ops, const auto& m, const TensorView& /*integers*/) {
+                    ops.linear_add(m[0], random_weight(ops, 101, inner), m[1]);
                   });
     }
   }
+}
+
+TEST_F(CudaOps, Embed) {
+  expect_same({{{5, 192}}, {8, 0, 3, 3, 1}}, 0.0F,
+              [](DeviceOps& ops, const auto& m, const TensorView& indices) {
+                ops.embed(random_weight(ops, 9, 192), indices, m[0]);
+              });
 }
 
 TEST_F(CudaOps, RopeAngles) {
