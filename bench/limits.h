@@ -30,13 +30,16 @@ class LimitMeter {
 };
 
 // Plain vector loads over a buffer far beyond the last-level cache, and chains of independent fp32
-// multiply-adds in registers (bf16 tile products where the CPU backend runs on AMX), both on all
-// threads of the pool with the best instructions of this machine. `max_buffer_bytes` bounds the buffer where memory is short.
+// multiply-adds in registers (bf16 products where the CPU backend uses instructions for these), both on
+// all threads of the pool with the best instructions of this machine. `max_buffer_bytes` bounds the
+// buffer where memory is short.
 std::unique_ptr<LimitMeter> make_cpu_limit_meter(ThreadPool& threads, std::size_t max_buffer_bytes);
 
 // Runs `num_steps` of AMX's tile products and returns their flops. Only where the CPU backend runs
 // on AMX.
 double run_tile_products(std::int64_t num_steps, float start, float* sink);
+// The same by AVX-512's bf16 instructions. Only where the CPU backend uses them.
+double run_pair_products(std::int64_t num_steps, float start, float* sink);
 
 // The limits of a whole run: medians of all samples.
 LimitSample median_of(const std::vector<LimitSample>& samples);

@@ -115,9 +115,13 @@ class CpuLimitMeter final : public LimitMeter {
           }
         },
         num_chunks());
-    if (attention_backend("cpu").instruction_set() == "AMX") {
+    const std::string isa = attention_backend("cpu").instruction_set();
+    if (isa == "AMX") {
       multiply_ = run_tile_products;
       multiply_name_ = "bf16 AMX tile products";
+    } else if (isa == "AVX3_BF16") {
+      multiply_ = run_pair_products;
+      multiply_name_ = "bf16 AVX-512 products";
     }
     multiply_steps_ = choose_multiply_steps();
   }

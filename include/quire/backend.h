@@ -69,7 +69,7 @@ class QUIRE_API AttentionBackend {
   virtual DeviceType device_type() const = 0;
   // Whether this machine can run it now; if not, `instruction_set` says why.
   virtual bool available() const = 0;
-  // What it runs on: "AMX", "AVX3", "AVX2", "NEON", "SCALAR", "sm_90", ...
+  // What it runs on: "AMX", "AVX3_BF16", "AVX3", "AVX2", "NEON", "SCALAR", "sm_90", ...
   virtual std::string instruction_set() const = 0;
   virtual const BackendCapabilities& capabilities() const = 0;
 

@@ -98,7 +98,7 @@ struct WorkItem {
   const AttentionParams* params = nullptr;
   const WorkTile* tile = nullptr;
   Scratch* scratch = nullptr;
-  MultiplyTiles multiply_tiles = nullptr;  // null: not a prefill by tile instructions
+  MultiplyTiles multiply_tiles = nullptr;  // null: not a prefill by products of bf16
   std::int32_t first_kv_head = 0;
   std::int32_t kv_heads = 0;
   std::int32_t rows = 0;           // of one kv head: num_tokens * group, group fastest
@@ -116,7 +116,7 @@ struct WorkItem {
 // The kernels of one ISA.
 struct Kernels {
   const char* isa;
-  MultiplyTiles multiply_tiles;  // null: the ISA has no tile instructions
+  MultiplyTiles multiply_tiles;  // null: the ISA has no products of bf16
   // Fills scratch->q, or scratch->tiles.q where the item has multiply_tiles.
   void (*load_queries)(const WorkItem& item);
   // Attends to the kv tiles [kv_tile_begin, kv_tile_end) of the item's tile; overwrites `out`.
@@ -131,9 +131,9 @@ struct Kernels {
                     DType dtype);
 };
 
-// Kernels for this machine, or for QUIRE_CPU_ISA if set: AVX3, AVX2, NEON, SCALAR, or AMX, which is
-// AVX3 with the tile instructions. AMX_PORTABLE is AMX's arithmetic in plain code, for tests. Throws
-// Error if that ISA is unknown to this build or missing on this machine.
+// Kernels for this machine, or for QUIRE_CPU_ISA if set: AVX3, AVX2, NEON, SCALAR, or AVX3_BF16 or AMX,
+// which are AVX3 with bf16 products by AVX-512 or by tile instructions. AMX_PORTABLE is their arithmetic
+// in plain code, for tests. Throws Error if that ISA is unknown to this build or missing on this machine.
 const Kernels& kernels();
 
 }  // namespace quire::cpu

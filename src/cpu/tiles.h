@@ -1,6 +1,6 @@
 // Products of bf16 matrices by the tile instructions of Intel CPUs (AMX, "Intel Architecture
-// Instruction Set Extensions", chapter 3), and the same arithmetic in plain code for tests on other
-// machines.
+// Instruction Set Extensions", chapter 3), by AVX-512's instructions for pairs of bf16, over the same
+// layouts, and the same arithmetic in plain code for tests on other machines.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,12 @@ using MultiplyTiles = void (*)(const TileProduct& product);
 bool amx_is_usable();
 // Only where amx_is_usable(). Leaves the tile registers released.
 void multiply_tiles_amx(const TileProduct& product);
-// With AMX's rounding of what is too small to be normal: to 0, in a, b and c.
+// Whether this CPU has AVX-512 with its instructions for bf16: AMD's from Zen 4 on, Intel's from Cooper
+// Lake on. They multiply and add twice as many elements in a cycle as those for fp32.
+bool avx512_bf16_is_usable();
+// Only where avx512_bf16_is_usable().
+void multiply_tiles_avx512(const TileProduct& product);
+// With the rounding of both for what is too small to be normal: to 0, in a, b and c.
 void multiply_tiles_portable(const TileProduct& product);
 
 }  // namespace quire::cpu

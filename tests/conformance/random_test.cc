@@ -25,6 +25,7 @@ std::int64_t number_from_environment(const char* name, std::int64_t fallback) {
 bool cpu_has(const std::string& isa) {
 #if defined(__x86_64__)
   if (isa == "AVX3") return __builtin_cpu_supports("avx512bw") != 0;
+  if (isa == "AVX3_BF16") return __builtin_cpu_supports("avx512bf16") != 0;
   if (isa == "AVX2") return __builtin_cpu_supports("avx2") != 0;
   if (isa == "AMX") {
     std::ifstream cpuinfo("/proc/cpuinfo");
