@@ -2,7 +2,7 @@
 # Installs the Debian packages that Quire needs and that are missing; says so, and does nothing
 # (in a few milliseconds) when all are there.
 #
-# usage: scripts/bootstrap.sh [GROUP...]     groups: build (default), lint, fuzz, neon, all
+# usage: scripts/bootstrap.sh [GROUP...]     groups: build (default), lint, fuzz, ci, neon, all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,6 +18,7 @@ build_packages=(
 )
 lint_packages=(clang-format-14 clang-tidy-14 python3)
 fuzz_packages=(clang-14 libclang-rt-14-dev)
+ci_packages=(ccache) # .ci/run: several of its builds compile the same files
 neon_packages=(cmake ninja-build g++-aarch64-linux-gnu qemu-user) # check_neon.sh; not in `all`
 
 say() { printf 'bootstrap: %s\n' "$*"; }
@@ -32,9 +33,10 @@ for group in "${@:-build}"; do
     build) packages+=("${build_packages[@]}") ;;
     lint) packages+=("${lint_packages[@]}") ;;
     fuzz) packages+=("${build_packages[@]}" "${fuzz_packages[@]}") ;;
+    ci) packages+=("${ci_packages[@]}") ;;
     neon) packages+=("${neon_packages[@]}") ;;
     all) packages+=("${build_packages[@]}" "${lint_packages[@]}" "${fuzz_packages[@]}") ;;
-    *) die "unknown group '$group' (build, lint, fuzz, neon, all)" ;;
+    *) die "unknown group '$group' (build, lint, fuzz, ci, neon, all)" ;;
   esac
 done
 
