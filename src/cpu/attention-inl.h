@@ -22,6 +22,7 @@
 #include <algorithm>
 
 #include "cpu/decode-inl.h"
+#include "cpu/decode_pairs-inl.h"
 #include "cpu/decode_widened-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/kv_tile-inl.h"
@@ -36,6 +37,7 @@ namespace quire::cpu::HWY_NAMESPACE {
 
 inline void load_queries(const WorkItem& item) {
   if (item.multiply_tiles != nullptr) return load_tile_queries(item);
+  if (item.multiply_pairs != nullptr) return load_pair_queries(item);
   const AttentionParams& p = *item.params;
   const LayerParams& layer = p.layer;
   const WidenRow widen = widener(layer.dtype);
@@ -59,9 +61,9 @@ inline void load_queries(const WorkItem& item) {
 // are fifteen of sixteen.
 HWY_INLINE void clear(const WorkItem& item, const Partial& out) {
   const std::int64_t rows = std::int64_t{item.head_rows} * item.kv_heads;
-  // Decode works in blocks of up to 4 rows, tile instructions on 16.
-  const std::int64_t touched =
-      item.multiply_tiles != nullptr ? item.head_rows : round_up(item.rows, 4);
+  // Decode works in blocks of up to 4 rows, products of bf16 on 8 or 16.
+  const bool bf16 = item.multiply_tiles != nullptr || item.multiply_pairs != nullptr;
+  const std::int64_t touched = bf16 ? item.head_rows : round_up(item.rows, 4);
   for (std::int32_t h = 0; h < item.kv_heads; ++h) {
     float* o = head_of(item, out, h).o;
     std::fill(o, o + touched * item.padded_v, 0.0F);
@@ -77,7 +79,12 @@ inline void resolve_kv_tile(const WorkItem& item, std::int32_t i, KvTile* out) {
   if (i >= tile.kv_tiles.count()) return;
   const std::int64_t begin = std::int64_t{tile.kv_tiles.at(i)} * tile.kv_tile;
   const std::int64_t end = std::min(begin + tile.kv_tile, item.visible_end);
-  out->first = std::max(begin, item.visible_begin);
+  // Products by tiles add up 32 keys, then the rest: which 32 must not depend on where the rows of a
+  // tile begin to see, which is other in another chunk of the prompt. Kv tiles are whole such steps.
+  const std::int64_t visible_begin = item.multiply_tiles == nullptr
+                                         ? item.visible_begin
+                                         : item.visible_begin / kTileDepth * kTileDepth;
+  out->first = std::max(begin, visible_begin);
   out->count = static_cast<std::int32_t>(std::max<std::int64_t>(end - out->first, 0));
   resolve_rows(item, item.params->k, out->first, out->count, &out->k);
   resolve_rows(item, item.params->v, out->first, out->count, &out->v);
@@ -88,10 +95,11 @@ inline void attend_chunk(const WorkItem& item, std::int32_t kv_tile_begin, std::
   const LayerParams& layer = item.params->layer;
   const bool whole_vectors = layer.head_size % kVec == 0 && layer.head_size_v % kVec == 0 &&
                              layer.kv_dtype != semantics::kInt4;
-  const auto attend = item.multiply_tiles != nullptr ? attend_prefill_tiles
-                      : !item.tile->decode           ? attend_prefill
-                      : whole_vectors                ? attend_decode
-                                                     : attend_decode_widened;
+  const auto attend = item.multiply_tiles != nullptr   ? attend_prefill_tiles
+                      : item.multiply_pairs != nullptr ? attend_decode_pairs
+                      : !item.tile->decode             ? attend_prefill
+                      : whole_vectors                  ? attend_decode
+                                                       : attend_decode_widened;
   clear(item, out);
   KvTile kv_tiles[2];  // this one and the next
   resolve_kv_tile(item, kv_tile_begin, &kv_tiles[kv_tile_begin & 1]);

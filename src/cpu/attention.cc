@@ -89,8 +89,9 @@ class Call {
     item.params = &p_;
     item.tile = &tile;
     item.scratch = &scratch;
-    if (!tile.decode && uses_tiles(layer_)) item.multiply_tiles = kernels_.multiply_tiles;
     item.rows = tile.num_tokens * layer_.group;
+    if (!tile.decode && uses_tiles(layer_)) item.multiply_tiles = kernels_.multiply_tiles;
+    if (tile.decode && uses_pairs(layer_, item.rows)) item.multiply_pairs = kernels_.multiply_pairs;
     item.head_rows = head_rows(layer_, tile);
     item.query_scale = query_scale_;
     item.padded_k = workspace_.padded_k();

@@ -20,7 +20,13 @@ HWY_BEFORE_NAMESPACE();
 namespace quire::cpu::HWY_NAMESPACE {
 
 Kernels table() {
-  return {hwy::TargetName(HWY_TARGET), nullptr, load_queries, attend_chunk, combine, store_row};
+  return {hwy::TargetName(HWY_TARGET),
+          nullptr,
+          nullptr,
+          load_queries,
+          attend_chunk,
+          combine,
+          store_row};
 }
 
 }  // namespace quire::cpu::HWY_NAMESPACE
@@ -51,19 +57,22 @@ Kernels kernels_of(std::int64_t targets) {
   return HWY_DYNAMIC_DISPATCH(table)();
 }
 
-// The kernels of the best target, with products by tiles.
-Kernels kernels_with_tiles(const char* isa, MultiplyTiles multiply_tiles) {
+// The kernels of the best target, with products of bf16.
+Kernels bf16_kernels(const char* isa, MultiplyTiles multiply_tiles, const PairKernels* pairs) {
   Kernels kernels = kernels_of(hwy::SupportedTargets());
   kernels.isa = isa;
   kernels.multiply_tiles = multiply_tiles;
+  kernels.multiply_pairs = pairs;
   return kernels;
 }
 
-// AVX3, with prefill in bf16 by AVX-512's instructions for it. Taken where there is one: on each CPU that
+// AVX3, with products of bf16 by AVX-512's instructions for them. Taken where there is one: on each CPU that
 // has them they do twice what fp32's do. Timing them at start-up would cost little, but a busy machine
 // could then give other bits from one run to the next.
 constexpr const char* kAvx512Bf16 = "AVX3_BF16";
-Kernels avx512_bf16_kernels() { return kernels_with_tiles(kAvx512Bf16, multiply_tiles_avx512); }
+Kernels avx512_bf16_kernels() {
+  return bf16_kernels(kAvx512Bf16, multiply_tiles_avx512, &kPairKernelsAvx512);
+}
 
 Kernels choose() {
   const char* forced = std::getenv("QUIRE_CPU_ISA");
@@ -71,9 +80,14 @@ Kernels choose() {
     return avx512_bf16_is_usable() ? avx512_bf16_kernels() : kernels_of(hwy::SupportedTargets());
   }
   const std::string name = forced;
-  if (name == "AMX" && amx_is_usable()) return kernels_with_tiles("AMX", multiply_tiles_amx);
+  if (name == "AMX" && amx_is_usable()) {
+    return bf16_kernels("AMX", multiply_tiles_amx,
+                        avx512_bf16_is_usable() ? &kPairKernelsAvx512 : nullptr);
+  }
   if (name == kAvx512Bf16 && avx512_bf16_is_usable()) return avx512_bf16_kernels();
-  if (name == "AMX_PORTABLE") return kernels_with_tiles("AMX_PORTABLE", multiply_tiles_portable);
+  if (name == "AMX_PORTABLE") {
+    return bf16_kernels("AMX_PORTABLE", multiply_tiles_portable, &kPairKernelsPortable);
+  }
   std::string usable = amx_is_usable() ? "AMX" : "";
   if (avx512_bf16_is_usable()) usable += (usable.empty() ? "" : ", ") + std::string(kAvx512Bf16);
   for (const std::int64_t target : usable_targets()) {

@@ -7,6 +7,7 @@
 #include <new>
 #include <vector>
 
+#include "cpu/pairs.h"
 #include "cpu/plan.h"
 #include "cpu/tiles.h"
 #include "params.h"
@@ -67,9 +68,9 @@ struct TileToken {
   semantics::Spans visible;
 };
 
-// Scratch of prefill_tiles-inl.h: bf16, in the layouts of TileProduct.
+// Scratch of prefill_tiles-inl.h and decode_pairs-inl.h: bf16, in the layouts of TileProduct.
 struct TileScratch {
-  std::uint16_t* q = nullptr;     // [head_rows, padded head_size]
+  std::uint16_t* q = nullptr;     // [head_rows, padded head_size]; in decode PairScores::q a head
   std::uint16_t* k = nullptr;     // tiles of K transposed
   std::uint16_t* v = nullptr;     // tiles of V
   std::uint16_t* p = nullptr;     // [32 rows, kMaxKvTile] weights
@@ -98,7 +99,8 @@ struct WorkItem {
   const AttentionParams* params = nullptr;
   const WorkTile* tile = nullptr;
   Scratch* scratch = nullptr;
-  MultiplyTiles multiply_tiles = nullptr;  // null: not a prefill by products of bf16
+  MultiplyTiles multiply_tiles = nullptr;       // null: not a prefill by products of bf16
+  const PairKernels* multiply_pairs = nullptr;  // null: not a decode by products of bf16
   std::int32_t first_kv_head = 0;
   std::int32_t kv_heads = 0;
   std::int32_t rows = 0;           // of one kv head: num_tokens * group, group fastest
@@ -116,8 +118,9 @@ struct WorkItem {
 // The kernels of one ISA.
 struct Kernels {
   const char* isa;
-  MultiplyTiles multiply_tiles;  // null: the ISA has no products of bf16
-  // Fills scratch->q, or scratch->tiles.q where the item has multiply_tiles.
+  MultiplyTiles multiply_tiles;       // null: the ISA has no products of bf16
+  const PairKernels* multiply_pairs;  // null: it has none for few rows
+  // Fills scratch->q, or scratch->tiles.q where the item has multiply_tiles or multiply_pairs.
   void (*load_queries)(const WorkItem& item);
   // Attends to the kv tiles [kv_tile_begin, kv_tile_end) of the item's tile; overwrites `out`.
   void (*attend_chunk)(const WorkItem& item, std::int32_t kv_tile_begin, std::int32_t kv_tile_end,

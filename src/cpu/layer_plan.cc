@@ -44,7 +44,7 @@ void CpuPlan::size_scratch(Scratch* scratch) const {
       rows * kMaxKvTile,                                         // s
       rows,                                                      // alpha
       rows,                                                      // new_max
-      tile_words(rows * round_up(k, kTileDepth)),                // tiles.q
+      tile_words(item_rows * round_up(k, kTileDepth)),           // tiles.q
       tile_words(kMaxKvTile * round_up(k, kTileDepth)),          // tiles.k
       tile_words(kMaxKvTile * v),                                // tiles.v
       tile_words(2 * kMaxKvTile * kTileRows),                    // tiles.p

@@ -21,6 +21,14 @@ inline bool uses_tiles(const LayerParams& layer) {
   return is_exact(layer.dtype) && is_exact(layer.kv_dtype);
 }
 
+// Whether so many rows of decode multiply by instructions for bf16. With 4 rows and fewer memory is the
+// limit, and these take 8 at a time.
+inline bool uses_pairs(const LayerParams& layer, std::int32_t rows) {
+  return kernels().multiply_pairs != nullptr && rows > 4 && layer.dtype == DType::kBFloat16 &&
+         layer.kv_dtype == DType::kBFloat16 && layer.head_size % 32 == 0 &&
+         layer.head_size_v % 32 == 0;
+}
+
 // How the queries and keys of one sequence are tiled. Depends on the layer and on the sequence's
 // own query length only (batch invariance).
 struct TilePolicy {

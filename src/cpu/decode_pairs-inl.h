@@ -1,0 +1,115 @@
+// Decode over bf16 caches by the instructions of pairs.h: 5 to 32 query rows a kv head. With fewer, memory
+// is the limit and decode-inl.h as fast.
+//
+//   S = scale * Q K^T (rows in lanes) -> softmax-inl.h -> P as bf16 -> O = alpha O + P V
+//
+// Q, K and V are exact in bf16, P is rounded to it, as in prefill_tiles-inl.h.
+#if defined(QUIRE_CPU_DECODE_PAIRS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef QUIRE_CPU_DECODE_PAIRS_INL_H_
+#undef QUIRE_CPU_DECODE_PAIRS_INL_H_
+#else
+#define QUIRE_CPU_DECODE_PAIRS_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/decode-inl.h"
+#include "cpu/kernels.h"
+#include "cpu/kv_tile-inl.h"
+#include "cpu/pairs.h"
+#include "cpu/prefill_tiles-inl.h"
+#include "cpu/simd/vec-inl.h"
+#include "cpu/softmax-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace quire::cpu::HWY_NAMESPACE {
+
+// The pairs of a kv head of the item.
+HWY_INLINE std::uint32_t* pair_queries(const WorkItem& item, std::int32_t h) {
+  return reinterpret_cast<std::uint32_t*>(item.scratch->tiles.q) +
+         std::int64_t{h} * item.head_rows * item.params->layer.head_size / 2;
+}
+
+inline void load_pair_queries(const WorkItem& item) {
+  const AttentionParams& p = *item.params;
+  const LayerParams& layer = p.layer;
+  for (std::int32_t h = 0; h < item.kv_heads; ++h) {
+    std::uint32_t* to = pair_queries(item, h);
+    for (std::int32_t first = 0; first < item.rows;) {
+      const std::int32_t lanes = pair_lanes(item.rows, first);
+      for (std::int32_t lane = 0; lane < lanes; ++lane) {
+        const std::int32_t r = first + lane;
+        const auto token = static_cast<std::size_t>(r / layer.group);
+        const std::int64_t head = (item.first_kv_head + h) * layer.group + r % layer.group;
+        const void* from = kZeroRow16;
+        if (r < item.rows) {
+          from = static_cast<const char*>(p.query) +
+                 (item.scratch->tokens[token].row * p.query_token_stride +
+                  head * p.query_head_stride) *
+                     size_of(layer.dtype);
+        }
+        for (std::int32_t i = 0; i < layer.head_size / 2; ++i) {
+          std::memcpy(to + i * lanes + lane, static_cast<const char*>(from) + std::int64_t{i} * 4,
+                      4);
+        }
+      }
+      to += std::int64_t{layer.head_size} / 2 * lanes;
+      first += lanes;
+    }
+  }
+}
+
+// As masked_values of decode-inl.h: a row at a time, with the bits of all rows together.
+HWY_NOINLINE inline void masked_pair_values(const WorkItem& item, const KvTile& kv_tile,
+                                            const PairValues& product, const StoredRows& values) {
+  for (std::int32_t r = 0; r < item.rows; ++r) {
+    const TileToken& token = item.scratch->tokens[r / item.params->layer.group];
+    StoredRows seen = values;
+    for (std::int32_t t = 0; t < kv_tile.count; ++t) {
+      if (!sees(item.params->batch, token, kv_tile.first + t)) seen.row[t] = kZeroRow;
+    }
+    PairValues row = product;
+    row.values = seen.row;
+    row.weights += r * row.weights_stride;
+    row.alpha += r;
+    row.o += r * row.o_stride;
+    row.rows = 1;
+    item.multiply_pairs->values(row);
+  }
+}
+
+// One step of an item: all its kv heads over one kv tile.
+inline void attend_decode_pairs(const WorkItem& item, const KvTile& kv_tile, const KvTile& next,
+                                const Partial& out) {
+  static const TokenScales kNoScales = {};
+  const AttentionParams& p = *item.params;
+  const Scratch& scratch = *item.scratch;
+  const auto padded = static_cast<std::int32_t>(round_up(kv_tile.count, kPairKeys));
+  StoredRows rows;
+  for (std::int32_t h = 0; h < item.kv_heads; ++h) {
+    const Partial state = head_of(item, out, h);
+    stored_rows(item, p.k, kv_tile.k, kv_tile.count, next.k, next.count, h, &rows);
+    item.multiply_pairs->scores({rows.row, rows.prefetch, kv_tile.count, pair_queries(item, h),
+                                 p.layer.head_size, item.rows, item.query_scale, scratch.s,
+                                 kMaxKvTile});
+    softmax(item, kv_tile, h, {0, item.rows}, padded, state);
+    weights_to_bf16(item, kNoScales, padded,
+                    static_cast<std::int32_t>(round_up(item.rows, kPairRows)));
+    stored_rows(item, p.v, kv_tile.v, kv_tile.count, next.v, next.count, h, &rows);
+    const PairValues product = {
+        rows.row,      rows.prefetch, kv_tile.count, scratch.tiles.p,     kMaxKvTile,
+        scratch.alpha, state.o,       item.padded_v, p.layer.head_size_v, item.rows};
+    if (!seen_by_all(item, kv_tile) &&
+        !rows_are_finite<DType::kBFloat16>(rows, kv_tile.count, p.layer.head_size_v)) {
+      masked_pair_values(item, kv_tile, product, rows);
+    } else {
+      item.multiply_pairs->values(product);
+    }
+  }
+}
+
+}  // namespace quire::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // toggle
