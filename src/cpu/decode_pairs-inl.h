@@ -49,9 +49,8 @@ inline void load_pair_queries(const WorkItem& item) {
                   head * p.query_head_stride) *
                      size_of(layer.dtype);
         }
-        for (std::int32_t i = 0; i < layer.head_size / 2; ++i) {
-          std::memcpy(to + i * lanes + lane, static_cast<const char*>(from) + std::int64_t{i} * 4,
-                      4);
+        for (std::int64_t i = 0; i < layer.head_size / 2; ++i) {
+          std::memcpy(to + i * lanes + lane, static_cast<const char*>(from) + i * 4, 4);
         }
       }
       to += std::int64_t{layer.head_size} / 2 * lanes;

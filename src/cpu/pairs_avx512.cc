@@ -72,7 +72,7 @@ void transpose_fours(V* x, const Low& low, const High& high, const LowPairs& low
 void store_transposed(__m512* sums, float scale, float* s, std::int64_t stride) {
   const __m512 factor = _mm512_set1_ps(scale);
 #pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
+  for (std::int64_t i = 0; i < 16; i += 4) {
     transpose_fours(
         sums + i, [](__m512 a, __m512 b) { return _mm512_unpacklo_ps(a, b); },
         [](__m512 a, __m512 b) { return _mm512_unpackhi_ps(a, b); },
@@ -80,7 +80,7 @@ void store_transposed(__m512* sums, float scale, float* s, std::int64_t stride) 
         [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0xEE); });
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
+  for (std::int64_t i = 0; i < 4; ++i) {
     const __m512 a = _mm512_shuffle_f32x4(sums[i], sums[4 + i], 0x88);
     const __m512 b = _mm512_shuffle_f32x4(sums[8 + i], sums[12 + i], 0x88);
     const __m512 c = _mm512_shuffle_f32x4(sums[i], sums[4 + i], 0xDD);
@@ -96,7 +96,7 @@ void store_transposed(__m512* sums, float scale, float* s, std::int64_t stride) 
 void store_transposed(__m256* sums, float scale, float* s, std::int64_t stride) {
   const __m256 factor = _mm256_set1_ps(scale);
 #pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
+  for (std::int64_t i = 0; i < 16; i += 4) {
     transpose_fours(
         sums + i, [](__m256 a, __m256 b) { return _mm256_unpacklo_ps(a, b); },
         [](__m256 a, __m256 b) { return _mm256_unpackhi_ps(a, b); },
@@ -104,9 +104,9 @@ void store_transposed(__m256* sums, float scale, float* s, std::int64_t stride) 
         [](__m256 a, __m256 b) { return _mm256_shuffle_ps(a, b, 0xEE); });
   }
 #pragma GCC unroll 2
-  for (int half = 0; half < 16; half += 8) {
+  for (std::int64_t half = 0; half < 16; half += 8) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+    for (std::int64_t i = 0; i < 4; ++i) {
       const __m256 a = sums[half + i];
       const __m256 b = sums[half + 4 + i];
       _mm256_storeu_ps(s + half + i * stride,
@@ -122,18 +122,18 @@ void scores_of_block(const PairScores& p, const std::uint32_t* q, float* s) {
   for (std::int32_t t = 0; t < p.count; t += kPairKeys) {
     typename Lanes::Sums sums[kPairKeys];
 #pragma GCC unroll 16
-    for (int k = 0; k < kPairKeys; ++k) sums[k] = Lanes::zero();
-    for (std::int32_t i = 0; i < p.head_size / 2; i += kQueries) {
+    for (std::int64_t k = 0; k < kPairKeys; ++k) sums[k] = Lanes::zero();
+    for (std::int64_t i = 0; i < p.head_size / 2; i += kQueries) {
       typename Lanes::Pairs x[kQueries];
 #pragma GCC unroll 8
-      for (int j = 0; j < kQueries; ++j) x[j] = Lanes::load(q + (i + j) * Lanes::kLanes);
+      for (std::int64_t j = 0; j < kQueries; ++j) x[j] = Lanes::load(q + (i + j) * Lanes::kLanes);
 #pragma GCC unroll 16
-      for (int k = 0; k < kPairKeys; ++k) {
-        const char* const key = static_cast<const char*>(p.keys[t + k]) + std::int64_t{i} * 4;
-        if (i % 16 == 0) __builtin_prefetch(p.prefetch[t + k] + std::int64_t{i} * 4, 0, 2);
+      for (std::int64_t k = 0; k < kPairKeys; ++k) {
+        const char* const key = static_cast<const char*>(p.keys[t + k]) + i * 4;
+        if (i % 16 == 0) __builtin_prefetch(p.prefetch[t + k] + i * 4, 0, 2);
 #pragma GCC unroll 8
-        for (int j = 0; j < kQueries; ++j) {
-          sums[k] = Lanes::add_product(sums[k], x[j], key + std::int64_t{j} * 4);
+        for (std::int64_t j = 0; j < kQueries; ++j) {
+          sums[k] = Lanes::add_product(sums[k], x[j], key + j * 4);
         }
       }
     }
@@ -157,7 +157,7 @@ void pair_scores(const PairScores& p) {
 }
 
 // kRows rows by kHalves times 32 columns.
-template <int kRows, int kHalves>
+template <int kRows, std::int64_t kHalves>
 void values_of_block(const PairValues& p, std::int32_t row, std::int32_t column) {
   // Elements 0 to 15, then 16 to 31, of two vectors, side by side.
   alignas(64) static constexpr std::uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
@@ -168,9 +168,9 @@ void values_of_block(const PairValues& p, std::int32_t row, std::int32_t column)
   float* const o = p.o + row * p.o_stride + column;
   __m512 sums[kRows][2 * kHalves];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (std::int64_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < 2 * kHalves; ++v) {
+    for (std::int64_t v = 0; v < 2 * kHalves; ++v) {
       sums[r][v] = _mm512_mul_ps(_mm512_set1_ps(p.alpha[row + r]),
                                  _mm512_loadu_ps(o + r * p.o_stride + v * 16));
     }
@@ -179,8 +179,8 @@ void values_of_block(const PairValues& p, std::int32_t row, std::int32_t column)
   for (std::int32_t t = 0; t < p.count; t += 2) {
     __m512bh x[2 * kHalves];
 #pragma GCC unroll 2
-    for (int h = 0; h < kHalves; ++h) {
-      const std::int64_t at = (std::int64_t{column} + h * 32) * 2;
+    for (std::int64_t h = 0; h < kHalves; ++h) {
+      const std::int64_t at = (column + h * 32) * 2;
       const char* const even = static_cast<const char*>(p.values[t]) + at;
       const char* const odd = static_cast<const char*>(p.values[t + 1]) + at;
       __builtin_prefetch(p.prefetch[t] + at, 0, 2);
@@ -191,18 +191,19 @@ void values_of_block(const PairValues& p, std::int32_t row, std::int32_t column)
       x[2 * h + 1] = reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(a, high, b));
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    for (std::int64_t r = 0; r < kRows; ++r) {
       int bits = 0;
       __builtin_memcpy(&bits, weights + r * p.weights_stride + t, sizeof(bits));
       const auto pair = reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
 #pragma GCC unroll 4
-      for (int v = 0; v < 2 * kHalves; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x[v], pair);
+      for (std::int64_t v = 0; v < 2 * kHalves; ++v)
+        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x[v], pair);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (std::int64_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < 2 * kHalves; ++v) {
+    for (std::int64_t v = 0; v < 2 * kHalves; ++v) {
       _mm512_storeu_ps(o + r * p.o_stride + v * 16, sums[r][v]);
     }
   }
@@ -211,7 +212,7 @@ void values_of_block(const PairValues& p, std::int32_t row, std::int32_t column)
 // As many columns at a time as 16 sums allow.
 template <int kRows>
 void values_of_rows(const PairValues& p, std::int32_t row) {
-  constexpr int kHalves = kRows > 4 ? 1 : 2;
+  constexpr std::int64_t kHalves = kRows > 4 ? 1 : 2;
   std::int32_t column = 0;
   for (; column + kHalves * 32 <= p.head_size_v; column += kHalves * 32) {
     values_of_block<kRows, kHalves>(p, row, column);

@@ -28,9 +28,9 @@ void multiply_block(const TileProduct& p, std::int64_t row, std::int64_t group) 
   float* const c = p.c + row * p.c_stride + group * kTileColumns;
   __m512 sums[kRows][kGroups];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (std::int64_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
-    for (int g = 0; g < kGroups; ++g) {
+    for (std::int64_t g = 0; g < kGroups; ++g) {
       sums[r][g] =
           p.add ? _mm512_loadu_ps(c + r * p.c_stride + g * kTileColumns) : _mm512_setzero_ps();
     }
@@ -39,23 +39,23 @@ void multiply_block(const TileProduct& p, std::int64_t row, std::int64_t group) 
   for (std::int64_t i = 0; i < p.depth; i += 2) {
     __m512bh columns[kGroups];
 #pragma GCC unroll 3
-    for (int g = 0; g < kGroups; ++g) {
+    for (std::int64_t g = 0; g < kGroups; ++g) {
       columns[g] =
           reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + g * p.b_stride + i * kTileColumns));
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    for (std::int64_t r = 0; r < kRows; ++r) {
       const __m512bh pair = pair_of(a + r * p.a_stride + i);
 #pragma GCC unroll 3
-      for (int g = 0; g < kGroups; ++g) {
+      for (std::int64_t g = 0; g < kGroups; ++g) {
         sums[r][g] = _mm512_dpbf16_ps(sums[r][g], pair, columns[g]);
       }
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (std::int64_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
-    for (int g = 0; g < kGroups; ++g) {
+    for (std::int64_t g = 0; g < kGroups; ++g) {
       _mm512_storeu_ps(c + r * p.c_stride + g * kTileColumns, sums[r][g]);
     }
   }
