@@ -90,8 +90,13 @@ class Call {
     item.tile = &tile;
     item.scratch = &scratch;
     item.rows = tile.num_tokens * layer_.group;
-    if (!tile.decode && uses_tiles(layer_)) item.multiply_tiles = kernels_.multiply_tiles;
-    if (tile.decode && uses_pairs(layer_, item.rows)) item.multiply_pairs = kernels_.multiply_pairs;
+    // Products of bf16 round the weights to it: nothing for outputs that show more.
+    if (p_.output_dtype != DType::kFloat32) {
+      if (!tile.decode && uses_tiles(layer_)) item.multiply_tiles = kernels_.multiply_tiles;
+      if (tile.decode && uses_pairs(layer_, item.rows)) {
+        item.multiply_pairs = kernels_.multiply_pairs;
+      }
+    }
     item.head_rows = head_rows(layer_, tile);
     item.query_scale = query_scale_;
     item.padded_k = workspace_.padded_k();

@@ -6,8 +6,8 @@
 //   then for each 32 rows, so that their S and P stay in L1:
 //     S = Q K^T -> scale -> softmax-inl.h -> P as bf16 -> O = alpha O + P V
 //
-// Q, K and V are exact in bf16 (uses_tiles in tuning.h); P is rounded to bf16, as on GPUs. Scales of
-// keys multiply S, scales of values P.
+// Q, K and V are exact in bf16 (uses_tiles in tuning.h); P is rounded to bf16, as on GPUs, so that outputs
+// in fp32 are left to prefill-inl.h. Scales of keys multiply S, scales of values P.
 #if defined(QUIRE_CPU_PREFILL_TILES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef QUIRE_CPU_PREFILL_TILES_INL_H_
 #undef QUIRE_CPU_PREFILL_TILES_INL_H_
