@@ -1,5 +1,5 @@
-// Decode over bf16 caches by the instructions of pairs.h: 5 to 32 query rows a kv head. With fewer, memory
-// is the limit and decode-inl.h as fast.
+// Decode by the instructions of pairs.h: 5 to 32 query rows a kv head, over fp8 caches fewer too
+// (uses_pairs in tuning.h).
 //
 //   S = scale * Q K^T (rows in lanes) -> softmax-inl.h -> P as bf16 -> O = alpha O + P V
 //
@@ -59,15 +59,35 @@ inline void load_pair_queries(const WorkItem& item) {
   }
 }
 
+// Rows of 8-bit elements as bf16 in `to`, which takes their place. Fetches rows of the next kv tile
+// meanwhile, in place of the kernels, which would take them for bf16.
+HWY_INLINE void widen_rows(const WorkItem& item, DType dtype, std::int32_t count, std::int32_t size,
+                           std::uint16_t* to, StoredRows* rows) {
+  if (dtype == DType::kBFloat16) return;
+  const ByteTable& table = byte_table(dtype);
+  for (std::int32_t t = 0; t < count; ++t, to += size) {
+    for (std::int32_t i = 0; i < size; i += 64) __builtin_prefetch(rows->prefetch[t] + i, 0, 2);
+    if (rows->row[t] == kZeroRow) continue;
+    item.multiply_pairs->widen(rows->row[t], size, table, to);
+    rows->row[t] = to;
+  }
+  std::fill(rows->prefetch, rows->prefetch + round_up(count, kVec), kZeroRow);
+}
+
 // As masked_values of decode-inl.h: a row at a time, with the bits of all rows together.
 HWY_NOINLINE inline void masked_pair_values(const WorkItem& item, const KvTile& kv_tile,
                                             const PairValues& product, const StoredRows& values) {
+  const bool scaled = item.params->v.token_scales != nullptr;
   for (std::int32_t r = 0; r < item.rows; ++r) {
     const TileToken& token = item.scratch->tokens[r / item.params->layer.group];
     StoredRows seen = values;
     for (std::int32_t t = 0; t < kv_tile.count; ++t) {
-      if (!sees(item.params->batch, token, kv_tile.first + t)) seen.row[t] = kZeroRow;
+      if (sees(item.params->batch, token, kv_tile.first + t)) continue;
+      seen.row[t] = kZeroRow;
+      seen.scale[t] = 1.0F;
     }
+    weights_to_bf16(item, scaled ? seen.scale : nullptr,
+                    static_cast<std::int32_t>(round_up(kv_tile.count, kVec)), r, r + 1);
     PairValues row = product;
     row.values = seen.row;
     row.weights += r * row.weights_stride;
@@ -81,30 +101,35 @@ HWY_NOINLINE inline void masked_pair_values(const WorkItem& item, const KvTile& 
 // One step of an item: all its kv heads over one kv tile.
 inline void attend_decode_pairs(const WorkItem& item, const KvTile& kv_tile, const KvTile& next,
                                 const Partial& out) {
-  static const TokenScales kNoScales = {};
   const AttentionParams& p = *item.params;
+  const LayerParams& layer = p.layer;
   const Scratch& scratch = *item.scratch;
-  const auto padded = static_cast<std::int32_t>(round_up(kv_tile.count, kPairKeys));
+  const std::int32_t count = kv_tile.count;
   StoredRows rows;
   for (std::int32_t h = 0; h < item.kv_heads; ++h) {
     const Partial state = head_of(item, out, h);
-    stored_rows(item, p.k, kv_tile.k, kv_tile.count, next.k, next.count, h, &rows);
-    item.multiply_pairs->scores({rows.row, rows.prefetch, kv_tile.count, pair_queries(item, h),
-                                 p.layer.head_size, item.rows, item.query_scale, scratch.s,
+    stored_rows(item, p.k, kv_tile.k, count, next.k, next.count, h, &rows);
+    widen_rows(item, p.k.dtype, count, layer.head_size, scratch.tiles.k, &rows);
+    item.multiply_pairs->scores({rows.row, rows.prefetch, count, pair_queries(item, h),
+                                 layer.head_size, item.rows, item.query_scale, scratch.s,
                                  kMaxKvTile});
-    softmax(item, kv_tile, h, {0, item.rows}, padded, state);
-    weights_to_bf16(item, kNoScales, padded,
-                    static_cast<std::int32_t>(round_up(item.rows, kPairRows)));
-    stored_rows(item, p.v, kv_tile.v, kv_tile.count, next.v, next.count, h, &rows);
-    const PairValues product = {
-        rows.row,      rows.prefetch, kv_tile.count, scratch.tiles.p,     kMaxKvTile,
-        scratch.alpha, state.o,       item.padded_v, p.layer.head_size_v, item.rows};
+    if (p.k.token_scales != nullptr) scale_columns(rows.scale, count, item.rows, scratch.s);
+    softmax(item, kv_tile, h, {0, item.rows}, static_cast<std::int32_t>(round_up(count, kPairKeys)),
+            state);
+    stored_rows(item, p.v, kv_tile.v, count, next.v, next.count, h, &rows);
+    widen_rows(item, p.v.dtype, count, layer.head_size_v, scratch.tiles.v, &rows);
+    const PairValues product = {rows.row,          rows.prefetch, count,   scratch.tiles.p,
+                                kMaxKvTile,        scratch.alpha, state.o, item.padded_v,
+                                layer.head_size_v, item.rows};
     if (!seen_by_all(item, kv_tile) &&
-        !rows_are_finite<DType::kBFloat16>(rows, kv_tile.count, p.layer.head_size_v)) {
+        !rows_are_finite<DType::kBFloat16>(rows, count, layer.head_size_v)) {
       masked_pair_values(item, kv_tile, product, rows);
-    } else {
-      item.multiply_pairs->values(product);
+      continue;
     }
+    weights_to_bf16(item, p.v.token_scales != nullptr ? rows.scale : nullptr,
+                    static_cast<std::int32_t>(round_up(count, kVec)), 0,
+                    static_cast<std::int32_t>(round_up(item.rows, kPairRows)));
+    item.multiply_pairs->values(product);
   }
 }
 

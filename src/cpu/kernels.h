@@ -134,6 +134,9 @@ struct Kernels {
                     DType dtype);
 };
 
+// What the bytes of an fp8 or int8 cache stand for.
+const ByteTable& byte_table(DType dtype);
+
 // Kernels for this machine, or for QUIRE_CPU_ISA if set: AVX3, AVX2, NEON, SCALAR, or AVX3_BF16 or AMX,
 // which are AVX3 with bf16 products by AVX-512 or by tile instructions. AMX_PORTABLE is their arithmetic
 // in plain code, for tests. Throws Error if that ISA is unknown to this build or missing on this machine.

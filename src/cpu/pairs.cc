@@ -1,5 +1,6 @@
 #include "cpu/pairs.h"
 
+#include "cpu/kernels.h"
 #include "cpu/portable_bf16.h"
 
 namespace quire::cpu {
@@ -45,8 +46,34 @@ void pair_values(const PairValues& p) {
   }
 }
 
+void widen(const void* bytes, std::int32_t count, const ByteTable& table, std::uint16_t* to) {
+  const auto* from = static_cast<const std::uint8_t*>(bytes);
+  for (std::int32_t i = 0; i < count; ++i) {
+    to[i] = static_cast<std::uint16_t>(table.high[from[i]] << 8 | table.low[from[i]]);
+  }
+}
+
+ByteTable make_table(float (*value_of)(std::uint8_t code)) {
+  ByteTable table;
+  for (int code = 0; code < 256; ++code) {
+    const std::uint16_t bits = semantics::float_to_bf16(value_of(static_cast<std::uint8_t>(code)));
+    table.low[code] = static_cast<std::uint8_t>(bits);
+    table.high[code] = static_cast<std::uint8_t>(bits >> 8);
+  }
+  return table;
+}
+
 }  // namespace
 
-const PairKernels kPairKernelsPortable = {pair_scores, pair_values};
+const ByteTable& byte_table(DType dtype) {
+  static const ByteTable kE4M3 = make_table(semantics::e4m3_to_float);
+  static const ByteTable kE5M2 = make_table(semantics::e5m2_to_float);
+  static const ByteTable kInt8 = make_table(
+      [](std::uint8_t code) { return static_cast<float>(static_cast<std::int8_t>(code)); });
+  if (dtype == DType::kFloat8E4M3) return kE4M3;
+  return dtype == DType::kFloat8E5M2 ? kE5M2 : kInt8;
+}
+
+const PairKernels kPairKernelsPortable = {pair_scores, pair_values, widen};
 
 }  // namespace quire::cpu

@@ -1,5 +1,6 @@
 // Decode's two products in bf16, by AVX-512's instructions that multiply pairs of elements, and the same
-// in plain code for tests on other machines. K and V are read where the cache has them.
+// in plain code for tests on other machines. K and V in bf16 are read where the cache has them, those of
+// 8 bits are widened first, by a table.
 #pragma once
 
 #include <cstdint>
@@ -42,9 +43,17 @@ struct PairValues {
   std::int32_t rows = 0;
 };
 
+// The 256 values of an 8-bit type as bf16, all exact: their low bytes, then their high bytes.
+struct ByteTable {
+  alignas(64) std::uint8_t low[256];
+  std::uint8_t high[256];
+};
+
 struct PairKernels {
   void (*scores)(const PairScores& product);
   void (*values)(const PairValues& product);
+  // to[0, count) = what the bytes stand for, as bf16; count a multiple of 32.
+  void (*widen)(const void* bytes, std::int32_t count, const ByteTable& table, std::uint16_t* to);
 };
 
 // The lanes of the block that begins with row r of `rows`.

@@ -5,6 +5,7 @@
 //           a key is broadcast from the cache by the product itself. The 16 x 16 sums are transposed.
 //           No sum over lanes, which would cost as much as the products.
 //   values  8 rows by 32 columns of O in registers; V of two keys is interleaved once for the 8 rows.
+//   widen   bytes by tables in registers, 16 instructions for 64 of them
 //
 // A broadcast load a product is what bounds the scores: two a cycle on a Zen 4, as many as products of
 // 8 lanes. Rows in lanes also mean that 4 rows would take as long as 8: those stay with fp32.
@@ -236,9 +237,34 @@ void pair_values(const PairValues& p) {
   }
 }
 
+// 64 bytes at a time: a table of 128 bytes is two registers to look up in, so four registers for the low
+// bytes of all 256 values and four for the high ones.
+void widen(const void* bytes, std::int32_t count, const ByteTable& table, std::uint16_t* to) {
+  __m512i tables[8];
+#pragma GCC unroll 8
+  for (std::int64_t i = 0; i < 8; ++i) tables[i] = _mm512_loadu_si512(table.low + i * 64);
+  // Interleaving works within 16 bytes: eights of bytes that become neighbours are put there first.
+  const __m512i eights = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  for (std::int64_t i = 0; i < count; i += 64) {
+    const bool half = count - i < 64;
+    const auto* from = static_cast<const std::uint8_t*>(bytes) + i;
+    const __m512i x = _mm512_permutexvar_epi64(
+        eights, _mm512_maskz_loadu_epi8(half ? 0xFFFFFFFFULL : ~0ULL, from));
+    const __mmask64 upper = _mm512_movepi8_mask(x);
+    const __m512i low =
+        _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(tables[0], x, tables[1]),
+                               _mm512_permutex2var_epi8(tables[2], x, tables[3]));
+    const __m512i high =
+        _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(tables[4], x, tables[5]),
+                               _mm512_permutex2var_epi8(tables[6], x, tables[7]));
+    _mm512_storeu_si512(to + i, _mm512_unpacklo_epi8(low, high));
+    if (!half) _mm512_storeu_si512(to + i + 32, _mm512_unpackhi_epi8(low, high));
+  }
+}
+
 }  // namespace
 
-const PairKernels kPairKernelsAvx512 = {pair_scores, pair_values};
+const PairKernels kPairKernelsAvx512 = {pair_scores, pair_values, widen};
 
 }  // namespace quire::cpu
 
@@ -246,7 +272,7 @@ const PairKernels kPairKernelsAvx512 = {pair_scores, pair_values};
 
 namespace quire::cpu {
 
-const PairKernels kPairKernelsAvx512 = {nullptr, nullptr};
+const PairKernels kPairKernelsAvx512 = {nullptr, nullptr, nullptr};
 
 }  // namespace quire::cpu
 

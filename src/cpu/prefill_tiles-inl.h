@@ -189,20 +189,21 @@ HWY_INLINE void scale_scores(const WorkItem& item, const TokenScales& key_scales
   }
 }
 
-// P as bf16, times the values' scales, up to a whole step of the tile instruction. Rounds halves
-// up: weights are not negative. A NaN may get lost; its row's sum is NaN then.
-HWY_INLINE void weights_to_bf16(const WorkItem& item, const TokenScales& value_scales,
-                                std::int32_t padded, std::int32_t rows) {
+// P of the rows [begin, end) as bf16, times the values' scales if there are any, up to a whole step of
+// the tile instruction. Rounds halves up: weights are not negative. A NaN may get lost; its row's sum is
+// NaN then.
+HWY_INLINE void weights_to_bf16(const WorkItem& item, const float* value_scales,
+                                std::int32_t padded, std::int32_t begin, std::int32_t end) {
   const Df d;
   const Words words;
   const hn::Rebind<std::uint16_t, Df> d16;
   const auto depth = static_cast<std::int32_t>(round_up(padded, kTileDepth));
-  for (std::int32_t r = 0; r < rows; ++r) {
+  for (std::int32_t r = begin; r < end; ++r) {
     const float* s = item.scratch->s + r * kMaxKvTile;
     std::uint16_t* to = item.scratch->tiles.p + r * kMaxKvTile;
     for (std::int32_t t = 0; t < padded; t += kVec) {
       Vf x = hn::Load(d, s + t);
-      if (value_scales.any) x = hn::Mul(x, hn::Load(d, value_scales.scale + t));
+      if (value_scales != nullptr) x = hn::Mul(x, hn::Load(d, value_scales + t));
       const auto bits = hn::ShiftRight<16>(hn::Add(hn::BitCast(words, x), hn::Set(words, 0x8000)));
       hn::StoreU(hn::DemoteTo(d16, hn::BitCast(hn::RebindToSigned<Df>(), bits)), d16, to + t);
     }
@@ -292,7 +293,7 @@ HWY_INLINE void attend_rows(const WorkItem& item, const KvTile& kv_tile, const R
   item.multiply_tiles(product);
   scale_scores(item, key_scales, padded, rows.end - rows.begin);
   softmax(item, kv_tile, 0, rows, padded, out);
-  weights_to_bf16(item, value_scales, padded, tile_rows);
+  weights_to_bf16(item, value_scales.any ? value_scales.scale : nullptr, padded, 0, tile_rows);
   rescale(item, rows, out);
   product.a = scratch.tiles.p;
   product.a_stride = kMaxKvTile;

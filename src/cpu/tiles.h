@@ -35,8 +35,9 @@ using MultiplyTiles = void (*)(const TileProduct& product);
 bool amx_is_usable();
 // Only where amx_is_usable(). Leaves the tile registers released.
 void multiply_tiles_amx(const TileProduct& product);
-// Whether this CPU has AVX-512 with its instructions for bf16: AMD's from Zen 4 on, Intel's from Cooper
-// Lake on. They multiply and add twice as many elements in a cycle as those for fp32.
+// Whether this CPU has AVX-512 with its instructions for bf16 (and VBMI, for pairs.h): AMD's from Zen 4 on,
+// Intel's from Sapphire Rapids on. They multiply and add twice as many elements in a cycle as those for
+// fp32.
 bool avx512_bf16_is_usable();
 // Only where avx512_bf16_is_usable().
 void multiply_tiles_avx512(const TileProduct& product);

@@ -70,9 +70,9 @@ void multiply_columns(const TileProduct& p, std::int64_t group) {
 }  // namespace
 
 bool avx512_bf16_is_usable() {
-  static const bool usable = __builtin_cpu_supports("avx512bw") != 0 &&
-                             __builtin_cpu_supports("avx512vl") != 0 &&
-                             __builtin_cpu_supports("avx512bf16") != 0;
+  static const bool usable =
+      __builtin_cpu_supports("avx512bw") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
+      __builtin_cpu_supports("avx512vbmi") != 0 && __builtin_cpu_supports("avx512bf16") != 0;
   return usable;
 }
 

@@ -21,12 +21,15 @@ inline bool uses_tiles(const LayerParams& layer) {
   return is_exact(layer.dtype) && is_exact(layer.kv_dtype);
 }
 
-// Whether so many rows of decode multiply by instructions for bf16. With 4 rows and fewer memory is the
-// limit, and these take 8 at a time.
+// Whether so many rows of decode multiply by instructions for bf16, which take 8 rows at a time. Over bf16
+// and int8 4 rows and fewer are faster without; over fp8, whose widening is the limit, they are not.
 inline bool uses_pairs(const LayerParams& layer, std::int32_t rows) {
-  return kernels().multiply_pairs != nullptr && rows > 4 && layer.dtype == DType::kBFloat16 &&
-         layer.kv_dtype == DType::kBFloat16 && layer.head_size % 32 == 0 &&
-         layer.head_size_v % 32 == 0;
+  if (kernels().multiply_pairs == nullptr || layer.dtype != DType::kBFloat16 ||
+      layer.head_size % 32 != 0 || layer.head_size_v % 32 != 0) {
+    return false;
+  }
+  const bool fp8 = layer.kv_dtype == DType::kFloat8E4M3 || layer.kv_dtype == DType::kFloat8E5M2;
+  return uses_tiles(layer) && (fp8 || rows > 4);
 }
 
 // How the queries and keys of one sequence are tiled. Depends on the layer and on the sequence's
