@@ -10,10 +10,14 @@
 
 namespace quire::cpu {
 
-// Whether prefill multiplies by tile instructions: where the ISA has them and everything that they
-// multiply is exact in bf16. Queries of fp16 would lose 3 bits, and those of fp32 16.
+// Whether prefill multiplies by tile instructions: where the ISA has them, everything that they
+// multiply is exact in bf16, and a head fills a step of them. Queries of fp16 would lose 3 bits, and
+// those of fp32 16.
 inline bool uses_tiles(const LayerParams& layer) {
-  if (kernels().multiply_tiles == nullptr) return false;
+  if (kernels().multiply_tiles == nullptr || layer.head_size < kTileDepth ||
+      layer.head_size_v < kTileDepth) {
+    return false;
+  }
   const auto is_exact = [](DType dtype) {
     return dtype == DType::kBFloat16 || dtype == DType::kFloat8E4M3 ||
            dtype == DType::kFloat8E5M2 || dtype == DType::kInt8;
