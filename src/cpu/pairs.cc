@@ -1,3 +1,4 @@
+// The plain code of pairs.h, for tests on machines without the instructions, and the tables of bytes.
 #include "cpu/pairs.h"
 
 #include "cpu/kernels.h"
@@ -14,8 +15,8 @@ void pair_scores(const PairScores& p) {
       for (std::int32_t t = 0; t < p.count; ++t) {
         const auto* key = static_cast<const std::uint16_t*>(p.keys[t]);
         float sum = 0.0F;
-        for (std::int32_t i = 0; i < p.head_size;
-             i += 2) {  // the odd one first, as the instruction
+        // Of each pair the odd product first, as the instruction.
+        for (std::int32_t i = 0; i < p.head_size; i += 2) {
           const std::uint32_t pair = q[i / 2 * lanes + r];
           sum = add_product(sum, static_cast<std::uint16_t>(pair >> 16), key[i + 1]);
           sum = add_product(sum, static_cast<std::uint16_t>(pair), key[i]);

@@ -9,9 +9,9 @@ namespace quire::cpu {
 
 // Rows of queries lie side by side in the lanes of a vector: 16, or 8 where no more are left.
 inline constexpr std::int32_t kPairLanes = 16;
-// Keys that are taken together, and how many rows of keys there must be room for.
+// Keys that are multiplied together: `keys` and `s` have so many at a time, zeros behind the last.
 inline constexpr std::int32_t kPairKeys = 16;
-// Rows that share a widened pair of values; `o`, `alpha` and weights have room for whole blocks.
+// Rows that share an interleaved pair of values; `o`, `alpha` and weights have room for whole blocks.
 inline constexpr std::int32_t kPairRows = 8;
 
 // s[r][t] = scale * (q[r] . keys[t])
@@ -56,8 +56,9 @@ struct PairKernels {
   void (*widen)(const void* bytes, std::int32_t count, const ByteTable& table, std::uint16_t* to);
 };
 
-// The lanes of the block that begins with row r of `rows`.
-constexpr std::int32_t pair_lanes(std::int32_t rows, std::int32_t r) {
+// The lanes of the block that begins with row r of `rows`. Static: the linker must not take the copy of
+// pairs_avx512.cc for one that runs on any CPU.
+static constexpr std::int32_t pair_lanes(std::int32_t rows, std::int32_t r) {
   return rows - r > kPairLanes / 2 ? kPairLanes : kPairLanes / 2;
 }
 

@@ -11,8 +11,8 @@
 // 8 lanes. Rows in lanes also mean that 4 rows would take as long as 8: those stay with fp32.
 #include "cpu/pairs.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && \
-    defined(__AVX512VL__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+    defined(__AVX512VBMI__)
 
 #include <immintrin.h>
 

@@ -1,9 +1,10 @@
-// The one file compiled for AVX-512's bf16 instructions. Everything in it but avx512_bf16_is_usable()
-// may run only where that is true, so nothing else may be included that defines inline functions
-// others link with.
+// Compiled for AVX-512's bf16 instructions, as pairs_avx512.cc is. Everything in it but
+// avx512_bf16_is_usable() may run only where that is true, so nothing may be included that defines
+// inline functions others link with.
 #include "cpu/tiles.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+    defined(__AVX512VBMI__)
 
 #include <immintrin.h>
 

@@ -124,7 +124,7 @@ TEST_F(CpuLinear, EmbedsRowsOfEveryPart) {
   }
 }
 
-// What is added to a weight that was loaded does not reach it: the file may be closed.
+// What becomes of the bytes that a weight was loaded from does not reach it: the file may be closed.
 TEST_F(CpuLinear, KeepsItsOwnCopy) {
   const Tensor x = random_matrix(1, kCols, 4);
   const Tensor first = random_matrix(1, weight_.num_rows(), 5);
