@@ -44,13 +44,7 @@ inline void load_queries(const WorkItem& item) {
   for (std::int32_t h = 0; h < item.kv_heads; ++h) {
     float* to = item.scratch->q + std::int64_t{h} * item.head_rows * item.padded_k;
     for (std::int32_t r = 0; r < item.rows; ++r, to += item.padded_k) {
-      const auto token = static_cast<std::size_t>(r / layer.group);
-      const std::int64_t head = (item.first_kv_head + h) * layer.group + r % layer.group;
-      const char* from =
-          static_cast<const char*>(p.query) +
-          (item.scratch->tokens[token].row * p.query_token_stride + head * p.query_head_stride) *
-              size_of(layer.dtype);
-      widen(from, layer.head_size, item.query_scale, to, item.padded_k);
+      widen(item.query_row(h, r), layer.head_size, item.query_scale, to, item.padded_k);
     }
     // Decode takes blocks of 4 rows.
     std::fill(to, to + (round_up(item.rows, 4) - item.rows) * item.padded_k, 0.0F);

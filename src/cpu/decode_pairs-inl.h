@@ -32,23 +32,15 @@ HWY_INLINE std::uint32_t* pair_queries(const WorkItem& item, std::int32_t h) {
 }
 
 inline void load_pair_queries(const WorkItem& item) {
-  const AttentionParams& p = *item.params;
-  const LayerParams& layer = p.layer;
+  const LayerParams& layer = item.params->layer;
   for (std::int32_t h = 0; h < item.kv_heads; ++h) {
     std::uint32_t* to = pair_queries(item, h);
     for (std::int32_t first = 0; first < item.rows;) {
       const std::int32_t lanes = pair_lanes(item.rows, first);
       for (std::int32_t lane = 0; lane < lanes; ++lane) {
         const std::int32_t r = first + lane;
-        const auto token = static_cast<std::size_t>(r / layer.group);
-        const std::int64_t head = (item.first_kv_head + h) * layer.group + r % layer.group;
-        const void* from = kZeroRow16;
-        if (r < item.rows) {
-          from = static_cast<const char*>(p.query) +
-                 (item.scratch->tokens[token].row * p.query_token_stride +
-                  head * p.query_head_stride) *
-                     size_of(layer.dtype);
-        }
+        const void* from =
+            r < item.rows ? static_cast<const void*>(item.query_row(h, r)) : kZeroRow16;
         for (std::int64_t i = 0; i < layer.head_size / 2; ++i) {
           std::memcpy(to + i * lanes + lane, static_cast<const char*>(from) + i * 4, 4);
         }

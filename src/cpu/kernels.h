@@ -113,6 +113,16 @@ struct WorkItem {
   float query_scale = 1.0F;  // softmax, query and key scales
   std::int64_t padded_k = 0;
   std::int64_t padded_v = 0;
+
+  // Row r of the item's kv head h.
+  const char* query_row(std::int32_t h, std::int32_t r) const {
+    const LayerParams& layer = params->layer;
+    const TileToken& token = scratch->tokens[static_cast<std::size_t>(r / layer.group)];
+    const std::int64_t head = (first_kv_head + h) * layer.group + r % layer.group;
+    return static_cast<const char*>(params->query) +
+           (token.row * params->query_token_stride + head * params->query_head_stride) *
+               size_of(layer.dtype);
+  }
 };
 
 // The kernels of one ISA.

@@ -37,6 +37,10 @@ struct Lanes16 {
         : "v"(q), "m"(*reinterpret_cast<const int*>(pair)));
     return sum;
   }
+  static Sums unpack_low(Sums a, Sums b) { return _mm512_unpacklo_ps(a, b); }
+  static Sums unpack_high(Sums a, Sums b) { return _mm512_unpackhi_ps(a, b); }
+  static Sums low_pairs(Sums a, Sums b) { return _mm512_shuffle_ps(a, b, 0x44); }
+  static Sums high_pairs(Sums a, Sums b) { return _mm512_shuffle_ps(a, b, 0xEE); }
 };
 
 struct Lanes8 {
@@ -53,33 +57,33 @@ struct Lanes8 {
         : "v"(q), "m"(*reinterpret_cast<const int*>(pair)));
     return sum;
   }
+  static Sums unpack_low(Sums a, Sums b) { return _mm256_unpacklo_ps(a, b); }
+  static Sums unpack_high(Sums a, Sums b) { return _mm256_unpackhi_ps(a, b); }
+  static Sums low_pairs(Sums a, Sums b) { return _mm256_shuffle_ps(a, b, 0x44); }
+  static Sums high_pairs(Sums a, Sums b) { return _mm256_shuffle_ps(a, b, 0xEE); }
 };
 
-// Four vectors of 4 x 4 elements in each 128 bits, transposed there.
-template <class V, class Low, class High, class LowPairs, class HighPairs>
-void transpose_fours(V* x, const Low& low, const High& high, const LowPairs& low_pairs,
-                     const HighPairs& high_pairs) {
-  const V a = low(x[0], x[1]);
-  const V b = low(x[2], x[3]);
-  const V c = high(x[0], x[1]);
-  const V d = high(x[2], x[3]);
-  x[0] = low_pairs(a, b);
-  x[1] = high_pairs(a, b);
-  x[2] = low_pairs(c, d);
-  x[3] = high_pairs(c, d);
+// Each four of the 16 sums: 4 x 4 elements in each 128 bits, transposed there.
+template <class Lanes>
+void transpose_fours(typename Lanes::Sums* sums) {
+  using V = typename Lanes::Sums;
+#pragma GCC unroll 4
+  for (V* x = sums; x < sums + kPairKeys; x += 4) {
+    const V a = Lanes::unpack_low(x[0], x[1]);
+    const V b = Lanes::unpack_low(x[2], x[3]);
+    const V c = Lanes::unpack_high(x[0], x[1]);
+    const V d = Lanes::unpack_high(x[2], x[3]);
+    x[0] = Lanes::low_pairs(a, b);
+    x[1] = Lanes::high_pairs(a, b);
+    x[2] = Lanes::low_pairs(c, d);
+    x[3] = Lanes::high_pairs(c, d);
+  }
 }
 
 // sums[key] lanes rows -> s[row][key]
 void store_transposed(__m512* sums, float scale, float* s, std::int64_t stride) {
   const __m512 factor = _mm512_set1_ps(scale);
-#pragma GCC unroll 4
-  for (std::int64_t i = 0; i < 16; i += 4) {
-    transpose_fours(
-        sums + i, [](__m512 a, __m512 b) { return _mm512_unpacklo_ps(a, b); },
-        [](__m512 a, __m512 b) { return _mm512_unpackhi_ps(a, b); },
-        [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x44); },
-        [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0xEE); });
-  }
+  transpose_fours<Lanes16>(sums);
 #pragma GCC unroll 4
   for (std::int64_t i = 0; i < 4; ++i) {
     const __m512 a = _mm512_shuffle_f32x4(sums[i], sums[4 + i], 0x88);
@@ -96,14 +100,7 @@ void store_transposed(__m512* sums, float scale, float* s, std::int64_t stride) 
 
 void store_transposed(__m256* sums, float scale, float* s, std::int64_t stride) {
   const __m256 factor = _mm256_set1_ps(scale);
-#pragma GCC unroll 4
-  for (std::int64_t i = 0; i < 16; i += 4) {
-    transpose_fours(
-        sums + i, [](__m256 a, __m256 b) { return _mm256_unpacklo_ps(a, b); },
-        [](__m256 a, __m256 b) { return _mm256_unpackhi_ps(a, b); },
-        [](__m256 a, __m256 b) { return _mm256_shuffle_ps(a, b, 0x44); },
-        [](__m256 a, __m256 b) { return _mm256_shuffle_ps(a, b, 0xEE); });
-  }
+  transpose_fours<Lanes8>(sums);
 #pragma GCC unroll 2
   for (std::int64_t half = 0; half < 16; half += 8) {
 #pragma GCC unroll 4

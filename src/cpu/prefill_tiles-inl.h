@@ -76,8 +76,7 @@ HWY_INLINE std::int32_t padded_columns(const WorkItem& item) {
 }
 
 inline void load_tile_queries(const WorkItem& item) {
-  const AttentionParams& p = *item.params;
-  const LayerParams& layer = p.layer;
+  const LayerParams& layer = item.params->layer;
   const std::int32_t depth = padded_depth(item);
   const Bf16Rows rows(layer.dtype, layer.head_size, depth, item.scratch->staging);
   std::uint16_t* to = item.scratch->tiles.q;
@@ -86,13 +85,7 @@ inline void load_tile_queries(const WorkItem& item) {
       std::fill(to, to + depth, std::uint16_t{0});
       continue;
     }
-    const auto token = static_cast<std::size_t>(r / layer.group);
-    const std::int64_t head = item.first_kv_head * layer.group + r % layer.group;
-    rows.copy(
-        static_cast<const char*>(p.query) +
-            (item.scratch->tokens[token].row * p.query_token_stride + head * p.query_head_stride) *
-                size_of(layer.dtype),
-        to);
+    rows.copy(item.query_row(0, r), to);
   }
 }
 
