@@ -60,7 +60,9 @@ void run_here(const Job& job) {
 // The threads of a pool in one process, with all that they share.
 class Team {
  public:
-  // Starts num_threads - 1 threads, or as many as the system lets it.
+  // Starts num_threads - 1 threads, or as many as the system lets it. Waits until they run: a fork
+  // while a thread starts leaves the child with the locks that starting takes (of AddressSanitizer's
+  // allocator: no thread of the child could ever start).
   explicit Team(int num_threads, std::chrono::microseconds spin = {})
       : fork_count_(num_forks.load(std::memory_order_relaxed)), spin_(spin) {
     threads_.reserve(static_cast<std::size_t>(num_threads - 1));
@@ -71,6 +73,8 @@ class Team {
     } catch (const std::exception&) {
       // No thread or no memory for one: threads_ tells how many there are.
     }
+    std::unique_lock lock(mutex_);
+    done_.wait(lock, [this] { return num_started_ == threads_.size(); });
   }
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -153,6 +157,11 @@ class Team {
   }
 
   void work(int worker) {
+    {
+      const std::lock_guard lock(mutex_);
+      ++num_started_;
+    }
+    done_.notify_one();
     std::uint64_t seen = 0;
     const auto may_join = [&] {
       const std::uint64_t open = open_.load(std::memory_order_relaxed);
@@ -193,13 +202,14 @@ class Team {
   std::mutex mutex_;
   std::condition_variable turn_;  // !taken_
   std::condition_variable wake_;  // a new open_
-  std::condition_variable done_;  // busy_ == 0
+  std::condition_variable done_;  // busy_ == 0, and before the first run num_started_
   bool taken_ = false;            // one job at a time
   std::atomic<std::int64_t> next_{0};
   Job job_;
   std::atomic<std::uint64_t> open_{0};  // the generation_ that workers may still join, or 0
   std::atomic<int> busy_{0};            // workers that have joined it
   std::uint64_t generation_ = 0;
+  std::size_t num_started_ = 0;
   bool stop_ = false;
   std::vector<std::thread> threads_;
 };

@@ -205,7 +205,6 @@ TEST(ThreadPool, CallsFromSeveralThreadsTakeTurns) {
   EXPECT_EQ(wrong, 0);
 }
 
-// Random cases of the conformance suite, by tasks of a pool that the cases themselves use.
 // Runs that are over before a worker has woken: it must not touch the next one's tasks as its own, nor
 // keep the caller waiting. With threads that sleep, and with threads that look for work.
 TEST(ThreadPool, RunsShorterThanWakingAThread) {
@@ -244,6 +243,7 @@ TEST(ThreadPool, RefusesToLookForLong) {
   EXPECT_NE(make_thread_pool(2, 10000us), nullptr);
 }
 
+// Random cases of the conformance suite, by tasks of a pool that the cases themselves use.
 TEST(ThreadPoolNested, AttentionInsideATask) {
   const Watchdog watchdog(300);
   const AttentionBackend& cpu = attention_backend("cpu");
@@ -366,9 +366,6 @@ TEST_F(ThreadPoolFork, InsideATask) {
 TEST_F(ThreadPoolFork, TheChildDestroysWhatItInherited) {
   std::unique_ptr<ThreadPool> unused = make_thread_pool(3);
   std::unique_ptr<ThreadPool> used = make_thread_pool(3);
-  // A thread that is still starting may hold a lock of AddressSanitizer's allocator, which nobody
-  // gives back in the child (1 run in 20 hung).
-  if (kAddressSanitizer) std::this_thread::sleep_for(200ms);
   EXPECT_EXIT(
       {
         alarm(60);
