@@ -145,6 +145,54 @@ TEST_P(ScoreTest, AllScoresAtTheLowestFiniteValue) {
   }
 }
 
+// Scores of the first query heads that rise by about 13 from each 128 keys to the next, towards the
+// first key of the one sequence and the last of the other: kernels go through keys in either order,
+// and some expect that a row's maximum seldom moves far.
+Case rising_case(std::int64_t head_size, DType dtype, std::int64_t num_rising) {
+  CaseSpec spec = small_spec({{40, 600}, {40, 600}});
+  spec.model_dtype = spec.config.dtype = dtype;
+  spec.config.head_size = head_size;
+  spec.config.block_size = 16;
+  spec.config.score.softmax_scale = 0.1F;
+  spec.write = false;
+  Case c = build_case(spec);
+  for (std::int64_t t = 0; t < 80; ++t) {
+    for (std::int64_t h = 0; h < 4; ++h) c.query.set({t, h, 0}, h < num_rising ? 10.0 : 0.0);
+  }
+  for (std::int64_t s = 0; s < 2; ++s) {
+    for (std::int64_t j = 0; j < 600; ++j) {
+      const double score = static_cast<double>(s == 0 ? 600 - j : j) / 10;
+      const Sizes slot = slot_of(c, s, j);
+      for (std::int64_t h = 0; h < 2; ++h) c.key_cache.set({slot[0], slot[1], h, 0}, score);
+    }
+  }
+  return c;
+}
+
+TEST_P(ScoreTest, MaximaThatRiseFromTileToTile) {
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    for (const std::int64_t head_size : {64, 128, 256}) check(rising_case(head_size, dtype, 4));
+  }
+}
+
+TEST_P(ScoreTest, RowsDoNotFeelTheirNeighboursMaxima) {
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    for (const std::int64_t head_size : {64, 128, 256}) {
+      std::vector<std::vector<double>> outputs;
+      for (const std::int64_t num_rising : {0, 1, 3}) {
+        const Case c = rising_case(head_size, dtype, num_rising);
+        check(c);
+        std::vector<double>& output = outputs.emplace_back();
+        for (std::int64_t t = 0; t < 80; ++t) {
+          for (std::int64_t d = 0; d < head_size; ++d) output.push_back(out(c, t, 3, d));
+        }
+      }
+      EXPECT_EQ(outputs[0], outputs[1]) << head_size;
+      EXPECT_EQ(outputs[0], outputs[2]) << head_size;
+    }
+  }
+}
+
 TEST_P(ScoreTest, GroupsOfEverySize) {
   for (const std::int64_t group : {1, 2, 3, 5, 6, 7, 8, 12, 16, 71}) {
     CaseSpec spec = small_spec({{1, 40}, {3, 9}});

@@ -37,6 +37,19 @@ class WorkQueue {
     if (split->kv_tile_end < 0) split->kv_tile_end = split->tile.num_kv_tiles();
     return true;
   }
+  // In place of the constructor, with what it reads in two halves: as one it takes more registers
+  // than a warp that only loads may have.
+  __device__ void begin_whole(const ScheduleView& schedule, std::int32_t cta,
+                              std::int32_t num_ctas) {
+    header_ = *schedule.header;
+    turn_ = 0;
+    cta_ = cta;
+    num_ctas_ = num_ctas;
+  }
+  __device__ void begin_range(const ScheduleView& schedule, std::int32_t cta) {
+    range_ = WorkIterator(schedule, cta);
+  }
+
   __device__ std::int32_t cta() const { return cta_; }
   __device__ ItemCtas item_ctas(const Split& split) const { return range_.item_ctas(split); }
 

@@ -75,6 +75,7 @@ class RingCounter {
     return count_ / kSize % 2;
   }
   __device__ __forceinline__ void advance() { ++count_; }
+  __device__ __forceinline__ std::uint32_t count() const { return count_; }
   __device__ __forceinline__ bool is_first() const { return count_ == 0; }
   __device__ __forceinline__ RingCounter before() const {
     RingCounter at;

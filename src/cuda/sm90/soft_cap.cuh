@@ -10,10 +10,12 @@ namespace quire::cuda::sm90 {
 // (tanh.approx's is 5e-4 of it).
 class SoftCap {
  public:
-  __device__ __forceinline__ SoftCap(float cap, float score_scale)
-      : cap_(cap),
-        // Finite where a denormal cap's inverse is not: a score of 0 stays 0.
-        in_(fminf(score_scale * score::inverse_of_cap(cap) * (2.0F * kLog2E), 3.4e38F)) {}
+  // What is computed once: the division is a call.
+  static __device__ __forceinline__ float factor(float cap, float score_scale) {
+    // Finite where a denormal cap's inverse is not: a score of 0 stays 0.
+    return fminf(score_scale * score::inverse_of_cap(cap) * (2.0F * kLog2E), 3.4e38F);
+  }
+  __device__ __forceinline__ SoftCap(float cap, float factor) : cap_(cap), in_(factor) {}
 
   __device__ __forceinline__ float operator()(float score) const {
     return fmaf(-2.0F * cap_, ptx::reciprocal_approx(ptx::exp2_approx(score * in_) + 1.0F), cap_);

@@ -53,7 +53,7 @@ class DecodeAttention {
         box_shift_(box_shift),
         lane_(Team::lane()),
         warp_(__shfl_sync(~0U, Team::warp(), 0)),
-        cap_(p.layer.soft_cap, combine_.score_scale_),
+        cap_(p.layer.soft_cap, SoftCap::factor(p.layer.soft_cap, combine_.score_scale_)),
         to_log2_(combine_.logit_scale_ * kLog2E) {}
 
   __device__ __forceinline__ void run() {

@@ -68,10 +68,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                     const __grid_constant__ KvMaps many_maps) {
   using P = typename C::Prefill;
   extern __shared__ __align__(1024) char memory[];
-  const std::int32_t num_prefill = ptx::uniform(many.schedule.header->num_ctas);
-  const MixedRole role = mixed_role(num_prefill);
-  if (role.prefills) {
-    prefill<P>(many, many_maps, memory, role.index, num_prefill);
+  if (mixed_role(ptx::uniform(many.schedule.header->num_ctas)).prefills) {
+    prefill<P>(many, many_maps, memory, [&] {
+      const std::int32_t num_prefill = ptx::uniform(many.schedule.header->num_ctas);
+      return PrefillPlace{mixed_role(num_prefill).index, num_prefill};
+    });
     if (ptx::warpgroup_index() == P::kConsumers) {
       ptx::take_registers<C::kRegisters>();
     } else {

@@ -16,8 +16,13 @@
 //
 // Within a warpgroup nothing overlaps: products are waited for before the softmax. So branches
 // between them (masks, rows near the end of fp32's range, tiles cut short) cost nothing but
-// themselves. (A form of two consumers whose products and softmax overlap, as in a probe, was
-// slower: docs/experiments.md.)
+// themselves, and what a tile takes is the sum of its parts. Two things shorten it:
+// - Weights are found by the maximum of the tiles before (PrefillRows::softmax_as_before), without
+//   a pass over the scores for theirs. If some weight turns out too large, which is seldom after the
+//   first tile, the product with K is done again and then the whole softmax. So K is kept till then.
+// - With two consumers (head size 256) one keeps its turn from V until it has begun to multiply by
+//   the next K: one multiplies while the other is at its softmax. Else they fall into step, wait for
+//   each other's products and then for the special function unit (3,500 clocks a tile, not 2,960).
 //
 // Output. O of a finished item goes over its own queries (each warp its own rows). The warps that
 // copy queries bring it to the output in whole rows, while the next item's queries and keys are
@@ -29,8 +34,9 @@
 // Why this tile: 192 rows of 128 keys are 12.6 Mflop, 3,072 clocks of the tensor cores, for 64 KB
 // of K and V: 21 of the 33 bytes a clock that a multiprocessor gets from L2 when all ask. 128 rows
 // need 32 of them, and lost a quarter of their speed beside CTAs that decode (a probe on an H100).
-// A tile takes 4,235 clocks (in the profiler): of a warpgroup's 1,980 are softmax, 830 waiting for
-// Q K^T and 580 for P V, 420 waiting for K.
+// A tile takes 3,660 clocks (in the profiler, pre_8x2k): of a warpgroup's, 1,420 are softmax, 900 the
+// product with K, 770 that with V, each with its wait for the other warpgroups', 290 the turn, 125
+// waiting for K. In long runs the card's limit of power lowers the clock by a tenth.
 #pragma once
 
 #include "cuda/ptx/tma.cuh"
@@ -54,9 +60,11 @@ class PrefillConsumer {
         memory_(ptx::shared_address(memory)),
         shared_(shared),
         warpgroup_(warpgroup) {
-    const float scale = p.layer.softmax_scale * value_of(p.q_scale) * value_of(p.k.scale);
     // At 0 a masked -inf would turn into NaN.
-    scale_ = __shfl_sync(~0U, fmaxf(fabsf(scale), 1e-37F) * (C::kSoftCap ? 1.0F : kLog2E), 0);
+    const float scale =
+        fmaxf(fabsf(p.layer.softmax_scale * value_of(p.q_scale) * value_of(p.k.scale)), 1e-37F);
+    scale_ = __shfl_sync(
+        ~0U, C::kSoftCap ? SoftCap::factor(p.layer.soft_cap, scale) : scale * kLog2E, 0);
   }
 
   __device__ __forceinline__ void run() {
@@ -97,8 +105,13 @@ class PrefillConsumer {
   __device__ __forceinline__ void sync_warpgroup() const {
     ptx::sync_threads(kWarpgroupBarrier + warpgroup_, kWarpgroup);
   }
-  __device__ __forceinline__ void await_turn() const {
+  __device__ __forceinline__ void await_turn() {
+    if (C::kKeepsTurn) pass_kept_turn();
     ptx::sync_threads(kTurnBarrier + warpgroup_, 2 * kWarpgroup);
+  }
+  __device__ __forceinline__ void pass_kept_turn() {
+    if (keeps_turn_) pass_turn();
+    keeps_turn_ = false;
   }
   __device__ __forceinline__ void pass_turn() const {
     const int next = warpgroup_ + 1 < C::kConsumers ? warpgroup_ + 1 : 0;
@@ -131,64 +144,91 @@ class PrefillConsumer {
   // A task's kv tiles into rows_, the last first.
   __device__ __forceinline__ void attend(const PrefillTask& task) {
     rows_.clear();
+    if (task.split.whole() && task.split.tile.prefix_row >= 0 &&
+        p_.schedule.shared_rows == nullptr) {
+      start_behind_prefix(task.split);
+    }
     if constexpr (C::kUnmappedApart) {
       if (lane() < 16) shared_.unmapped[warp_row() + lane()] = 0.0F;
       __syncwarp();
     }
     ptx::mbarrier_wait(barrier_address(shared_.query_full[task_.index<C::kQueryBuffers>()]),
                        task_.parity<C::kQueryBuffers>());
-    const bool has_rows = warpgroup_ * 64 < ptx::uniform(task.split.tile.rows);
+    const int plain_begin = ptx::uniform(task.plain_begin);
+    int plain_end = 0;  // of those whose maximum is expected to be known: not the first
 #pragma unroll 1
-    for (int i = ptx::uniform(task.count); i > 0; --i) {
+    for (int i = ptx::uniform(task.count) - 1; i >= 0; --i) {
       wait_keys();
-      MaskedTile tile;
-      if (!has_rows) {
-        skip();
-      } else if (!__any_sync(~0U, tile_info().masked)) {
-        step<false>(tile);
-      } else if (see(task, tile_info(), &tile)) {
-        step<true>(tile);
+      if (i >= plain_begin && i < plain_end && !has_unmapped()) {
+        step();
       } else {
-        skip();
+        VisibleColumns visible[2];
+        const int keys = see(task, visible);
+        if (keys > 0) {
+          masked_step(task, keys, visible);
+          plain_end = ptx::uniform(task.plain_end);
+        } else {
+          skip();
+        }
       }
       stage_.advance();
     }
+    if (C::kKeepsTurn) pass_kept_turn();
   }
 
-  // What is known of a tile that some row does not see all of.
-  struct MaskedTile {
-    VisibleKeys visible[2];  // by this thread's rows
-    int keys;  // that the warpgroup's rows see, rounded up to all, a half or a quarter
-  };
-
-  // By this thread's rows. The four threads of a row share the work: even ones look at row 0, odd
-  // ones at row 1.
-  __device__ __forceinline__ void find_visible(const PrefillTask& task, const TileInfo& info,
-                                               VisibleKeys (&visible)[2]) const {
-    const int odd = lane() % 2;
-    const VisibleKeys own(visible_of_row(p_, task, row(odd)), info.first, C::kKeys);
-    visible[0] = own.of_lane(lane() - odd);
-    visible[1] = own.of_lane(lane() - odd + 1);
+  // Of the tile at stage_.
+  __device__ __forceinline__ bool has_unmapped() const {
+    return C::kUnmappedApart && __any_sync(~0U, tile_info().unmapped != 0);
   }
 
-  // False: no row of the warpgroup sees any of its keys.
-  __device__ __forceinline__ bool see(const PrefillTask& task, const TileInfo& info,
-                                      MaskedTile* tile) const {
-    find_visible(task, info, tile->visible);
-    const auto any = [&](bool value) {
-      return ptx::any_of_threads(kWarpgroupBarrier + warpgroup_, kWarpgroup, value);
-    };
+  // The state of rows that have seen a shared prefix's keys.
+  __device__ __forceinline__ void start_behind_prefix(const Split& split) {
+    const float to_scores = ptx::reciprocal_approx(to_natural());
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const PrefixRow from(p_, split, row(h));
+      rows_.load(h, from.o);
+      rows_.max[h] = *from.max * to_scores;
+      rows_.sum[h] = ptx::is_first_of_row(lane()) ? *from.sum : 0.0F;
+    }
+  }
+
+  // What this thread's rows see of the tile at stage_. Returns how many keys, from its first on, the
+  // warpgroup's rows need: rounded up to all, a half or a quarter; 0: none.
+  __device__ __forceinline__ int see(const PrefillTask& task, VisibleColumns (&visible)[2]) const {
+    const int first = tile_info().first;
+    const int column = ptx::fragment_column(lane());
     int end;
-    if (is_plain_causal(p_)) {
-      const int last = min(warpgroup_ * 64 + 63, task.split.tile.rows - 1);
-      end = visible_of_row(p_, task, last).w - info.first;
+    if (ptx::uniform(task.plain_causal ? 1 : 0) != 0) {
+      const int begin = task.split.tile.kv_begin - first;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        visible[h] = VisibleColumns(begin, causal_end(p_, task, row(h)) - first, column);
+      }
+      const int rows = task.split.tile.rows;
+      end = warpgroup_ * 64 < rows
+                ? causal_end(p_, task, min(warpgroup_ * 64 + 63, rows - 1)) - first
+                : 0;
     } else {
-      end = max(tile->visible[0].last_end(), tile->visible[1].last_end());
+      // The four threads of a row share the work: even ones look at row 0, odd ones at row 1.
+      const int odd = lane() % 2;
+      const int4 own = visible_of_row(p_, task, row(odd));
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int from = lane() - odd + h;
+        visible[h] =
+            VisibleColumns(make_int4(__shfl_sync(~0U, own.x, from), __shfl_sync(~0U, own.y, from),
+                                     __shfl_sync(~0U, own.z, from), __shfl_sync(~0U, own.w, from)),
+                           first, column);
+      }
+      end = own.w > own.z && own.w > first ? own.w - first : (own.y > own.x ? own.y - first : 0);
+      const auto any = [&](bool value) {
+        return ptx::any_of_threads(kWarpgroupBarrier + warpgroup_, kWarpgroup, value);
+      };
       end = any(end > kHalf) ? C::kKeys : (any(end > kHalf / 2) ? kHalf : (any(end > 0) ? 1 : 0));
     }
-    tile->keys = ptx::uniform(end > kHalf ? C::kKeys
-                                          : (end > kHalf / 2 ? kHalf : (end > 0 ? kHalf / 2 : 0)));
-    return tile->keys > 0;
+    return ptx::uniform(end > kHalf ? C::kKeys
+                                    : (end > kHalf / 2 ? kHalf : (end > 0 ? kHalf / 2 : 0)));
   }
 
   // The tile at stage_, whose K has arrived, without a look at it. It is given back where all warps
@@ -203,32 +243,55 @@ class PrefillConsumer {
     pass_turn();
   }
 
-  template <bool kMasked>
-  __device__ __forceinline__ void step(const MaskedTile& tile) {
+  // A tile that all rows see, and not their first.
+  __device__ __forceinline__ void step() {
+    const std::uint32_t s = stage_.index<C::kStages>();
+    const std::uint32_t tile = stage_.count() + 1;
+    std::uint32_t weights[C::kKeys / 4];
+    multiply_keys();
+    cap();
+    if (rows_.softmax_as_before(to_log2(), weights)) shared_.rare[warpgroup_] = tile;
+    wait_values();
+    await_turn();  // and for what the other threads have found
+    if (__any_sync(~0U, shared_.rare[warpgroup_] == tile)) {
+      multiply_keys();
+      cap();
+      rows_.softmax_again(to_log2(), weights);
+    } else {
+      rows_.keep_sums();
+    }
+    release(shared_.k_empty[s]);
+    multiply_values<C::kKeys>(weights);
+    release(shared_.v_empty[s]);
+  }
+
+  // Any other. `keys`: those to multiply V of.
+  __device__ __forceinline__ void masked_step(const PrefillTask& task, int keys,
+                                              const VisibleColumns (&visible)[2]) {
     const std::uint32_t s = stage_.index<C::kStages>();
     multiply_keys();
     release(shared_.k_empty[s]);
-    if constexpr (C::kSoftCap) rows_.apply(SoftCap(p_.layer.soft_cap, scale_));
-    if constexpr (kMasked) {
-      rows_.mask(tile.visible);
-      set_unmapped_apart();
-    }
+    cap();
+    rows_.mask(visible);
+    set_unmapped_apart();
     std::uint32_t weights[C::kKeys / 4];
     rows_.softmax(to_log2(), weights);
     wait_values();
-    if (kMasked && tile_info().partial) {
-      clear_values(shared_.task[task_.index<kTasks>()].keys, tile_info().first);
-    }
+    if (tile_info().partial) clear_values(task.keys, tile_info().first);
     await_turn();
     // Each a whole fence to wait of its own: no product crosses a branch.
-    if (!kMasked || tile.keys == C::kKeys) {
+    if (keys == C::kKeys) {
       multiply_values<C::kKeys>(weights);
-    } else if (tile.keys == kHalf) {
+    } else if (keys == kHalf) {
       multiply_values<kHalf>(weights);
     } else {
       multiply_values<kHalf / 2>(weights);
     }
     release(shared_.v_empty[s]);
+  }
+
+  __device__ __forceinline__ void cap() {
+    if constexpr (C::kSoftCap) rows_.apply(SoftCap(p_.layer.soft_cap, scale_));
   }
 
   __device__ __forceinline__ void set_unmapped_apart() {
@@ -255,6 +318,7 @@ class PrefillConsumer {
           wgmma::swizzled(b, k / 4 * 1024 + k % 4 * 32, C::kKeyStride), k > 0);
     }
     wgmma::commit();
+    if (C::kKeepsTurn) pass_kept_turn();
     wgmma::wait<0>();
     wgmma::keep(rows_.s);
   }
@@ -272,7 +336,11 @@ class PrefillConsumer {
           rows_.o, weights + 4 * k, wgmma::swizzled(b, k * 2 * C::kKeyStride, C::kKeyStride), true);
     }
     wgmma::commit();
-    pass_turn();
+    if (C::kKeepsTurn) {
+      keeps_turn_ = true;
+    } else {
+      pass_turn();
+    }
     wgmma::wait<0>();
     wgmma::keep(rows_.o);
   }
@@ -312,7 +380,6 @@ class PrefillConsumer {
     } else if (p_.schedule.shared_rows != nullptr) {
       store_prefix(task.split);
     } else {
-      if (task.split.tile.prefix_row >= 0) combine_prefix(task.split);
       leave_rows(task.split);
     }
   }
@@ -328,19 +395,6 @@ class PrefillConsumer {
         *to.sum = rows_.sum[h];
       }
       rows_.store(h, to.o);
-    }
-  }
-
-  // Rows behind a shared prefix with what they saw of it.
-  __device__ __forceinline__ void combine_prefix(const Split& split) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const PrefixRow from(p_, split, row(h));
-      Combine combine{*from.max, *from.sum};
-      combine.add(rows_.max[h], rows_.sum[h]);
-      rows_.max[h] = combine.max;
-      rows_.sum[h] = combine.sum;
-      rows_.combine(h, from.o, combine);
     }
   }
 
@@ -394,17 +448,18 @@ class PrefillConsumer {
   const std::uint32_t memory_;
   PrefillShared<C>& shared_;
   const int warpgroup_;
-  // Of products: to the scores that are capped, or else to exponents of 2.
+  // Of products: to exponents of 2, or what SoftCap needs.
   float scale_;
   PrefillRows<C> rows_;
-  ptx::RingCounter stage_;  // of K and V
-  ptx::RingCounter task_;   // of tasks and of queries
+  bool keeps_turn_ = false;  // with C::kKeepsTurn
+  ptx::RingCounter stage_;   // of K and V
+  ptx::RingCounter task_;    // of tasks and of queries
 };
 
 template <class C>
 __device__ __forceinline__ void init_barriers(PrefillShared<C>& shared) {
   for (int i = 0; i < kTasks; ++i) {
-    ptx::mbarrier_init(barrier_address(shared.task_full[i]), 1);
+    ptx::mbarrier_init(barrier_address(shared.task_full[i]), 32);
     // The loader of K and V, the threads that copy queries and outputs, and the consumers.
     ptx::mbarrier_init(barrier_address(shared.task_empty[i]), 1 + 64 + C::kConsumerThreads);
   }
@@ -423,14 +478,16 @@ __device__ __forceinline__ void init_barriers(PrefillShared<C>& shared) {
   ptx::mbarrier_init(barrier_address(shared.task_wanted), 1);
   ptx::mbarrier_fence_init();
   shared.part[0].exists = shared.part[1].exists = false;
+  for (std::uint32_t& tile : shared.rare) tile = 0;
 }
 
-// All threads of a CTA: its part of the work, as CTA `cta` of `num_ctas`.
-template <class C>
+// All threads of a CTA: its part of the work. `place()` tells its PrefillPlace, to the one warp that
+// asks.
+template <class C, class Place>
 __device__ __forceinline__ void prefill(const KernelParams& p, const KvMaps& maps, char* memory,
-                                        std::int32_t cta, std::int32_t num_ctas) {
+                                        const Place& place) {
   auto& shared = *reinterpret_cast<PrefillShared<C>*>(memory + C::kSharedAt);
-  if (threadIdx.x == 0) init_barriers(shared);
+  if (ptx::opaque(threadIdx.x) == 0) init_barriers(shared);
   __syncthreads();
   const int warpgroup = ptx::warpgroup_index();
   if (warpgroup == C::kConsumers) {
@@ -439,7 +496,7 @@ __device__ __forceinline__ void prefill(const KernelParams& p, const KvMaps& map
     if (warp == 0) {
       KvLoader<C>(p, maps, memory, shared).run();
     } else if (warp == 1) {
-      find_tasks(p, maps.box_keys, shared, cta, num_ctas);
+      find_tasks(p, maps.box_keys, shared, place());
     } else {
       RowCopier<C>(p, memory, shared).run();
     }
@@ -454,8 +511,10 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     attention_prefill(const __grid_constant__ KernelParams p, const __grid_constant__ KvMaps maps) {
   extern __shared__ __align__(1024) char memory[];
-  prefill<C>(p, maps, memory, static_cast<std::int32_t>(blockIdx.x),
-             static_cast<std::int32_t>(gridDim.x));
+  prefill<C>(p, maps, memory, [] {
+    return PrefillPlace{static_cast<std::int32_t>(blockIdx.x),
+                        static_cast<std::int32_t>(gridDim.x)};
+  });
 }
 
 }  // namespace quire::cuda::sm90

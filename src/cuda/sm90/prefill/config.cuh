@@ -35,6 +35,10 @@ struct PrefillConfig {
   static constexpr int kTileBytes = kKeys * kRowBytes;   // of K or V
   // In the image of tensor_map.h: from eight keys to the next eight.
   static constexpr int kKeyStride = 8 * kRowBytes;
+  // Whether a consumer that has its turn to multiply by V keeps it until it has begun to multiply by
+  // the next K. Two consumers fall into step without it: their products wait for each other, and
+  // then both are at their softmax. Of three, the others would wait too long.
+  static constexpr bool kKeepsTurn = kConsumers == 2;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   // Where things begin in shared memory.
@@ -69,6 +73,10 @@ struct PrefillTask {
   Split split;
   bool exists;
   std::int32_t count;  // kv tiles
+  // Of them, those that all rows see all of.
+  std::int32_t plain_begin;
+  std::int32_t plain_end;
+  bool plain_causal;  // is_plain_causal()
   LoadableKeys keys;
   UnreadableKeys unreadable;
   ItemCtas item_ctas;
@@ -78,7 +86,6 @@ struct PrefillTask {
 struct TileInfo {
   std::int32_t first;      // key
   std::uint32_t unmapped;  // a bit a box: its block does not exist
-  bool masked;             // some row does not see some key
   bool partial;            // UnreadableKeys
 };
 
@@ -106,6 +113,9 @@ struct PrefillShared {
   // Combined when all its work is done, where the registers of the loop are free.
   PrefillTask part[2];
   bool is_last;
+  // Of each consumer: the last tile (counted from 1) of which a thread has seen that its maximum has
+  // to be looked at.
+  std::uint32_t rare[C::kConsumers];
   // Twice as many as there are stages: a tile's is needed after its K has been given back.
   TileInfo tile[2 * C::kStages];
   WorkQueue queue;

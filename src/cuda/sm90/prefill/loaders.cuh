@@ -37,6 +37,17 @@ __device__ __forceinline__ UnreadableKeys unreadable_keys(const KernelParams& p,
   return result;
 }
 
+// Those of the keys behind what is not windowed: the few before them count as masked.
+__device__ __forceinline__ void find_plain_tiles(int kv_tile, PrefillTask* task) {
+  const WorkTile& tile = task->split.tile;
+  const std::int32_t main_begin = tile.prefix_count - task->split.kv_tile_begin;
+  const std::int32_t shift = main_begin - tile.main_first;
+  const std::int32_t begin = (tile.common[2] + kv_tile - 1) / kv_tile;
+  const std::int32_t end = min(tile.common[3], task->keys.kv_len) / kv_tile;
+  task->plain_begin = max(max(begin + shift, main_begin), 0);
+  task->plain_end = min(end + shift, task->count);
+}
+
 template <class C>
 __device__ __forceinline__ void describe_task(const KernelParams& p, int box_keys,
                                               const WorkQueue& queue, PrefillTask* task) {
@@ -44,19 +55,31 @@ __device__ __forceinline__ void describe_task(const KernelParams& p, int box_key
   if (split.kv_tile_end < 0) split.kv_tile_end = split.tile.num_kv_tiles();
   task->count = split.existing_end(keys_of(p, split.tile), C::kKeys) - split.kv_tile_begin;
   task->keys = loadable_keys(p, split.tile);
+  find_plain_tiles(C::kKeys, task);
+  task->plain_causal = is_plain_causal(p);
   task->unreadable = unreadable_keys(p, split.tile, task->keys, box_keys);
   task->item_ctas = queue.item_ctas(split);
 }
 
-// One warp: the splits of CTA `cta` of `num_ctas` into task[], one after the other, and one that
-// does not exist.
+// Which of the CTAs that prefill this one is.
+struct PrefillPlace {
+  std::int32_t cta;
+  std::int32_t num_ctas;
+};
+
+// One warp: the splits of the CTA at `place` into task[], one after the other, and one that does
+// not exist.
 template <class C>
 __device__ __forceinline__ void find_tasks(const KernelParams& p, int box_keys,
-                                           PrefillShared<C>& shared, std::int32_t cta,
-                                           std::int32_t num_ctas) {
+                                           PrefillShared<C>& shared, const PrefillPlace& place) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   WorkQueue& queue = shared.queue;  // not in registers: there are few
-  if (lane == 0) queue = WorkQueue(p.schedule, cta, num_ctas);
+  if (lane == 0) {
+    queue.begin_whole(p.schedule, place.cta, place.num_ctas);
+  } else if (lane == 1) {
+    queue.begin_range(p.schedule, place.cta);
+  }
+  __syncwarp();
   ptx::RingPosition at;
   std::uint32_t parity = 1;  // of task_wanted: the first task is
   for (bool exists = true; exists; at.advance(kTasks)) {
@@ -82,8 +105,9 @@ __device__ __forceinline__ void find_tasks(const KernelParams& p, int box_keys,
       task.exists = exists;
       task.count = 0;
       if (exists) describe_task<C>(p, box_keys, queue, &task);
-      ptx::mbarrier_arrive(barrier_address(shared.task_full[at.index]));
     }
+    // Of each lane: racecheck does not see that __syncwarp() orders their pieces before one's arrival.
+    ptx::mbarrier_arrive(barrier_address(shared.task_full[at.index]));
     __syncwarp();
   }
 }
@@ -91,23 +115,23 @@ __device__ __forceinline__ void find_tasks(const KernelParams& p, int box_keys,
 // The fourth coordinate of the box that holds the keys from `key` on, and its last; outside the
 // tensor (zeros) for keys that may not be read and blocks that do not exist.
 struct KvBox {
-  std::int32_t block;  // -1: zeros
+  std::int32_t block;  // kUnread or kUnmapped: zeros
   std::int32_t eight;  // slot / 8
-  bool unmapped;
+  static constexpr std::int32_t kUnread = -1;
+  static constexpr std::int32_t kUnmapped = -2;
 };
 
 __device__ __forceinline__ KvBox kv_box(const KernelParams& p, const PrefillTask& task,
                                         std::int32_t key, std::int32_t count) {
   const LoadableKeys& keys = task.keys;
-  KvBox box{-1, 0, false};
+  KvBox box{KvBox::kUnread, 0};
   if (key >= keys.kv_len ||
       (key >= keys.out_of_window_begin && key + count <= keys.out_of_window_end)) {
     return box;
   }
   const KvRow row = kv_row(p, task.split.tile, key);
-  box.block = static_cast<std::int32_t>(row.block);
+  box.block = row.block < 0 ? KvBox::kUnmapped : static_cast<std::int32_t>(row.block);
   box.eight = static_cast<std::int32_t>(row.slot) / 8;
-  box.unmapped = row.block < 0;
   return box;
 }
 
@@ -153,9 +177,12 @@ class KvLoader {
       if (i == want_at) want_task();
       const KvBox box = next;
       if (i > 0) next = look_up(task, i - 1);
-      const std::uint32_t unmapped = __ballot_sync(~0U, box.unmapped);
       wait_for_room(true);
-      if (lane_ == 0) describe(task, i, unmapped);
+      if (lane_ == 0) describe(task, i);
+      if constexpr (C::kUnmappedApart) {
+        const std::uint32_t unmapped = __ballot_sync(~0U, box.block == KvBox::kUnmapped);
+        if (lane_ == 0) tile_info().unmapped = unmapped;
+      }
       load_side(maps_.k, true, box, head);
       wait_for_room(false);
       load_side(maps_.v, false, box, head);
@@ -164,7 +191,7 @@ class KvLoader {
   }
 
   __device__ __forceinline__ KvBox look_up(const PrefillTask& task, std::int32_t i) const {
-    if (i < 0 || lane_ >= boxes_) return {-1, 0, false};
+    if (i < 0 || lane_ >= boxes_) return {KvBox::kUnread, 0};
     const std::int32_t first = task.split.tile.kv_tile(task.split.kv_tile_begin + i) * C::kKeys;
     return kv_box(p_, task, first + lane_ * maps_.box_keys, maps_.box_keys);
   }
@@ -179,19 +206,16 @@ class KvLoader {
                        stage_.parity ^ 1U);
   }
 
-  __device__ __forceinline__ void describe(const PrefillTask& task, std::int32_t i,
-                                           std::uint32_t unmapped) const {
+  __device__ __forceinline__ TileInfo& tile_info() const {
+    return shared_.tile[stage_.index + stage_.parity * C::kStages];
+  }
+
+  __device__ __forceinline__ void describe(const PrefillTask& task, std::int32_t i) const {
     const WorkTile& tile = task.split.tile;
-    const LoadableKeys& keys = task.keys;
     const int first = tile.kv_tile(task.split.kv_tile_begin + i) * C::kKeys;
-    const int end = first + C::kKeys;
-    TileInfo& info = shared_.tile[stage_.index + stage_.parity * C::kStages];
+    TileInfo& info = tile_info();
     info.first = first;
-    info.unmapped = unmapped;
-    info.masked = (C::kUnmappedApart && unmapped != 0) ||
-                  !((first >= tile.common[2] && end <= min(tile.common[3], keys.kv_len)) ||
-                    (first >= tile.common[0] && end <= min(tile.common[1], keys.kv_len)));
-    info.partial = task.unreadable.are_in(keys, first, C::kKeys, maps_.box_keys);
+    info.partial = task.unreadable.are_in(task.keys, first, C::kKeys, maps_.box_keys);
   }
 
   __device__ __forceinline__ void load_side(const KvMap& map, bool is_k, const KvBox& box,
@@ -236,18 +260,25 @@ class RowCopier {
         lane_(static_cast<int>(threadIdx.x % 32)),
         warp_(static_cast<int>(threadIdx.x / 32) % 2) {}
 
+  // With one buffer, rows go out and the next task's come in 32 at a time: its consumers wait for
+  // them. With two, the next ones come first.
   __device__ __forceinline__ void run() {
     while (true) {
-      if (C::kQueryBuffers == 1) store_before();
       ptx::mbarrier_wait(barrier_address(shared_.task_full[at_.template index<kTasks>()]),
                          at_.template parity<kTasks>());
       const PrefillTask& task = shared_.task[at_.template index<kTasks>()];
       if (!task.exists) break;
-      load(task);
+#pragma unroll 1
+      for (int base = warp_ * 32; base < C::kRows; base += 64) {
+        if (C::kQueryBuffers == 1 && !at_.is_first()) store_before(base);
+        load(task, base);
+      }
+      if (C::kQueryBuffers == 1 && !at_.is_first()) give_back_before();
+      finish_load();
       if (C::kQueryBuffers == 2) store_before();
       at_.advance();
     }
-    if (C::kQueryBuffers == 2) store_before();
+    store_before();
   }
 
  private:
@@ -259,26 +290,27 @@ class RowCopier {
                                       r % 64 * 128 + (((piece % 8) ^ (r % 8)) << 4));
   }
 
-  // The buffer is free: what store_before() read it for is done.
-  __device__ __forceinline__ void load(const PrefillTask& task) {
+  // Begins to copy rows [base, base + 32). The buffer is free: what store_before() read it for is
+  // done.
+  __device__ __forceinline__ void load(const PrefillTask& task, int base) {
     const WorkTile& tile = task.split.tile;
     const SharedRow* shared_rows = p_.schedule.shared_rows;
-#pragma unroll 1
-    for (int base = warp_ * 32; base < C::kRows; base += 64) {
-      // Each lane finds a row, then whole rows are copied, a few at a time.
-      RowPlace place = row_place(p_, tile, task.split.head, base + lane_);
-      if (shared_rows != nullptr) {
-        place.token = shared_rows[tile.prefix_row + place.index].token;
-      }
-      const std::int64_t offset =
-          (place.token * p_.query_token_stride + place.head * p_.query_head_stride) * 2;
-#pragma unroll 4
-      for (int i = 0; i < 32; i += kRowsAtOnce) {
-        const int r = i + lane_ / kPieces;
-        const char* row = static_cast<const char*>(p_.query) + __shfl_sync(~0U, offset, r);
-        ptx::copy_async<16>(address(at_, base + r), row + lane_ % kPieces * 16);
-      }
+    // Each lane finds a row, then whole rows are copied, a few at a time.
+    RowPlace place = row_place(p_, tile, task.split.head, base + lane_);
+    if (shared_rows != nullptr) {
+      place.token = shared_rows[tile.prefix_row + place.index].token;
     }
+    const std::int64_t offset =
+        (place.token * p_.query_token_stride + place.head * p_.query_head_stride) * 2;
+#pragma unroll 4
+    for (int i = 0; i < 32; i += kRowsAtOnce) {
+      const int r = i + lane_ / kPieces;
+      const char* row = static_cast<const char*>(p_.query) + __shfl_sync(~0U, offset, r);
+      ptx::copy_async<16>(address(at_, base + r), row + lane_ % kPieces * 16);
+    }
+  }
+
+  __device__ __forceinline__ void finish_load() {
     ptx::commit_copies();
     ptx::wait_copies<0>();
     const QueryChange change = query_change(p_);
@@ -301,19 +333,27 @@ class RowCopier {
   // The output of the task before this one, if there is one.
   __device__ __forceinline__ void store_before() {
     if (at_.is_first()) return;
-    const ptx::RingCounter at = at_.before();
-    const std::uint32_t buffer = at.index<C::kQueryBuffers>();
-    const PrefillTask& task = shared_.task[at.index<kTasks>()];
-    // Others go elsewhere, from the consumers' registers.
-    const bool stores = task.split.whole() && p_.schedule.shared_rows == nullptr;
 #pragma unroll 1
-    for (int base = warp_ * 32; base < C::kRows; base += 64) {
-      ptx::mbarrier_wait(barrier_address(shared_.output_full[buffer][base / 64]),
-                         at.parity<C::kQueryBuffers>());
-      if (stores) store_rows(task.split, at, base);
+    for (int base = warp_ * 32; base < C::kRows; base += 64) store_before(base);
+    give_back_before();
+  }
+
+  // Its rows [base, base + 32), if they are not elsewhere: others go there from the consumers'
+  // registers.
+  __device__ __forceinline__ void store_before(int base) {
+    const ptx::RingCounter at = at_.before();
+    const PrefillTask& task = shared_.task[at.index<kTasks>()];
+    ptx::mbarrier_wait(
+        barrier_address(shared_.output_full[at.index<C::kQueryBuffers>()][base / 64]),
+        at.parity<C::kQueryBuffers>());
+    if (task.split.whole() && p_.schedule.shared_rows == nullptr) {
+      store_rows(task.split, at, base);
     }
     __syncwarp();  // what is loaded next goes over what other lanes have read
-    ptx::mbarrier_arrive(barrier_address(shared_.task_empty[at.index<kTasks>()]));
+  }
+
+  __device__ __forceinline__ void give_back_before() {
+    ptx::mbarrier_arrive(barrier_address(shared_.task_empty[at_.before().index<kTasks>()]));
   }
 
   // Rows [base, base + 32).

@@ -19,16 +19,30 @@ __device__ __forceinline__ bool is_plain_causal(const KernelParams& p) {
          !p.batch.has_positions() && p.schedule.shared_rows == nullptr;
 }
 
+// n / d for n < 2^21: a product's error is less than half a d-th. (A division takes 200 clocks.)
+__device__ __forceinline__ int small_quotient(int n, int d) {
+  return static_cast<int>((static_cast<float>(n) + 0.5F) *
+                          ptx::reciprocal_approx(static_cast<float>(d)));
+}
+
+__device__ __forceinline__ std::int32_t position_of_row(const KernelParams& p, const WorkTile& tile,
+                                                        int r) {
+  return tile.first_pos + small_quotient(tile.first_sub + r, p.layer.group);
+}
+
+// Where what a row sees ends, where is_plain_causal().
+__device__ __forceinline__ int causal_end(const KernelParams& p, const PrefillTask& task, int r) {
+  const WorkTile& tile = task.split.tile;
+  return r < tile.rows ? min(position_of_row(p, tile, r) + 1, task.keys.kv_len) : 0;
+}
+
 // What a row sees of the keys, as two spans (RowTable::visible has no room in shared memory here).
 __device__ __forceinline__ int4 visible_of_row(const KernelParams& p, const PrefillTask& task,
                                                int r) {
   const WorkTile& tile = task.split.tile;
   if (r >= tile.rows) return make_int4(0, 0, 0, 0);
   if (p.schedule.shared_rows != nullptr) return make_int4(0, 0, tile.common[2], tile.common[3]);
-  const std::int32_t position = tile.first_pos + (tile.first_sub + r) / p.layer.group;
-  if (is_plain_causal(p)) {
-    return make_int4(0, 0, tile.kv_begin, min(position + 1, task.keys.kv_len));
-  }
+  const std::int32_t position = position_of_row(p, tile, r);
   const semantics::SequenceMask mask = sequence_mask(p.layer, p.batch, tile.seq, keys_of(p, tile));
   return visible_keys(clip(semantics::row_spans(mask, position), tile.kv_begin, task.keys.kv_len));
 }
@@ -66,39 +80,28 @@ __device__ __forceinline__ float normalise_row(const KernelParams& p, const Spli
   return normalised.output_scale * value_of(p.v.scale);
 }
 
-// What a row sees of a kv tile of up to 255 keys, in one register: two spans, a byte an end. (The
-// tiles' scores and O leave few registers.)
-class VisibleKeys {
+// What a thread sees of one row's keys in a kv tile of up to 128: a bit for each of its columns.
+// (One way for all masks, of few instructions: what an item needs once is not in the instruction
+// cache, and came at a tenth of the speed of the loop.)
+class VisibleColumns {
  public:
-  VisibleKeys() = default;
-  __device__ __forceinline__ VisibleKeys(const int4& visible, int first, int keys) {
-    const auto clamp = [=](int key) {
-      return static_cast<std::uint32_t>(min(::max(key - first, 0), keys));
-    };
-    ends_ =
-        clamp(visible.x) | clamp(visible.y) << 8 | clamp(visible.z) << 16 | clamp(visible.w) << 24;
-  }
-  __device__ __forceinline__ VisibleKeys of_lane(int lane) const {
-    VisibleKeys other;
-    other.ends_ = __shfl_sync(~0U, ends_, lane);
-    return other;
-  }
-  __device__ __forceinline__ int begin() const { return byte(2); }
-  __device__ __forceinline__ int end() const { return byte(3); }
-  __device__ __forceinline__ bool has_prefix() const { return byte(1) > byte(0); }
-  // Behind the last key that it sees.
-  __device__ __forceinline__ int last_end() const {
-    return end() > begin() ? end() : (has_prefix() ? byte(1) : 0);
-  }
-  __device__ __forceinline__ bool sees(int key) const {
-    return cuda::sees(make_int4(byte(0), byte(1), byte(2), byte(3)), key);
-  }
+  VisibleColumns() = default;
+  // `column`: the thread's first.
+  __device__ __forceinline__ VisibleColumns(const int4& visible, int first, int column)
+      : bits_((before(visible.y - first, column) & ~before(visible.x - first, column)) |
+              (before(visible.w - first, column) & ~before(visible.z - first, column))) {}
+  __device__ __forceinline__ VisibleColumns(int begin, int end, int column)
+      : bits_(before(end, column) & ~before(begin, column)) {}
+  __device__ __forceinline__ bool has(int n) const { return (bits_ >> n & 1U) != 0; }
 
  private:
-  __device__ __forceinline__ int byte(int i) const {
-    return static_cast<int>((ends_ >> (8 * i)) & 0xFFU);
+  // The columns of keys before `end`: of each eight keys, two at `column`.
+  static __device__ __forceinline__ std::uint32_t before(int end, int column) {
+    const int keys = min(::max(end, 0), 128);
+    const int count = 2 * (keys / 8) + min(::max(keys % 8 - column, 0), 2);
+    return count < 32 ? (1U << count) - 1U : ~0U;
   }
-  std::uint32_t ends_;
+  std::uint32_t bits_;
 };
 
 template <class C>
@@ -120,31 +123,10 @@ class PrefillRows {
   }
 
   // Scores of keys that a row does not see to -inf.
-  __device__ __forceinline__ void mask(const VisibleKeys (&visible)[2]) {
-    const int column = ptx::fragment_column(static_cast<int>(ptx::opaque(threadIdx.x) % 32));
-    // Row by row: both at once would need more registers than there are.
+  __device__ __forceinline__ void mask(const VisibleColumns (&visible)[2]) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const VisibleKeys& v = visible[h];
-      if (__any_sync(~0U, v.has_prefix())) {
-#pragma unroll
-        for (int n = 0; n < kScores / 2; ++n) {
-          if (!v.sees(column + n / 2 * 8 + n % 2)) s[n / 2 * 4 + 2 * h + n % 2] = -INFINITY;
-        }
-        continue;
-      }
-      const int end = v.end() - column;
-#pragma unroll
-      for (int n = 0; n < kScores / 2; ++n) {
-        if (n / 2 * 8 + n % 2 >= end) s[n / 2 * 4 + 2 * h + n % 2] = -INFINITY;
-      }
-      if (__any_sync(~0U, v.begin() > 0)) {
-        const int begin = v.begin() - column;
-#pragma unroll
-        for (int n = 0; n < kScores / 2; ++n) {
-          if (n / 2 * 8 + n % 2 < begin) s[n / 2 * 4 + 2 * h + n % 2] = -INFINITY;
-        }
-      }
+    for (int i = 0; i < kScores; ++i) {
+      if (!visible[i / 2 % 2].has(i / 4 * 2 + i % 2)) s[i] = -INFINITY;
     }
   }
 
@@ -196,33 +178,35 @@ class PrefillRows {
   // S -> P, the A operand of the next product (16 keys are four words); updates max, sum and
   // perhaps O. `to_log2`: from scores to exponents of 2.
   __device__ __forceinline__ void softmax(float to_log2, std::uint32_t (&weights)[C::kKeys / 4]) {
-    // Two chains a row: one would be 32 dependent instructions.
-    float tops[4] = {s[0], s[1], s[2], s[3]};
-#pragma unroll
-    for (int i = 4; i < kScores; ++i) tops[i % 4] = fmaxf(tops[i % 4], s[i]);
-    float top[2] = {fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3])};
-#pragma unroll
-    for (int d = 1; d <= 2; d *= 2) {
-      top[0] = fmaxf(top[0], __shfl_xor_sync(~0U, top[0], d));
-      top[1] = fmaxf(top[1], __shfl_xor_sync(~0U, top[1], d));
-    }
-    bool rare = false;
+    const bool moves[2] = {true, true};
+    softmax(to_log2, moves, false, weights);
+  }
+
+  // The same by max as it is, without a look at the scores' maximum, which takes a quarter of
+  // softmax()'s time and is seldom needed but in a row's first tiles. True: this thread has seen
+  // that it is (see over_); then, if any thread has, the scores are to be found again for
+  // softmax_again(). Else keep_sums() follows.
+  __device__ __forceinline__ bool softmax_as_before(float to_log2,
+                                                    std::uint32_t (&weights)[C::kKeys / 4]) {
+    find_weights(to_log2, weights);
+    over_[0] = added_[0] > kMostSum;
+    over_[1] = added_[1] > kMostSum;
+    return over_[0] || over_[1] || is_far(0, to_log2) || is_far(1, to_log2);
+  }
+  __device__ __forceinline__ void keep_sums() {
+    sum[0] += added_[0];
+    sum[1] += added_[1];
+  }
+  __device__ __forceinline__ void softmax_again(float to_log2,
+                                                std::uint32_t (&weights)[C::kKeys / 4]) {
+    // Of rows, not of threads.
+    bool moves[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      rare |= (top[h] - max[h]) * to_log2 > kSlack || !(fabsf(max[h]) * to_log2 < kHuge);
+      const std::uint32_t threads = __ballot_sync(~0U, over_[h]);
+      moves[h] = (threads >> (ptx::opaque(threadIdx.x) % 32 / 4 * 4) & 0xFU) != 0;
     }
-    if (__any_sync(~0U, rare)) rebase(top, to_log2);
-    const float shift[2] = {scaled_shift(max[0], to_log2), scaled_shift(max[1], to_log2)};
-    float added[2] = {0.0F, 0.0F};
-#pragma unroll
-    for (int i = 0; i < kScores; i += 2) {
-      const float x = ptx::exp2_approx(fmaf(s[i], to_log2, -shift[i / 2 % 2]));
-      const float y = ptx::exp2_approx(fmaf(s[i + 1], to_log2, -shift[i / 2 % 2]));
-      added[i / 2 % 2] += x + y;
-      weights[i / 2] = C::Type::pack(x, y);
-    }
-    sum[0] += added[0];
-    sum[1] += added[1];
+    softmax(to_log2, moves, true, weights);
   }
 
   // The sums of a row's four threads.
@@ -234,7 +218,7 @@ class PrefillRows {
     }
   }
 
-  // This thread's columns of O of row `h`, unnormalised, to a whole row,
+  // This thread's columns of O of row `h`, unnormalised, to a whole row, and from one.
   __device__ __forceinline__ void store(int h, float* to) const {
     to += ptx::fragment_column(static_cast<int>(ptx::opaque(threadIdx.x) % 32));
 #pragma unroll
@@ -242,14 +226,13 @@ class PrefillRows {
       *reinterpret_cast<float2*>(to + n * 8) = make_float2(o[n * 4 + 2 * h], o[n * 4 + 2 * h + 1]);
     }
   }
-  // or combined with what is there, of keys before.
-  __device__ __forceinline__ void combine(int h, const float* from, const Combine& combine) {
+  __device__ __forceinline__ void load(int h, const float* from) {
     from += ptx::fragment_column(static_cast<int>(ptx::opaque(threadIdx.x) % 32));
 #pragma unroll
     for (int n = 0; n < C::kHeadSize / 8; ++n) {
-      const float2 before = *reinterpret_cast<const float2*>(from + n * 8);
-      o[n * 4 + 2 * h] = combine.value(before.x, o[n * 4 + 2 * h]);
-      o[n * 4 + 2 * h + 1] = combine.value(before.y, o[n * 4 + 2 * h + 1]);
+      const float2 loaded = *reinterpret_cast<const float2*>(from + n * 8);
+      o[n * 4 + 2 * h] = loaded.x;
+      o[n * 4 + 2 * h + 1] = loaded.y;
     }
   }
 
@@ -263,35 +246,83 @@ class PrefillRows {
   // pass 2^kSlack, so O is seldom rescaled (4 % of the time of a batch). Each row decides for
   // itself.
   static constexpr float kSlack = 8.0F;
+  // Where the maximum is not looked at, a row moves max when one of its threads has a larger sum of P
+  // of a tile: then some P is larger than 2^kSlack, and if not, all are in the range of fp16.
+  static constexpr float kMostSum = 8192.0F;
+  static_assert(kMostSum / (C::kKeys / 4) >= 256.0F);
   // From here on rounding the shift would move exponents by more than a sixteenth.
   static constexpr float kHuge = 1e6F;
 
-  // 0 for a row that has seen nothing yet, and where rebase() has subtracted already.
-  static __device__ __forceinline__ float scaled_shift(float max, float to_log2) {
-    const float shift = max * to_log2;
-    return fabsf(shift) < kHuge ? shift : 0.0F;
+  __device__ __forceinline__ bool is_far(int h, float to_log2) const {
+    return !(fabsf(max[h]) * to_log2 < kHuge);
   }
 
-  // Moves max of the rows that `top` has passed it by far of; subtracts it from the scores of rows
-  // near the end of fp32's range, before anything can overflow.
-  __device__ __forceinline__ void rebase(const float (&top)[2], float to_log2) {
+  // 0 for a row that has seen nothing yet, and where rebase() has subtracted already.
+  __device__ __forceinline__ float shift(int h, float to_log2) const {
+    return is_far(h, to_log2) ? 0.0F : max[h] * to_log2;
+  }
+
+  // `again`: rows move max as `over` says, but for those that are far.
+  __device__ __forceinline__ void softmax(float to_log2, const bool (&over)[2], bool again,
+                                          std::uint32_t (&weights)[C::kKeys / 4]) {
+    // Two chains a row: one would be 32 dependent instructions.
+    float tops[4] = {s[0], s[1], s[2], s[3]};
+#pragma unroll
+    for (int i = 4; i < kScores; ++i) tops[i % 4] = fmaxf(tops[i % 4], s[i]);
+    float top[2] = {fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3])};
+#pragma unroll
+    for (int d = 1; d <= 2; d *= 2) {
+      top[0] = fmaxf(top[0], __shfl_xor_sync(~0U, top[0], d));
+      top[1] = fmaxf(top[1], __shfl_xor_sync(~0U, top[1], d));
+    }
+    bool moves[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      moves[h] = again && !is_far(h, to_log2) ? over[h] : (top[h] - max[h]) * to_log2 > kSlack;
+    }
+    if (__any_sync(~0U, moves[0] || moves[1] || is_far(0, to_log2) || is_far(1, to_log2))) {
+      rebase(top, moves, to_log2);
+    }
+    find_weights(to_log2, weights);
+    keep_sums();
+  }
+
+  __device__ __forceinline__ void find_weights(float to_log2,
+                                               std::uint32_t (&weights)[C::kKeys / 4]) {
+    const float shifts[2] = {shift(0, to_log2), shift(1, to_log2)};
+    added_[0] = added_[1] = 0.0F;
+#pragma unroll
+    for (int i = 0; i < kScores; i += 2) {
+      const float x = ptx::exp2_approx(fmaf(s[i], to_log2, -shifts[i / 2 % 2]));
+      const float y = ptx::exp2_approx(fmaf(s[i + 1], to_log2, -shifts[i / 2 % 2]));
+      added_[i / 2 % 2] += x + y;
+      weights[i / 2] = C::Type::pack(x, y);
+    }
+  }
+
+  // Moves max of rows to `top`; subtracts it from the scores of rows near the end of fp32's range,
+  // before anything can overflow.
+  __device__ __forceinline__ void rebase(const float (&top)[2], const bool (&moves)[2],
+                                         float to_log2) {
     float alpha[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bool moves = (top[h] - max[h]) * to_log2 > kSlack;
-      alpha[h] = moves ? ptx::exp2_approx((max[h] - top[h]) * to_log2) : 1.0F;
-      max[h] = moves ? top[h] : max[h];
+      alpha[h] = moves[h] ? ptx::exp2_approx((max[h] - top[h]) * to_log2) : 1.0F;
+      max[h] = moves[h] ? top[h] : max[h];
       sum[h] *= alpha[h];
     }
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) o[i] *= alpha[i / 2 % 2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (max[h] == -INFINITY || fabsf(max[h]) * to_log2 < kHuge) continue;
+      if (max[h] == -INFINITY || !is_far(h, to_log2)) continue;
 #pragma unroll
       for (int n = 0; n < kScores / 2; ++n) s[n / 2 * 4 + 2 * h + n % 2] -= max[h];
     }
   }
+
+  float added_[2];  // to sum by the tile at hand
+  bool over_[2];    // softmax_as_before: the row has passed kMostSum
 };
 
 }  // namespace quire::cuda::sm90

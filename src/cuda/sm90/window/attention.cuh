@@ -452,7 +452,7 @@ template <class C>
 __device__ __forceinline__ void init_barriers(WindowShared<C>& shared) {
   constexpr int kConsumerWarps = C::kConsumers * kWarpgroup / 32;
   for (int i = 0; i < kWindowTasks; ++i) {
-    ptx::mbarrier_init(barrier_address(shared.task_full[i]), 1);
+    ptx::mbarrier_init(barrier_address(shared.task_full[i]), 32);
     // Consumers, and the three warps that move rows, K and V.
     ptx::mbarrier_init(barrier_address(shared.task_empty[i]), C::kConsumers * kWarpgroup + 3 * 32);
   }

@@ -45,8 +45,8 @@ __device__ __forceinline__ void find_items(const KernelParams& p, WindowShared<C
                            .are_in(task.item.keys, task.first_key,
                                    split.tile.main_count * kPageKeys, kPageKeys);
       }
-      ptx::mbarrier_arrive(barrier_address(shared.task_full[at.index]));
     }
+    ptx::mbarrier_arrive(barrier_address(shared.task_full[at.index]));  // as in find_tasks
     __syncwarp();
   }
 }
@@ -75,11 +75,11 @@ __device__ __forceinline__ void load_spans(const KernelParams& p, const KvMaps& 
   const int lane = static_cast<int>(threadIdx.x % 32);
   ptx::RingPosition span;
   for_each_item(shared, [&](const WindowTask& task) {
-    KvBox box{-1, 0, false};
+    KvBox box{KvBox::kUnread, 0};
     if (lane < task.item.split.tile.main_count) {
       box = kv_box(p, task.item, task.first_key + lane * kPageKeys, kPageKeys);
     }
-    const std::uint32_t unmapped = __ballot_sync(~0U, box.unmapped);
+    const std::uint32_t unmapped = __ballot_sync(~0U, box.block == KvBox::kUnmapped);
     ptx::mbarrier_wait(barrier_address(shared.span_empty[span.index]), span.parity ^ 1U);
     const std::uint32_t full = barrier_address(shared.span_full[span.index]);
     if (lane == 0) {
