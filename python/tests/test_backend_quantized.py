@@ -149,4 +149,5 @@ def test_fp8_queries(rng, output_dtype):
     if output_dtype == "float32":
         check(out.numpy(), expected)
     else:
-        np.testing.assert_allclose(out.float().numpy() * 0.01, expected, rtol=0.07, atol=1e-3)
+        # Weights may be in bf16 where the output is: 2^-9 of values of up to 4.
+        np.testing.assert_allclose(out.float().numpy() * 0.01, expected, rtol=0.07, atol=8e-3)
