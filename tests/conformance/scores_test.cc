@@ -145,7 +145,7 @@ TEST_P(ScoreTest, AllScoresAtTheLowestFiniteValue) {
   }
 }
 
-// Scores of the first query heads that rise by about 13 from each 128 keys to the next, towards the
+// Scores of the first query heads that rise by 32 from each 128 keys to the next, towards the
 // first key of the one sequence and the last of the other: kernels go through keys in either order,
 // and some expect that a row's maximum seldom moves far.
 Case rising_case(std::int64_t head_size, DType dtype, std::int64_t num_rising) {
@@ -161,7 +161,7 @@ Case rising_case(std::int64_t head_size, DType dtype, std::int64_t num_rising) {
   }
   for (std::int64_t s = 0; s < 2; ++s) {
     for (std::int64_t j = 0; j < 600; ++j) {
-      const double score = static_cast<double>(s == 0 ? 600 - j : j) / 10;
+      const double score = static_cast<double>(s == 0 ? 600 - j : j) / 4;
       const Sizes slot = slot_of(c, s, j);
       for (std::int64_t h = 0; h < 2; ++h) c.key_cache.set({slot[0], slot[1], h, 0}, score);
     }

@@ -149,6 +149,7 @@ class PrefillConsumer {
       start_behind_prefix(task.split);
     }
     if constexpr (C::kUnmappedApart) {
+      __syncwarp();  // all have read those of the task before
       if (lane() < 16) shared_.unmapped[warp_row() + lane()] = 0.0F;
       __syncwarp();
     }

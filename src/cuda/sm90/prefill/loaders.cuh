@@ -260,25 +260,18 @@ class RowCopier {
         lane_(static_cast<int>(threadIdx.x % 32)),
         warp_(static_cast<int>(threadIdx.x / 32) % 2) {}
 
-  // With one buffer, rows go out and the next task's come in 32 at a time: its consumers wait for
-  // them. With two, the next ones come first.
   __device__ __forceinline__ void run() {
     while (true) {
+      if (C::kQueryBuffers == 1) store_before();
       ptx::mbarrier_wait(barrier_address(shared_.task_full[at_.template index<kTasks>()]),
                          at_.template parity<kTasks>());
       const PrefillTask& task = shared_.task[at_.template index<kTasks>()];
       if (!task.exists) break;
-#pragma unroll 1
-      for (int base = warp_ * 32; base < C::kRows; base += 64) {
-        if (C::kQueryBuffers == 1 && !at_.is_first()) store_before(base);
-        load(task, base);
-      }
-      if (C::kQueryBuffers == 1 && !at_.is_first()) give_back_before();
-      finish_load();
+      load(task);
       if (C::kQueryBuffers == 2) store_before();
       at_.advance();
     }
-    store_before();
+    if (C::kQueryBuffers == 2) store_before();
   }
 
  private:
@@ -290,27 +283,26 @@ class RowCopier {
                                       r % 64 * 128 + (((piece % 8) ^ (r % 8)) << 4));
   }
 
-  // Begins to copy rows [base, base + 32). The buffer is free: what store_before() read it for is
-  // done.
-  __device__ __forceinline__ void load(const PrefillTask& task, int base) {
+  // The buffer is free: what store_before() read it for is done.
+  __device__ __forceinline__ void load(const PrefillTask& task) {
     const WorkTile& tile = task.split.tile;
     const SharedRow* shared_rows = p_.schedule.shared_rows;
-    // Each lane finds a row, then whole rows are copied, a few at a time.
-    RowPlace place = row_place(p_, tile, task.split.head, base + lane_);
-    if (shared_rows != nullptr) {
-      place.token = shared_rows[tile.prefix_row + place.index].token;
-    }
-    const std::int64_t offset =
-        (place.token * p_.query_token_stride + place.head * p_.query_head_stride) * 2;
+#pragma unroll 1
+    for (int base = warp_ * 32; base < C::kRows; base += 64) {
+      // Each lane finds a row, then whole rows are copied, a few at a time.
+      RowPlace place = row_place(p_, tile, task.split.head, base + lane_);
+      if (shared_rows != nullptr) {
+        place.token = shared_rows[tile.prefix_row + place.index].token;
+      }
+      const std::int64_t offset =
+          (place.token * p_.query_token_stride + place.head * p_.query_head_stride) * 2;
 #pragma unroll 4
-    for (int i = 0; i < 32; i += kRowsAtOnce) {
-      const int r = i + lane_ / kPieces;
-      const char* row = static_cast<const char*>(p_.query) + __shfl_sync(~0U, offset, r);
-      ptx::copy_async<16>(address(at_, base + r), row + lane_ % kPieces * 16);
+      for (int i = 0; i < 32; i += kRowsAtOnce) {
+        const int r = i + lane_ / kPieces;
+        const char* row = static_cast<const char*>(p_.query) + __shfl_sync(~0U, offset, r);
+        ptx::copy_async<16>(address(at_, base + r), row + lane_ % kPieces * 16);
+      }
     }
-  }
-
-  __device__ __forceinline__ void finish_load() {
     ptx::commit_copies();
     ptx::wait_copies<0>();
     const QueryChange change = query_change(p_);
@@ -333,27 +325,19 @@ class RowCopier {
   // The output of the task before this one, if there is one.
   __device__ __forceinline__ void store_before() {
     if (at_.is_first()) return;
-#pragma unroll 1
-    for (int base = warp_ * 32; base < C::kRows; base += 64) store_before(base);
-    give_back_before();
-  }
-
-  // Its rows [base, base + 32), if they are not elsewhere: others go there from the consumers'
-  // registers.
-  __device__ __forceinline__ void store_before(int base) {
     const ptx::RingCounter at = at_.before();
+    const std::uint32_t buffer = at.index<C::kQueryBuffers>();
     const PrefillTask& task = shared_.task[at.index<kTasks>()];
-    ptx::mbarrier_wait(
-        barrier_address(shared_.output_full[at.index<C::kQueryBuffers>()][base / 64]),
-        at.parity<C::kQueryBuffers>());
-    if (task.split.whole() && p_.schedule.shared_rows == nullptr) {
-      store_rows(task.split, at, base);
+    // Others go elsewhere, from the consumers' registers.
+    const bool stores = task.split.whole() && p_.schedule.shared_rows == nullptr;
+#pragma unroll 1
+    for (int base = warp_ * 32; base < C::kRows; base += 64) {
+      ptx::mbarrier_wait(barrier_address(shared_.output_full[buffer][base / 64]),
+                         at.parity<C::kQueryBuffers>());
+      if (stores) store_rows(task.split, at, base);
     }
     __syncwarp();  // what is loaded next goes over what other lanes have read
-  }
-
-  __device__ __forceinline__ void give_back_before() {
-    ptx::mbarrier_arrive(barrier_address(shared_.task_empty[at_.before().index<kTasks>()]));
+    ptx::mbarrier_arrive(barrier_address(shared_.task_empty[at.index<kTasks>()]));
   }
 
   // Rows [base, base + 32).
