@@ -61,6 +61,9 @@ void add_groups(std::vector<CaseSpec>* specs) {
         // and with one, beside items that are cut.
         spec.sequences = {{1, 70}, {2, 90}, {5, 200}, {1, 1300}};
         specs->push_back(spec);
+        // Sequences of one token, which no kernels but those of the fewest rows are launched for.
+        spec.sequences = {{1, 70}, {1, 90}, {1, 200}, {1, 1300}};
+        specs->push_back(spec);
         spec.sequences = {{1, 9000}, {100, 400}, {1, 30}, {60, 2000}};
         specs->push_back(spec);
       }
@@ -71,6 +74,9 @@ void add_groups(std::vector<CaseSpec>* specs) {
       specs->back().page_padding = 3;
       specs->back().storage_offset = 1;
     }
+    specs->push_back(layer_spec(model, KvCacheDType::kFp8E4M3, 128));
+    specs->back().page_padding = 3;
+    specs->back().storage_offset = 1;
     CaseSpec spec = layer_spec(model, KvCacheDType::kAuto, 256);
     specs->push_back(spec);
     specs->push_back(with_soft_cap(spec));

@@ -57,6 +57,8 @@ struct BackendCapabilities {
 struct KernelInfo {
   std::string name;
   std::string serves;  // which calls, for people
+  // The row above whose compiled code this one is, for other calls; empty: none.
+  std::string same_as;
 };
 
 // One attention implementation. Objects are immutable, live for the whole process and may be used

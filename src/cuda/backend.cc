@@ -1,6 +1,7 @@
 // The CUDA backend: everything in semantics.md, on any GPU from sm_80 on.
 #include "backend.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "cuda/check.h"
@@ -43,17 +44,21 @@ class CudaBackend final : public Backend {
     std::vector<KernelInfo> list;
     for (const std::span<const AttentionKernel> architecture : quire::cuda::kernel_table()) {
       for (const AttentionKernel& kernel : architecture) {
-        list.push_back({kernel.name, describe(kernel)});
+        const auto same =
+            std::find_if(architecture.begin(), architecture.end(), [&](const auto& k) {
+              return k.launch == kernel.launch && k.launch_beside == kernel.launch_beside;
+            });
+        list.push_back({kernel.name, describe(kernel), &*same == &kernel ? "" : same->name});
       }
     }
-    list.push_back({"plan", "every batch, once a step"});
-    list.push_back({"find_partners", "batches of auto_cascade, once a step"});
-    list.push_back({"cascade_tensors", "AttentionMetadata with a common prefix, once a step"});
-    list.push_back({"block_quantize", "fp8 outputs with block scales"});
-    list.push_back({"cache_write_rows", "write_kv_cache of rows of whole aligned pieces"});
-    list.push_back({"cache_write_elements", "write_kv_cache of other rows"});
-    list.push_back({"cache_write_int4", "write_kv_cache of int4 caches"});
-    list.push_back({"merge", "merge_states"});
+    list.push_back({"plan", "every batch, once a step", ""});
+    list.push_back({"find_partners", "batches of auto_cascade, once a step", ""});
+    list.push_back({"cascade_tensors", "AttentionMetadata with a common prefix, once a step", ""});
+    list.push_back({"block_quantize", "fp8 outputs with block scales", ""});
+    list.push_back({"cache_write_rows", "write_kv_cache of rows of whole aligned pieces", ""});
+    list.push_back({"cache_write_elements", "write_kv_cache of other rows", ""});
+    list.push_back({"cache_write_int4", "write_kv_cache of int4 caches", ""});
+    list.push_back({"merge", "merge_states", ""});
     return list;
   }
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "quire/quire.h"
 #include "semantics/int4.h"
 
 namespace quire::cuda {
@@ -20,6 +21,19 @@ std::vector<AttentionKernel> all_rows() {
     rows.insert(rows.end(), architecture.begin(), architecture.end());
   }
   return rows;
+}
+
+// What verify --covering counts by: kernels over bytes that take both types of queries have two rows.
+TEST(KernelTable, TwoRowsOfOneKernelSaySo) {
+  std::size_t num_twins = 0;
+  for (const KernelInfo& kernel : attention_backend("cuda").kernel_table()) {
+    const bool is_twin = kernel.name.find("sm90::decode_bf16_kv8") == 0;
+    num_twins += is_twin ? 1 : 0;
+    std::string twin = is_twin ? kernel.name : "";
+    if (is_twin) twin.replace(twin.find("bf16"), 4, "fp16");
+    EXPECT_EQ(kernel.same_as, twin) << kernel.name;
+  }
+  EXPECT_GT(num_twins, 0U);
 }
 
 TEST(KernelTable, RowsCanBePlannedFor) {
