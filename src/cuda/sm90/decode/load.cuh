@@ -288,4 +288,24 @@ class DecodeLoader {
   const int lane_;
 };
 
+// One thread, before any other looks.
+template <class C>
+__device__ __forceinline__ void init_barriers(const KernelParams& p, DecodeShared<C>& shared) {
+  const auto init = [](auto& barriers, int full, int empty) {
+    for (auto& barrier : barriers.full) ptx::mbarrier_init(ptx::shared_address(&barrier), full);
+    for (auto& barrier : barriers.empty) ptx::mbarrier_init(ptx::shared_address(&barrier), empty);
+  };
+  for (int i = 0; i < DecodeShared<C>::kTiles; ++i) {
+    // The copies' bytes; of tokens' scales, each lane's.
+    const KvParams& kv = i % 2 == 0 ? p.k : p.v;
+    const int full = C::kKv8 && kv.token_scales != nullptr ? 33 : 1;
+    ptx::mbarrier_init(ptx::shared_address(&shared.tile_barriers.full[i]), full);
+    ptx::mbarrier_init(ptx::shared_address(&shared.tile_barriers.empty[i]), C::kTileArrivals);
+  }
+  // Two warps that load, tiles and row tables, and the warpgroup.
+  init(shared.split_barriers, 1, 2 * 32 + kWarpgroupThreads);
+  init(shared.row_barriers, 32, kWarpgroupThreads);
+  ptx::mbarrier_fence_init();
+}
+
 }  // namespace quire::cuda::sm90

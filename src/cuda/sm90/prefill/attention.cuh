@@ -36,7 +36,7 @@
 // need 32 of them, and lost a quarter of their speed beside CTAs that decode (a probe on an H100).
 // A tile takes 3,660 clocks (in the profiler, pre_8x2k): of a warpgroup's, 1,420 are softmax, 900 the
 // product with K, 770 that with V, each with its wait for the other warpgroups', 290 the turn, 125
-// waiting for K. In long runs the card's limit of power lowers the clock by a tenth.
+// waiting for K.
 #pragma once
 
 #include "cuda/ptx/tma.cuh"
@@ -456,31 +456,6 @@ class PrefillConsumer {
   ptx::RingCounter stage_;   // of K and V
   ptx::RingCounter task_;    // of tasks and of queries
 };
-
-template <class C>
-__device__ __forceinline__ void init_barriers(PrefillShared<C>& shared) {
-  for (int i = 0; i < kTasks; ++i) {
-    ptx::mbarrier_init(barrier_address(shared.task_full[i]), 32);
-    // The loader of K and V, the threads that copy queries and outputs, and the consumers.
-    ptx::mbarrier_init(barrier_address(shared.task_empty[i]), 1 + 64 + C::kConsumerThreads);
-  }
-  for (int i = 0; i < C::kQueryBuffers; ++i) {
-    ptx::mbarrier_init(barrier_address(shared.query_full[i]), 64);
-    for (int w = 0; w < C::kConsumers; ++w) {
-      ptx::mbarrier_init(barrier_address(shared.output_full[i][w]), kWarpgroup);
-    }
-  }
-  for (int i = 0; i < C::kStages; ++i) {
-    ptx::mbarrier_init(barrier_address(shared.k_full[i]), 1);
-    ptx::mbarrier_init(barrier_address(shared.k_empty[i]), C::kConsumers);
-    ptx::mbarrier_init(barrier_address(shared.v_full[i]), 1);
-    ptx::mbarrier_init(barrier_address(shared.v_empty[i]), C::kConsumers);
-  }
-  ptx::mbarrier_init(barrier_address(shared.task_wanted), 1);
-  ptx::mbarrier_fence_init();
-  shared.part[0].exists = shared.part[1].exists = false;
-  for (std::uint32_t& tile : shared.rare) tile = 0;
-}
 
 // All threads of a CTA: its part of the work. `place()` tells its PrefillPlace, to the one warp that
 // asks.

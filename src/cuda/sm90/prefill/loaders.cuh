@@ -364,4 +364,30 @@ class RowCopier {
   ptx::RingCounter at_;  // of tasks and of queries
 };
 
+// One thread, before any other looks.
+template <class C>
+__device__ __forceinline__ void init_barriers(PrefillShared<C>& shared) {
+  for (int i = 0; i < kTasks; ++i) {
+    ptx::mbarrier_init(barrier_address(shared.task_full[i]), 32);
+    // The loader of K and V, the threads that copy queries and outputs, and the consumers.
+    ptx::mbarrier_init(barrier_address(shared.task_empty[i]), 1 + 64 + C::kConsumerThreads);
+  }
+  for (int i = 0; i < C::kQueryBuffers; ++i) {
+    ptx::mbarrier_init(barrier_address(shared.query_full[i]), 64);
+    for (int w = 0; w < C::kConsumers; ++w) {
+      ptx::mbarrier_init(barrier_address(shared.output_full[i][w]), kWarpgroup);
+    }
+  }
+  for (int i = 0; i < C::kStages; ++i) {
+    ptx::mbarrier_init(barrier_address(shared.k_full[i]), 1);
+    ptx::mbarrier_init(barrier_address(shared.k_empty[i]), C::kConsumers);
+    ptx::mbarrier_init(barrier_address(shared.v_full[i]), 1);
+    ptx::mbarrier_init(barrier_address(shared.v_empty[i]), C::kConsumers);
+  }
+  ptx::mbarrier_init(barrier_address(shared.task_wanted), 1);
+  ptx::mbarrier_fence_init();
+  shared.part[0].exists = shared.part[1].exists = false;
+  for (std::uint32_t& tile : shared.rare) tile = 0;
+}
+
 }  // namespace quire::cuda::sm90

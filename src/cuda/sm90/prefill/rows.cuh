@@ -19,7 +19,7 @@ __device__ __forceinline__ bool is_plain_causal(const KernelParams& p) {
          !p.batch.has_positions() && p.schedule.shared_rows == nullptr;
 }
 
-// n / d for n < 2^21: a product's error is less than half a d-th. (A division takes 200 clocks.)
+// n / d for n < 2^21: a product's error is less than half a d-th. (A division is some 20 instructions, one after the other.)
 __device__ __forceinline__ int small_quotient(int n, int d) {
   return static_cast<int>((static_cast<float>(n) + 0.5F) *
                           ptx::reciprocal_approx(static_cast<float>(d)));
@@ -80,9 +80,8 @@ __device__ __forceinline__ float normalise_row(const KernelParams& p, const Spli
   return normalised.output_scale * value_of(p.v.scale);
 }
 
-// What a thread sees of one row's keys in a kv tile of up to 128: a bit for each of its columns.
-// (One way for all masks, of few instructions: what an item needs once is not in the instruction
-// cache, and came at a tenth of the speed of the loop.)
+// What a thread sees of one row's keys in a kv tile of up to 128: a bit for each of its columns, so
+// that there is one way to mask for all masks.
 class VisibleColumns {
  public:
   VisibleColumns() = default;
