@@ -63,7 +63,9 @@ void add_groups(std::vector<CaseSpec>* specs) {
         specs->push_back(spec);
         // Sequences of one token, which no kernels but those of the fewest rows are launched for.
         spec.sequences = {{1, 70}, {1, 90}, {1, 200}, {1, 1300}};
+        spec.max_query_len = 1;
         specs->push_back(spec);
+        spec.max_query_len = 0;
         spec.sequences = {{1, 9000}, {100, 400}, {1, 30}, {60, 2000}};
         specs->push_back(spec);
       }
@@ -117,6 +119,25 @@ void add_byte_groups(std::vector<CaseSpec>* specs) {
         spec.config.num_heads = 2 * group;
         spec.config.block_size = next % 2 == 0 ? 16 : 32;
         spec.sequences = {{1, 70}, {2, 90}, {5, 200}, {1, 1300}, {20, 60}};
+        specs->push_back(spec);
+      }
+    }
+  }
+}
+
+// Many rows over them: prefixes cut between CTAs, windows, blocks that do not exist, pages of 16 to 128.
+void add_byte_prefill(std::vector<CaseSpec>* specs) {
+  for (const DType model : {DType::kBFloat16, DType::kFloat16}) {
+    for (const KvCacheDType cache : {KvCacheDType::kFp8E4M3, KvCacheDType::kFp8E5M2}) {
+      for (const std::int64_t head_size : {64, 128}) {
+        CaseSpec spec = layer_spec(model, cache, head_size);
+        const bool e5m2 = cache == KvCacheDType::kFp8E5M2;
+        spec.config.num_heads = 2 * (e5m2 ? 4 : 7);
+        spec.config.block_size = head_size == 64 ? 16 : 128;
+        spec.sequences = {{100, 2000}, {300, 300}, {1, 70}, {64, 5000}, {0, 5}, {33, 33}};
+        spec.wild_blocks = e5m2 ? 2 : 0;
+        if (e5m2) spec.config.mask = Mask::sliding_window(150);
+        spec.sinks = spec.lse = !e5m2;
         specs->push_back(spec);
       }
     }
@@ -238,6 +259,7 @@ std::vector<CaseSpec> covering_specs() {
   add_groups(&specs);
   add_windows(&specs);
   add_byte_groups(&specs);
+  add_byte_prefill(&specs);
   add_storage(&specs);
   add_masks(&specs);
   add_plans_and_outputs(&specs);

@@ -24,6 +24,7 @@ struct LayerParams {
   Device device;
   DType dtype = DType::kNone;     // of the query
   DType kv_dtype = DType::kNone;  // of K and V as they are stored
+  bool token_scales = false;      // with a scale for each token and head
   bool paged = true;              // K and V live in a paged cache; else in key/value tensors
   bool cross = false;             // cross attention: sequence and query lengths are unrelated
   bool batch_invariant = false;

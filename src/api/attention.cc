@@ -68,6 +68,7 @@ LayerParams lower_layer(const AttentionConfig& config, const BackendCapabilities
   layer.dtype = config.dtype;
   layer.paged = !is_encoder(config.type);
   layer.kv_dtype = layer.paged ? storage_dtype(config.kv_cache_dtype, config.dtype) : config.dtype;
+  layer.token_scales = layer.paged && is_per_token_head(config.kv_cache_dtype);
   layer.cross = config.type == AttentionType::kEncoderDecoder;
   layer.batch_invariant = config.batch_invariant;
   layer.auto_cascade =

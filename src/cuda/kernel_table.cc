@@ -34,7 +34,7 @@ std::string describe(const AttentionKernel& kernel) {
     // Those of single head sizes take 16-bit queries.
     const bool takes_fp8 = key.kv8 && key.compute == DType::kFloat16 && !key.exact_head_size;
     text = compute + (takes_fp8 ? " and fp8" : "") + " queries; K and V in " +
-           (key.kv8 ? "8 bits" : compute);
+           (key.kv8 ? "8 bits" : compute) + (key.token_scales ? "" : " without tokens' scales");
   }
   text += (key.exact_head_size ? "; head size " : "; head sizes up to ") +
           std::to_string(key.max_head_size);
@@ -62,6 +62,7 @@ bool takes_layer(const KernelKey& key, const LayerParams& layer, const DeviceInf
   const int capability = device.major * 10 + device.minor;
   return capability >= key.min_capability && capability <= key.max_capability &&
          takes_dtypes(key, layer.dtype, layer.kv_dtype) &&
+         (key.token_scales || !layer.token_scales) &&
          std::max(layer.head_size, layer.head_size_v) <= key.max_head_size &&
          layer.head_size_v >= key.min_head_size_v &&
          (!key.exact_head_size ||

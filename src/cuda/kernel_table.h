@@ -27,6 +27,7 @@ struct KernelKey {
   // fp32: everything.
   DType compute = DType::kNone;
   bool kv8 = false;
+  bool token_scales = true;        // also caches with scales of their own for each token and head
   std::int32_t max_head_size = 0;  // of K and V
   bool exact_head_size = false;    // K and V of just that size
   std::int32_t min_head_size_v = 0;

@@ -216,6 +216,25 @@ TEST(ChooseKernels, WithoutTheFormForModifiedScoresAFamilyIsNotUsed) {
   EXPECT_EQ(table.chosen(64), (Names{"old/16/64", "old/any/64"}));
 }
 
+TEST(ChooseKernels, CachesWithTokensScalesLeaveOutKernelsThatDoNotTakeThem) {
+  Table table;
+  table.add(&table.new_, "new", 128, kAnyRows, 90);
+  for (AttentionKernel& kernel : table.new_) kernel.key.token_scales = false;
+  LayerParams layer;
+  layer.dtype = layer.kv_dtype = DType::kBFloat16;
+  layer.head_size = layer.head_size_v = 128;
+  DeviceInfo device;
+  device.sm_count = 10;
+  device.major = 9;
+  const auto last = [&] {
+    const KernelTable kernels = {table.new_, table.old_, table.fp32_};
+    return std::string(choose_kernels(kernels, layer, device, Calls::kSome).back().first().name);
+  };
+  EXPECT_EQ(last(), "new");
+  layer.token_scales = true;
+  EXPECT_EQ(last(), "old");
+}
+
 // For the calls that it takes it is; if the layer's own scores are not among them, it is not.
 TEST(ChooseKernels, AFamilyForSomeCalls) {
   Table table;

@@ -47,6 +47,31 @@ struct Int8 {
   }
 };
 
+// Four bytes of a type -> fp16 pairs, exactly, as widen() does of two; E4M3 from sm_89 on.
+__device__ __forceinline__ void widen_four(E4M3 /*type*/, std::uint32_t word, std::uint32_t* low,
+                                           std::uint32_t* high) {
+  asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;\n}"
+      : "=r"(*low), "=r"(*high)
+      : "r"(word));
+}
+__device__ __forceinline__ void widen_four(E5M2 /*type*/, std::uint32_t word, std::uint32_t* low,
+                                           std::uint32_t* high) {
+  *low = __byte_perm(word, 0, 0x1404);
+  *high = __byte_perm(word, 0, 0x3424);
+}
+__device__ __forceinline__ void widen_four(Int8 /*type*/, std::uint32_t word, std::uint32_t* low,
+                                           std::uint32_t* high) {
+  const std::uint32_t shifted = word ^ 0x80808080U;
+  const __half2 zero = __floats2half2_rn(1152.0F, 1152.0F);
+  const auto minus_zero = [&](std::uint32_t bits) {
+    const __half2 x = __hsub2(*reinterpret_cast<const __half2*>(&bits), zero);
+    return *reinterpret_cast<const std::uint32_t*>(&x);
+  };
+  *low = minus_zero(__byte_perm(shifted, 0x64646464, 0x4140));
+  *high = minus_zero(__byte_perm(shifted, 0x64646464, 0x4342));
+}
+
 // Sixteen stored bytes -> two 16-byte pieces of `Type`, multiplied by `scale` if `scaled`.
 template <class Type, class Stored>
 __device__ __forceinline__ void widen_piece(const uint4& bytes, bool scaled, float scale,
@@ -67,6 +92,19 @@ __device__ __forceinline__ void widen_piece(const uint4& bytes, bool scaled, flo
       x.y *= scale;
     }
     out[i] = Type::pack(x.x, x.y);
+  }
+}
+
+// The same unscaled, of the types that widen_four() takes.
+template <class Type, class Stored>
+__device__ __forceinline__ void widen_sixteen(const uint4& bytes, std::uint32_t (&out)[8]) {
+  if constexpr (std::is_same_v<Type, Half>) {
+    widen_four(Stored(), bytes.x, &out[0], &out[1]);
+    widen_four(Stored(), bytes.y, &out[2], &out[3]);
+    widen_four(Stored(), bytes.z, &out[4], &out[5]);
+    widen_four(Stored(), bytes.w, &out[6], &out[7]);
+  } else {
+    widen_piece<Type, Stored>(bytes, false, 1.0F, out);
   }
 }
 

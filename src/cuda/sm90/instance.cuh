@@ -29,20 +29,21 @@ struct PrefillKernel {
     return instance;
   }
   static void describe(AttentionKernel* row) {
+    row->key.token_scales = !Config::kKv8;
     row->whole_items = true;
     row->shared_prefix = true;
     row->policy = prefill_policy<Config>();
   }
-  static bool takes(const LayerParams&) { return true; }
+  static bool takes(const LayerParams& layer) { return size_of(layer.dtype) == 2; }
   static bool takes(const KernelParams& p) {
     // Of modified scores those with a soft cap alone.
     return p.layer.alibi_slopes == nullptr && p.batch.qq_bias == nullptr;
   }
 };
 
-template <class Type, int kHeadSize, bool kScoreMod>
-struct Kernel<Phase::prefill, Type, false, kHeadSize, 0, kScoreMod>
-    : PrefillKernel<PrefillConfig<Type, kHeadSize, kScoreMod>> {};
+template <class Type, bool kKv8, int kHeadSize, bool kScoreMod>
+struct Kernel<Phase::prefill, Type, kKv8, kHeadSize, 0, kScoreMod>
+    : PrefillKernel<PrefillConfig<Type, kKv8, kHeadSize, kScoreMod>> {};
 
 }  // namespace quire::cuda::sm90
 

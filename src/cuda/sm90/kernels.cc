@@ -16,12 +16,12 @@ namespace quire::cuda::sm90 {
 
 namespace {
 
-// Kernels over 8-bit caches multiply in fp16 but take queries in bf16 too: each gets a second row
-// for those.
+// Decode kernels over 8-bit caches multiply in fp16 but take queries in bf16 too: each gets a second
+// row for those. (Prefill kernels widen the cache to the queries' type.)
 std::vector<AttentionKernel> with_bf16_queries(std::vector<AttentionKernel> rows) {
   static std::deque<std::string> names;
   for (std::size_t i = 0, count = rows.size(); i < count; ++i) {
-    if (!rows[i].key.kv8) continue;
+    if (!rows[i].key.kv8 || rows[i].key.max_rows == kAnyRows) continue;
     AttentionKernel row = rows[i];
     row.key.compute = DType::kBFloat16;
     std::string& name = names.emplace_back(row.name);

@@ -47,31 +47,6 @@ struct BytePlaces {
   }
 };
 
-// Four bytes of a type -> fp16 pairs, exactly, as ptx::E4M3::widen() and the like do of two.
-__device__ __forceinline__ void widen_four(ptx::E4M3 /*type*/, std::uint32_t word,
-                                           std::uint32_t* low, std::uint32_t* high) {
-  asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\n"
-      "cvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;\n}"
-      : "=r"(*low), "=r"(*high)
-      : "r"(word));
-}
-__device__ __forceinline__ void widen_four(ptx::E5M2 /*type*/, std::uint32_t word,
-                                           std::uint32_t* low, std::uint32_t* high) {
-  *low = __byte_perm(word, 0, 0x1404);
-  *high = __byte_perm(word, 0, 0x3424);
-}
-__device__ __forceinline__ void widen_four(ptx::Int8 /*type*/, std::uint32_t word,
-                                           std::uint32_t* low, std::uint32_t* high) {
-  const std::uint32_t shifted = word ^ 0x80808080U;
-  const __half2 zero = __floats2half2_rn(1152.0F, 1152.0F);
-  const auto minus_zero = [&](std::uint32_t bits) {
-    const __half2 x = __hsub2(*reinterpret_cast<const __half2*>(&bits), zero);
-    return *reinterpret_cast<const std::uint32_t*>(&x);
-  };
-  *low = minus_zero(__byte_perm(shifted, 0x64646464, 0x4140));
-  *high = minus_zero(__byte_perm(shifted, 0x64646464, 0x4342));
-}
-
 __device__ __forceinline__ std::uint32_t load_word(std::uint32_t from) {
   std::uint32_t word;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from) : "memory");
@@ -124,8 +99,8 @@ struct ByteKeys {
     with_stored_type(dtype, [&](auto type) {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        widen_four(type, words[0][i], &a[i][0], &a[i][2]);
-        widen_four(type, words[1][i], &a[i][1], &a[i][3]);
+        ptx::widen_four(type, words[0][i], &a[i][0], &a[i][2]);
+        ptx::widen_four(type, words[1][i], &a[i][1], &a[i][3]);
       }
     });
   }
@@ -170,8 +145,8 @@ struct ByteValues {
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
         for (int h = 0; h < kColumns; ++h) {
-          widen_four(type, words[step][0][h], &a[step][h][0], &a[step][h][1]);
-          widen_four(type, words[step][1][h], &a[step][h][2], &a[step][h][3]);
+          ptx::widen_four(type, words[step][0][h], &a[step][h][0], &a[step][h][1]);
+          ptx::widen_four(type, words[step][1][h], &a[step][h][2], &a[step][h][3]);
         }
       }
     });

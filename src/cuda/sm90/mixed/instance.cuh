@@ -11,7 +11,7 @@ namespace quire::cuda::sm90 {
 template <class Type, int kHeadSize, int kRows>
 struct Kernel<Phase::mixed, Type, false, kHeadSize, kRows, false> {
   using Decode = TeamConfig<Type, kHeadSize, kRows>;
-  using Prefill = PrefillConfig<Type, kHeadSize, false>;
+  using Prefill = PrefillConfig<Type, false, kHeadSize, false>;
   using Config = MixedConfig<Prefill, Decode>;
   static_assert(sizeof(DecodeShared<Decode>) <= kDecodeSharedBytes<Decode>);
   static Instance instance(const char* name) {

@@ -14,22 +14,24 @@ namespace quire::cuda::sm90 {
 
 inline constexpr int kWarpgroup = 128;
 
-template <class Type_, int kHeadSize_, bool kSoftCap_>
+template <class Type_, bool kKv8_, int kHeadSize_, bool kSoftCap_>
 struct PrefillConfig {
   using Type = Type_;
+  static constexpr bool kKv8 = kKv8_;  // K and V are stored in 8 bits
   static constexpr int kHeadSize = kHeadSize_;
   static constexpr bool kSoftCap = kSoftCap_;
   static constexpr bool kUnmappedApart = std::is_same_v<Type, ptx::Half>;
   // At head size 256 O takes 128 registers: two warpgroups, half the keys, and one buffer of
   // queries.
   static constexpr bool kWide = kHeadSize > 128;
-  static constexpr int kConsumers = kWide ? 2 : 3;  // warpgroups, 64 rows each
+  // Over 8-bit caches a warpgroup that widens K and V takes the third one's registers.
+  static constexpr int kConsumers = kWide || kKv8 ? 2 : 3;  // warpgroups, 64 rows each
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kKeys = kWide ? 64 : 128;           // of a tile of K and V
   static constexpr int kStages = kHeadSize <= 64 ? 4 : 2;  // of K and of V
   static constexpr int kQueryBuffers = kWide ? 1 : 2;
   static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
-  static constexpr int kThreads = kConsumerThreads + kWarpgroup;
+  static constexpr int kThreads = kConsumerThreads + (kKv8 ? 2 : 1) * kWarpgroup;
   static constexpr int kRowBytes = kHeadSize * 2;
   static constexpr int kQueryBytes = kRows * kRowBytes;  // of a buffer
   static constexpr int kTileBytes = kKeys * kRowBytes;   // of K or V
@@ -39,12 +41,18 @@ struct PrefillConfig {
   // the next K. Two consumers fall into step without it: their products wait for each other, and
   // then both are at their softmax. Of three, the others would wait too long.
   static constexpr bool kKeepsTurn = kConsumers == 2;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kKv8 ? 192 : (kConsumers == 2 ? 232 : 160);
+  static constexpr int kProducerRegisters = kKv8 ? 64 : (kConsumers == 2 ? 40 : 32);
+  // Tiles as they are stored, of K and V by turns.
+  static constexpr int kByteTileBytes = kKeys * kHeadSize;
+  static constexpr int kByteStages = kKv8 ? kStages : 0;
   // Where things begin in shared memory.
   static constexpr int kKeysAt = kQueryBuffers * kQueryBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
-  static constexpr int kSharedAt = kValuesAt + kStages * kTileBytes;
+  static constexpr int kBytesAt = kValuesAt + kStages * kTileBytes;
+  static constexpr int kSharedAt = kBytesAt + kByteStages * kByteTileBytes;
+  // A tile's TileInfo is needed until its K has been given back and a bit longer.
+  static_assert(kByteStages / 2 < kStages);
 };
 
 // Consumers wait for each other at these barriers; 0 is __syncthreads.
@@ -108,6 +116,10 @@ struct PrefillShared {
   std::uint64_t k_empty[C::kStages];
   std::uint64_t v_full[C::kStages];
   std::uint64_t v_empty[C::kStages];
+  // With kKv8 these are between the warps that widen and the consumers, and between the loader and
+  // the warps that widen there are:
+  std::uint64_t bytes_full[C::kKv8 ? C::kByteStages : 1];
+  std::uint64_t bytes_empty[C::kKv8 ? C::kByteStages : 1];
   PrefillTask task[kTasks];
   // Parts of items that are cut at the ends of the CTA's range: begun by it, and found begun.
   // Combined when all its work is done, where the registers of the loop are free.

@@ -1,5 +1,6 @@
 // The producer warpgroup of the prefill kernel: one warp finds work, one has the copy engine bring
-// K and V, two copy queries and outputs.
+// K and V, two copy queries and outputs. (Over 8-bit caches another warpgroup widens what arrives:
+// widener.cuh.)
 #pragma once
 
 #include "cuda/kernel/kv_address.cuh"
@@ -201,9 +202,13 @@ class KvLoader {
   }
 
   __device__ __forceinline__ void wait_for_room(bool is_k) const {
-    const std::uint32_t s = stage_.index;
-    ptx::mbarrier_wait(barrier_address(is_k ? shared_.k_empty[s] : shared_.v_empty[s]),
-                       stage_.parity ^ 1U);
+    if constexpr (C::kKv8) {
+      ptx::mbarrier_wait(barrier_address(shared_.bytes_empty[bytes_.index]), bytes_.parity ^ 1U);
+    } else {
+      const std::uint32_t s = stage_.index;
+      ptx::mbarrier_wait(barrier_address(is_k ? shared_.k_empty[s] : shared_.v_empty[s]),
+                         stage_.parity ^ 1U);
+    }
   }
 
   __device__ __forceinline__ TileInfo& tile_info() const {
@@ -219,18 +224,23 @@ class KvLoader {
   }
 
   __device__ __forceinline__ void load_side(const KvMap& map, bool is_k, const KvBox& box,
-                                            std::int32_t head) const {
-    const std::uint32_t s = stage_.index;
-    const std::uint32_t full = barrier_address(is_k ? shared_.k_full[s] : shared_.v_full[s]);
-    if (lane_ == 0) ptx::mbarrier_arrive_expect(full, C::kTileBytes);
+                                            std::int32_t head) {
+    constexpr int kBytes = C::kKv8 ? C::kByteTileBytes : C::kTileBytes;
+    const std::uint32_t s = C::kKv8 ? bytes_.index : stage_.index;
+    const int ring = C::kKv8 ? C::kBytesAt : (is_k ? C::kKeysAt : C::kValuesAt);
+    const std::uint32_t full = barrier_address(C::kKv8 ? shared_.bytes_full[s]
+                                               : is_k  ? shared_.k_full[s]
+                                                       : shared_.v_full[s]);
+    if (lane_ == 0) ptx::mbarrier_arrive_expect(full, kBytes);
     __syncwarp();
     if (lane_ < boxes_) {
       const std::uint32_t to =
-          memory_ + static_cast<std::uint32_t>(is_k ? C::kKeysAt : C::kValuesAt) +
-          s * C::kTileBytes + static_cast<std::uint32_t>(lane_ * maps_.box_keys * C::kRowBytes);
+          memory_ + static_cast<std::uint32_t>(ring) + s * kBytes +
+          static_cast<std::uint32_t>(lane_ * maps_.box_keys * (kBytes / C::kKeys));
       ptx::load_box(to, &map.map, full, 0, 0, 0, box.block * map.heads_per_block + head, box.eight,
                     ptx::kEvictNormal);
     }
+    if (C::kKv8) bytes_.advance(C::kByteStages);
   }
 
   const KernelParams& p_;
@@ -240,6 +250,7 @@ class KvLoader {
   const int lane_;
   const int boxes_;
   ptx::RingPosition stage_;
+  ptx::RingPosition bytes_;  // with C::kKv8
 };
 
 // Two warps: the query rows of each task, as wgmma reads them (64 rows a warpgroup, columns of 64
@@ -369,8 +380,10 @@ template <class C>
 __device__ __forceinline__ void init_barriers(PrefillShared<C>& shared) {
   for (int i = 0; i < kTasks; ++i) {
     ptx::mbarrier_init(barrier_address(shared.task_full[i]), 32);
-    // The loader of K and V, the threads that copy queries and outputs, and the consumers.
-    ptx::mbarrier_init(barrier_address(shared.task_empty[i]), 1 + 64 + C::kConsumerThreads);
+    // The loader of K and V, the threads that copy queries and outputs, the consumers, and the
+    // warps that widen.
+    ptx::mbarrier_init(barrier_address(shared.task_empty[i]),
+                       1 + 64 + C::kConsumerThreads + (C::kKv8 ? kWarpgroup : 0));
   }
   for (int i = 0; i < C::kQueryBuffers; ++i) {
     ptx::mbarrier_init(barrier_address(shared.query_full[i]), 64);
@@ -379,10 +392,14 @@ __device__ __forceinline__ void init_barriers(PrefillShared<C>& shared) {
     }
   }
   for (int i = 0; i < C::kStages; ++i) {
-    ptx::mbarrier_init(barrier_address(shared.k_full[i]), 1);
+    ptx::mbarrier_init(barrier_address(shared.k_full[i]), C::kKv8 ? kWarpgroup : 1);
     ptx::mbarrier_init(barrier_address(shared.k_empty[i]), C::kConsumers);
-    ptx::mbarrier_init(barrier_address(shared.v_full[i]), 1);
+    ptx::mbarrier_init(barrier_address(shared.v_full[i]), C::kKv8 ? kWarpgroup : 1);
     ptx::mbarrier_init(barrier_address(shared.v_empty[i]), C::kConsumers);
+  }
+  for (int i = 0; i < C::kByteStages; ++i) {
+    ptx::mbarrier_init(barrier_address(shared.bytes_full[i]), 1);
+    ptx::mbarrier_init(barrier_address(shared.bytes_empty[i]), kWarpgroup);
   }
   ptx::mbarrier_init(barrier_address(shared.task_wanted), 1);
   ptx::mbarrier_fence_init();
