@@ -64,6 +64,7 @@ void add_groups(std::vector<CaseSpec>* specs) {
         // Sequences of one token, which no kernels but those of the fewest rows are launched for.
         spec.sequences = {{1, 70}, {1, 90}, {1, 200}, {1, 1300}};
         specs->push_back(spec);
+        specs->back().max_query_len = 1;
         spec.sequences = {{1, 9000}, {100, 400}, {1, 30}, {60, 2000}};
         specs->push_back(spec);
       }
