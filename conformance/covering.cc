@@ -63,9 +63,8 @@ void add_groups(std::vector<CaseSpec>* specs) {
         specs->push_back(spec);
         // Sequences of one token, which no kernels but those of the fewest rows are launched for.
         spec.sequences = {{1, 70}, {1, 90}, {1, 200}, {1, 1300}};
-        spec.max_query_len = 1;
         specs->push_back(spec);
-        spec.max_query_len = 0;
+        specs->back().max_query_len = 1;
         spec.sequences = {{1, 9000}, {100, 400}, {1, 30}, {60, 2000}};
         specs->push_back(spec);
       }
@@ -134,7 +133,7 @@ void add_byte_prefill(std::vector<CaseSpec>* specs) {
         const bool e5m2 = cache == KvCacheDType::kFp8E5M2;
         spec.config.num_heads = 2 * (e5m2 ? 4 : 7);
         spec.config.block_size = head_size == 64 ? 16 : 128;
-        spec.sequences = {{100, 2000}, {300, 300}, {1, 70}, {64, 5000}, {0, 5}, {33, 33}};
+        spec.sequences = {{60, 700}, {130, 130}, {1, 70}, {40, 1500}, {0, 5}, {33, 33}};
         spec.wild_blocks = e5m2 ? 2 : 0;
         if (e5m2) spec.config.mask = Mask::sliding_window(150);
         spec.sinks = spec.lse = !e5m2;

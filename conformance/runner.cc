@@ -141,16 +141,22 @@ Context DeviceCase::context() const {
   return context;
 }
 
-std::string DeviceCase::write_cache() {
-  const PagedKvCache target = cache();
-  const std::vector<const Tensor*> views{&c_.key_cache, &c_.value_cache, &c_.k_scale_cache,
-                                         &c_.v_scale_cache};
-  for (const Tensor* view : views) {
+// The cache as it was before this step's write.
+void DeviceCase::undo_write() {
+  for (const Tensor* view :
+       {&c_.key_cache, &c_.value_cache, &c_.k_scale_cache, &c_.v_scale_cache}) {
     if (!*view) continue;
     for (const auto& [buffer, earlier] : c_.before) {
       if (buffer == view->buffer) buffers_.store(*view, earlier.bytes);
     }
   }
+}
+
+std::string DeviceCase::write_cache() {
+  const PagedKvCache target = cache();
+  const std::vector<const Tensor*> views{&c_.key_cache, &c_.value_cache, &c_.k_scale_cache,
+                                         &c_.v_scale_cache};
+  undo_write();
   write_kv_cache(buffers_.view(c_.key), buffers_.view(c_.value), target,
                  buffers_.view(c_.slot_mapping), context());
   memory_.synchronize();
@@ -199,6 +205,26 @@ Actual DeviceCase::attend() {
   return outputs();
 }
 
+Actual DeviceCase::step() {
+  poison_outputs();
+  AttentionMetadataBuilder builder(config());
+  if (c_.spec.replan && c_.num_seqs() > 0) {
+    builder.build(0, first_sequence_of(batch()), false, context());
+  }
+  const AttentionMetadata metadata =
+      builder.build(c_.spec.announced_prefix_len, batch(), false, context());
+  const AttentionImpl layer(config());
+  const AttentionArgs args = this->args();
+  undo_write();
+  LayerScales scales;
+  scales.q = args.q_scale;
+  std::optional<Scale> output_scale;
+  if (args.has_output_scale) output_scale = args.output_scale;
+  layer.forward(scales, args.query, buffers_.view(c_.key), buffers_.view(c_.value), args.kv_cache,
+                &metadata, args.output, output_scale, args.output_block_scale, args.lse, context());
+  return outputs();
+}
+
 std::string DeviceCase::damage() {
   return buffers_.damage({&c_.output, &c_.lse, &c_.output_block_scale});
 }
@@ -233,9 +259,10 @@ std::string run_case(const Case& c, const AttentionBackend& backend) {
   try {
     DeviceCase on_device(c, backend);
     std::string problem;
-    if (c.spec.has_cache() && c.spec.write) problem = on_device.write_cache();
+    const bool writes = c.spec.has_cache() && c.spec.write;
+    if (writes) problem = on_device.write_cache();
     if (!problem.empty()) return problem;
-    const Actual actual = on_device.attend();
+    const Actual actual = writes ? on_device.step() : on_device.attend();
     problem = on_device.damage();
     if (!problem.empty()) return "attention " + problem;
     const bool is_reference = std::string(backend.name()) == "reference";

@@ -27,6 +27,8 @@ class DeviceCase {
   std::string write_cache();
   // Plans and runs attention into freshly poisoned outputs.
   Actual attend();
+  // Plans and runs the write, into the cache as it was before, and attention: one forward().
+  Actual step();
   // Its parts.
   void poison_outputs();
   Actual outputs();
@@ -36,6 +38,8 @@ class DeviceCase {
   DeviceBuffers& buffers() { return buffers_; }
 
  private:
+  void undo_write();
+
   const Case& c_;
   const AttentionBackend& backend_;
   DeviceMemory& memory_;

@@ -63,7 +63,7 @@ ALLOWED = {
     "cuda_plan": CORE | {"cuda_base", "cuda_plan"},
     "cuda_kernel": CORE | {"cuda_base", "cuda_plan", "cuda_ptx", "cuda_kernel"},
     "architecture": CORE | {"cuda_base", "cuda_plan", "cuda_ptx", "cuda_kernel", "architecture"},
-    "cuda": CORE | {"cuda_base", "cuda_plan", "cuda"},
+    "cuda": CORE | {"cuda_base", "cuda_plan", "cuda_ptx", "cuda"},
     "api": CORE | {"api", "backends"},
     "c_api": {"public", "c_api"},
     "src": CORE | {"src"},

@@ -93,6 +93,8 @@ struct AttentionParams {
   std::int64_t num_kv_tokens = 0;  // direct: rows of key and value
   void* output = nullptr;          // [num_tokens, num_heads, head_size_v]
   DType output_dtype = DType::kNone;
+  // It comes right behind a cache write, and all else that it reads was there before that began.
+  bool follows_write = false;
   std::int64_t output_token_stride = 0;
   std::int64_t output_head_stride = 0;
   bool has_output_scale = false;

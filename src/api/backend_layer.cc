@@ -145,12 +145,13 @@ TensorView AttentionImpl::forward(const LayerScales& scales, const ConstTensorVi
   }
 
   // Everything is checked before the cache changes.
-  const AttentionParams attend = plan.lower(args, ctx);
+  AttentionParams attend = plan.lower(args, ctx);
   const bool writes = !encoder && (key || value) && kv_sharing_target_layer_name_.empty();
   if (writes) {
     const CacheWriteParams write =
         api::checked_cache_write(*backend_, key, value, args.kv_cache, metadata->slot_mapping, ctx);
     api::run_cache_write(*backend_, write, ctx);
+    attend.follows_write = write.num_slots > 0;
   }
   plan.attend(attend, ctx);
   return output;

@@ -10,6 +10,7 @@
 
 #include "cuda/cache_write_rows.cuh"
 #include "cuda/check.h"
+#include "cuda/early_launch.h"
 #include "cuda/kernels.h"
 #include "semantics/int4.h"
 
@@ -127,14 +128,44 @@ __device__ void for_each_row(const CacheWriteParams& p, const Write& write) {
 
 __global__ void __launch_bounds__(kThreads)
     cache_write_elements(const __grid_constant__ CacheWriteParams p) {
+  ptx::start_dependents();
   for_each_row(p, [&](const KvParams& kv, const Side& side) { write_elements(p, kv, side); });
 }
 
 __global__ void __launch_bounds__(kThreads)
     cache_write_int4(const __grid_constant__ CacheWriteParams p) {
+  ptx::start_dependents();
   __shared__ float y[kWarps][semantics::kMostInt4Elements];
   for_each_row(
       p, [&](const KvParams&, const Side& side) { write_int4(p, side, y[threadIdx.x / 32]); });
+}
+
+// Writes of a few tokens ask for shared memory on Hopper that they do not use: a multiprocessor
+// divides its memory into L1 cache and shared memory anew only while it is empty, so attention,
+// which wants all that there is, could not begin beside them (16 x 4k: 0.9 us). Large ones are
+// slower by it, up to 7 %, for lack of L1.
+constexpr int kFewCtas = 8;  // a multiprocessor
+
+template <class Params>
+void launch(const char* name, void (*kernel)(const Params), [[maybe_unused]] Device device,
+            dim3 grid, int threads, const Params& params, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  cudaLaunchAttribute carveout = {};
+#if CUDART_VERSION >= 12050
+  carveout.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+  carveout.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+  config.attrs = &carveout;
+  const DeviceInfo& info = device_info(device.index);
+  const bool is_small = std::int64_t{grid.x} * grid.y <= std::int64_t{kFewCtas} * info.sm_count;
+  config.numAttrs = is_small && has_early_launches(info) ? 1 : 0;
+#endif
+  void* arguments[] = {const_cast<Params*>(&params)};
+  const cudaError_t error =
+      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
+  if (error != cudaSuccess) check_launch(name, grid, threads, 0);
 }
 
 void launch_elements(const CacheWriteParams& params, cudaStream_t stream) {
@@ -143,12 +174,11 @@ void launch_elements(const CacheWriteParams& params, cudaStream_t stream) {
   const auto grid =
       static_cast<unsigned>(semantics::min_of((rows + kWarps - 1) / kWarps, kMaxGrid));
   if (params.k.dtype == semantics::kInt4) {
-    cache_write_int4<<<grid, kThreads, 0, stream>>>(params);
-    check_launch("cache_write_int4", dim3(grid), kThreads, 0);
+    launch("cache_write_int4", cache_write_int4, params.device, grid, kThreads, params, stream);
     return;
   }
-  cache_write_elements<<<grid, kThreads, 0, stream>>>(params);
-  check_launch("cache_write_elements", dim3(grid), kThreads, 0);
+  launch("cache_write_elements", cache_write_elements, params.device, grid, kThreads, params,
+         stream);
 }
 
 // A kernel for rows of whole pieces, and what it asks of them.
@@ -271,13 +301,26 @@ bool launch_rows(const CacheWriteParams& p, cudaStream_t stream) {
     for (RowSide& side : part.sides) side.from += first * side.from_token_stride;
     const std::int64_t threads = rows << lanes_log2;
     const dim3 grid(static_cast<unsigned>((threads + kRowThreads - 1) / kRowThreads), 2);
-    kernel.kernel<<<grid, kRowThreads, 0, stream>>>(part);
-    check_launch("cache_write_rows", grid, kRowThreads, 0);
+    launch("cache_write_rows", kernel.kernel, p.device, grid, kRowThreads, part, stream);
   }
   return true;
 }
 
 }  // namespace
+
+bool is_cache_write(const void* function) {
+  const auto is = [&](auto* kernel) { return reinterpret_cast<const void*>(kernel) == function; };
+  if (is(cache_write_elements) || is(cache_write_int4)) return true;
+  for (const DType from : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (const DType to : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat8E5M2,
+                           DType::kFloat8E4M3, DType::kInt8}) {
+      for (const bool scaled : {false, true}) {
+        if (is(row_kernel_of(from, to, scaled).kernel)) return true;
+      }
+    }
+  }
+  return false;
+}
 
 void launch_cache_write(const CacheWriteParams& params, cudaStream_t stream) {
   if (params.num_slots == 0 || params.num_kv_heads == 0) return;

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "cuda/cache_write_pieces.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 #include "params.h"
 
 namespace quire::cuda {
@@ -121,6 +122,7 @@ __device__ __forceinline__ float scale_of_row(const From (&held)[kPieces], std::
 template <DType kFrom, DType kTo, bool kScaled>
 __global__ void __launch_bounds__(kRowThreads)
     cache_write_rows(const __grid_constant__ RowParams p) {
+  ptx::start_dependents();
   using P = Piece<kFrom, kTo>;
   constexpr int kPieces = kHeld<kFrom, kTo>;
   const RowSide& side = p.sides[blockIdx.y];

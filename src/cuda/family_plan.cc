@@ -123,12 +123,18 @@ void FamilyPlan::attention(KernelParams p, cudaStream_t stream) {
     const bool apart = mixed_ != nullptr && !mixed && end_used_ == num_families();
     workspace_.capture_attention(buffers_, shares_, apart, end_used_);
   }
-  if (shares_) launch(families_.back(), buffers_->shared, buffers_->prefixes.rows, p, stream);
+  // Only the first launch follows the cache write; the others follow that one.
+  const auto next = [&p] {
+    KernelParams params = p;
+    p.follows_write = false;
+    return params;
+  };
+  if (shares_) launch(families_.back(), buffers_->shared, buffers_->prefixes.rows, next(), stream);
   for (int i = capturing ? 0 : first_used_; i < end_used_; ++i) {
     if (mixed && (i == few_ || i == num_families() - 1)) continue;
-    launch(families_[i], buffers_->rules[i], nullptr, p, stream);
+    launch(families_[i], buffers_->rules[i], nullptr, next(), stream);
   }
-  if (mixed) launch_mixed(p, stream);
+  if (mixed) launch_mixed(next(), stream);
   if (p.block_output != nullptr) {
     launch_block_quantize(
         p, static_cast<int>(std::min(p.batch.num_tokens, std::int64_t{device_.sm_count} * 4)),

@@ -1,6 +1,7 @@
 #include "cuda/layer_plan.h"
 
 #include "cuda/check.h"
+#include "cuda/early_launch.h"
 #include "cuda/kernel_params.h"
 
 namespace quire::cuda {
@@ -29,14 +30,21 @@ void CudaPlan::update(const BatchParams& batch, const Context& ctx) {
 void CudaPlan::attention(const AttentionParams& params, const Context& ctx) {
   const cudaStream_t stream = stream_of(ctx);
   const DeviceScope scope(layer_.device);
-  const KernelParams p = lower(params);
-  if (any_ == nullptr || (!shares_ && best_.takes(p, is_capturing(stream)))) {
+  const bool capturing = is_capturing(stream);
+  KernelParams p = lower(params);
+  // In a graph it can be seen: two calls are like one there.
+  p.follows_write = has_early_launches(device_) &&
+                    (p.follows_write || (capturing && follows_captured_write(stream)));
+  if (any_ == nullptr || (!shares_ && best_.takes(p, capturing))) {
     best_.attention(p, stream);
     return;
   }
-  if (!any_is_planned_) any_->update(p.batch, stream);
+  if (!any_is_planned_) {
+    any_->update(p.batch, stream);
+    p.follows_write = false;
+  }
   any_is_planned_ = true;
-  any_is_captured_ = any_is_captured_ || is_capturing(stream);
+  any_is_captured_ = any_is_captured_ || capturing;
   any_->attention(p, stream);
 }
 

@@ -1,10 +1,12 @@
-// What the translation unit of an instance consists of: CMake writes one for each line of
-// instances.def, which includes this file and names the instance with the macro below.
+// A row of the kernel table for each instance. CMake writes a translation unit for each line of
+// instances.def, which includes the instance.cuh of its kind's folder and names the instance with the
+// macro below.
 #pragma once
 
+#include <type_traits>
+
+#include "cuda/ptx/mma.cuh"
 #include "cuda/sm90/kernels.h"
-#include "cuda/sm90/policy.h"
-#include "cuda/sm90/prefill/attention.cuh"
 
 namespace quire::cuda::sm90 {
 
@@ -14,45 +16,6 @@ enum class Compute { fp16, bf16 };
 
 template <Phase, class Type, bool kKv8, int kHeadSize, int kRows, bool kScoreMod>
 struct Kernel;
-
-template <class Config_>
-struct PrefillKernel {
-  using Config = Config_;
-  static Instance instance(const char* name) {
-    Instance instance;
-    instance.name = name;
-    instance.function = reinterpret_cast<const void*>(&attention_prefill<Config>);
-    instance.threads = Config::kThreads;
-    instance.shared_bytes = prefill_shared_bytes<Config>();
-    instance.tile_keys = Config::kKeys;
-    static_assert(prefill_shared_bytes<Config>() <= 227 * 1024);
-    return instance;
-  }
-  static void describe(AttentionKernel* row) {
-    row->key.token_scales = !Config::kKv8;
-    row->whole_items = true;
-    row->shared_prefix = true;
-    row->policy = prefill_policy<Config>();
-  }
-  static bool takes(const LayerParams& layer) { return size_of(layer.dtype) == 2; }
-  static bool takes(const KernelParams& p) {
-    // Of modified scores those with a soft cap alone.
-    return p.layer.alibi_slopes == nullptr && p.batch.qq_bias == nullptr;
-  }
-};
-
-template <class Type, bool kKv8, int kHeadSize, bool kScoreMod>
-struct Kernel<Phase::prefill, Type, kKv8, kHeadSize, 0, kScoreMod>
-    : PrefillKernel<PrefillConfig<Type, kKv8, kHeadSize, kScoreMod>> {};
-
-}  // namespace quire::cuda::sm90
-
-// Those of the other kernels.
-#include "cuda/sm90/decode/instance.cuh"
-#include "cuda/sm90/mixed/instance.cuh"
-#include "cuda/sm90/window/instance.cuh"
-
-namespace quire::cuda::sm90 {
 
 // A row of the table. The name is part of the type, so that prepare and launch are plain functions.
 template <Phase kPhase, Compute kCompute, bool kKv8, int kHeadSize, int kRows, bool kScoreMod,

@@ -64,14 +64,23 @@ bool prepare(const Instance& instance, const LayerParams& layer, const DeviceInf
 
 namespace {
 
+// `early`: may begin while the cache write before it is under way; kernels wait for it themselves.
 void launch_with(const Instance& instance, const Launch& launch, int grid, void** arguments,
-                 cudaStream_t stream) {
-  const auto shared_bytes = static_cast<std::size_t>(launch.shared_bytes);
-  const dim3 shape(static_cast<unsigned>(grid));
-  const cudaError_t error =
-      cudaLaunchKernel(instance.function, shape, dim3(static_cast<unsigned>(instance.threads)),
-                       arguments, shared_bytes, stream);
-  if (error != cudaSuccess) check_launch(instance.name, shape, instance.threads, shared_bytes);
+                 bool early, cudaStream_t stream) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(instance.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(launch.shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelExC(&config, instance.function, arguments);
+  if (error != cudaSuccess) {
+    check_launch(instance.name, config.gridDim, instance.threads, config.dynamicSmemBytes);
+  }
 }
 
 }  // namespace
@@ -83,7 +92,7 @@ void launch(const Instance& instance, const Launch& launch, int grid, const Kern
   if (instance.box_tokens != nullptr) rows = row_maps(params, instance.box_tokens(params.layer));
   // A function without RowMaps reads two of them.
   void* arguments[] = {const_cast<KernelParams*>(&params), &maps, &rows};
-  launch_with(instance, launch, grid, arguments, stream);
+  launch_with(instance, launch, grid, arguments, params.follows_write, stream);
 }
 
 void launch_beside(const Instance& instance, const Launch& launch, int grid,
@@ -92,7 +101,7 @@ void launch_beside(const Instance& instance, const Launch& launch, int grid,
   KvMaps many_maps = kv_maps(many, instance.tile_keys_beside);
   void* arguments[] = {const_cast<KernelParams*>(&few), &few_maps, const_cast<KernelParams*>(&many),
                        &many_maps};
-  launch_with(instance, launch, grid, arguments, stream);
+  launch_with(instance, launch, grid, arguments, few.follows_write, stream);
 }
 
 }  // namespace quire::cuda::sm90

@@ -57,6 +57,8 @@ class DecodeAttention {
         to_log2_(combine_.logit_scale_ * kLog2E) {}
 
   __device__ __forceinline__ void run() {
+    // Before anything is stored: an output may lie where the write reads.
+    ptx::await_launch();
     SplitPlace split_at;
     RingPlace<C::kRowsAhead> rows_at;
     for (;; split_at.next(), rows_at.next()) {

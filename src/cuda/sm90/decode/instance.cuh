@@ -1,8 +1,8 @@
-// The decode kernel as a row of the kernel table: included by ../instance.cuh, behind what it
-// specialises.
+// The decode kernel as rows of the kernel table.
 #pragma once
 
 #include "cuda/sm90/decode/attention.cuh"
+#include "cuda/sm90/instance.cuh"
 
 namespace quire::cuda::sm90 {
 

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/kernel/work_iterator.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/fragment.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -215,6 +216,7 @@ class DecodeLoader {
       int known = split.kv_tile_begin;  // boxes hold kv tiles [known, + tiles_known)
       Box box = find_box(split, boxes, known);
       Box next = find_box(split, boxes, known + tiles_known);
+      ptx::await_launch();  // K and V may be this step's
       for (int kv_tile = known; kv_tile < end; ++kv_tile) {
         if (kv_tile == known + tiles_known) {
           known += tiles_known;

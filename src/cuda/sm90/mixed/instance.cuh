@@ -1,10 +1,12 @@
-// The mixed kernel as a row of the kernel table: included by ../instance.cuh, behind what it
-// specialises.
+// The mixed kernel as rows of the kernel table.
 #pragma once
 
 #include <string>
 
+#include "cuda/sm90/decode/instance.cuh"
+#include "cuda/sm90/instance.cuh"
 #include "cuda/sm90/mixed/attention.cuh"
+#include "cuda/sm90/policy.h"
 
 namespace quire::cuda::sm90 {
 

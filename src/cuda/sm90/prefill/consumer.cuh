@@ -28,6 +28,8 @@ class PrefillConsumer {
   }
 
   __device__ __forceinline__ void run() {
+    // Before anything is stored: an output may lie where the write reads.
+    ptx::await_launch();
     if (warpgroup_ == C::kConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
     while (true) {
       ptx::mbarrier_wait(barrier_address(shared_.task_full[task_.index<kTasks>()]),

@@ -4,8 +4,10 @@
 #pragma once
 
 #include "cuda/kernel/kv_address.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/prefill/config.cuh"
+#include "cuda/sm90/prefill/rows.cuh"
 
 namespace quire::cuda::sm90 {
 
@@ -172,6 +174,7 @@ class KvLoader {
   __device__ __forceinline__ void load(const PrefillTask& task) {
     const std::int32_t head = task.split.head;
     KvBox next = look_up(task, task.count - 1);
+    ptx::await_launch();  // K and V may be this step's
     const std::int32_t want_at = min(task.count, kTilesLeft) - 1;
     if (want_at < 0) want_task();
     for (std::int32_t i = task.count - 1; i >= 0; --i) {
@@ -336,6 +339,7 @@ class RowCopier {
   // The output of the task before this one, if there is one.
   __device__ __forceinline__ void store_before() {
     if (at_.is_first()) return;
+    ptx::await_launch();
     const ptx::RingCounter at = at_.before();
     const std::uint32_t buffer = at.index<C::kQueryBuffers>();
     const PrefillTask& task = shared_.task[at.index<kTasks>()];

@@ -65,6 +65,8 @@ class WindowConsumer {
   }
 
   __device__ __forceinline__ void run() {
+    // Before anything is stored: an output may lie where the write reads.
+    ptx::await_launch();
     for_each_item(shared_, [&](const WindowTask& task) {
       ptx::mbarrier_wait(barrier_address(shared_.span_full[span_.index]), span_.parity);
       if (task.partial) clear_values(task);

@@ -1,7 +1,7 @@
-// The window kernel as a row of the kernel table: included by ../instance.cuh, behind what it
-// specialises.
+// The window kernel as rows of the kernel table.
 #pragma once
 
+#include "cuda/sm90/instance.cuh"
 #include "cuda/sm90/window/attention.cuh"
 
 namespace quire::cuda::sm90 {

@@ -80,6 +80,7 @@ __device__ __forceinline__ void load_spans(const KernelParams& p, const KvMaps& 
       box = kv_box(p, task.item, task.first_key + lane * kPageKeys, kPageKeys);
     }
     const std::uint32_t unmapped = __ballot_sync(~0U, box.block == KvBox::kUnmapped);
+    ptx::await_launch();  // K and V may be this step's
     ptx::mbarrier_wait(barrier_address(shared.span_empty[span.index]), span.parity ^ 1U);
     const std::uint32_t full = barrier_address(shared.span_full[span.index]);
     if (lane == 0) {
@@ -164,6 +165,7 @@ __device__ __forceinline__ void store_outputs(const KernelParams& p, const RowMa
   const int tokens = step_tokens(p.layer);
   const int rows = tokens * p.layer.group;
   const int lane = static_cast<int>(threadIdx.x % 32);
+  ptx::await_launch();
   ptx::RingPosition buffer;
   for_each_item(shared, [&](const WindowTask& task) {
 #pragma unroll 1
