@@ -28,8 +28,12 @@ def is_tracing(array: Array) -> bool:
 
 def refuse_gradients(*arrays: Array) -> None:
     """Raises ValueError where a gradient would be expected of the result: there is no backward."""
+    torch = sys.modules.get("torch")
+    # One question where engines run, in place of one for each tensor.
+    if torch is None or not torch.is_grad_enabled():
+        return
     for array in arrays:
-        if getattr(array, "requires_grad", False) and sys.modules["torch"].is_grad_enabled():
+        if getattr(array, "requires_grad", False):
             raise ValueError(
                 "a tensor requires grad, and Quire computes no gradients: "
                 "call it under torch.no_grad(), or pass tensor.detach()"
@@ -92,8 +96,10 @@ def dtype_name(dtype: Any) -> str:
 
 def arange(like: Array, count: int, step: int = 1) -> Array:
     """int32 0, step, 2 * step, ...: `count` of them, where `like` is. Not to be written: shared."""
-    make = _arange.__wrapped__ if is_tracing(like) else _arange
-    return make(like.device if is_torch(like) else None, count, step)
+    if is_tracing(like):  # torch.compile keeps what it makes by itself
+        torch = sys.modules["torch"]
+        return torch.arange(count, dtype=torch.int32, device=like.device) * step
+    return _arange(like.device if is_torch(like) else None, count, step)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -126,8 +126,8 @@ PagedKvCache cache_of(const OptionalTensor& key, const OptionalTensor& value, in
   cache.key = view("kv_cache.key", key);
   cache.value = view("kv_cache.value", value);
   cache.dtype = static_cast<KvCacheDType>(dtype);
-  cache.k_scale = scale("kv_cache.k_scale", k_scale);
-  cache.v_scale = scale("kv_cache.v_scale", v_scale);
+  cache.k_scale = scale("kv_cache.k_scale", k_scale, cache.key.device);
+  cache.v_scale = scale("kv_cache.v_scale", v_scale, cache.key.device);
   cache.k_scale_cache = view("kv_cache.k_scale_cache", k_scale_cache);
   cache.v_scale_cache = view("kv_cache.v_scale_cache", v_scale_cache);
   return cache;
@@ -143,6 +143,7 @@ void attention(const PlanRef& ref, ffi::TensorView query, OptionalTensor key_cac
                bool own_score, double softmax_scale, double soft_cap, OptionalTensor alibi_slopes,
                bool alibi_sqrt, OptionalTensor sinks, bool check_indices) {
   guarded([&] {
+    const Device device = ref->plan.config().device;
     AttentionArgs args;
     args.query = rows_view("query", query);
     if (key_cache.has_value()) {
@@ -153,9 +154,9 @@ void attention(const PlanRef& ref, ffi::TensorView query, OptionalTensor key_cac
     args.value = view("value", value);
     args.output = rows_view("output", output);
     args.lse = view("lse", lse);
-    args.q_scale = scale("q_scale", q_scale);
+    args.q_scale = scale("q_scale", q_scale, device);
     args.has_output_scale = output_scale.type_index() != ffi::TypeIndex::kTVMFFINone;
-    if (args.has_output_scale) args.output_scale = scale("output_scale", output_scale);
+    if (args.has_output_scale) args.output_scale = scale("output_scale", output_scale, device);
     args.output_block_scale = view("output_block_scale", output_block_scale);
     Score score;
     if (own_score) {
@@ -164,7 +165,7 @@ void attention(const PlanRef& ref, ffi::TensorView query, OptionalTensor key_cac
     }
     PlanObj* object = const_cast<PlanObj*>(ref.get());
     const std::lock_guard lock(object->mutex);
-    quire::attention(object->plan, args, context_of(object->plan.config().device, check_indices));
+    quire::attention(object->plan, args, context_of(device, check_indices));
   });
 }
 

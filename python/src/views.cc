@@ -21,7 +21,7 @@ constexpr DType kDTypes[] = {
 bool is_unsupported(const std::string& text) {
   for (const char* words :
        {"expected what this backend supports", "expected what the capabilities of the backend have",
-        "expected one that can run here",
+        "expected one that can run here", "devices of backend",
         "expected a device that a backend of this build can run on"}) {
     if (text.find(words) != std::string::npos) return true;
   }
@@ -83,7 +83,7 @@ TensorView rows_view(const char* name, const ffi::TensorView& tensor) {
   return rows;
 }
 
-Scale scale(const char* name, const ffi::AnyView& value) {
+Scale scale(const char* name, const ffi::AnyView& value, Device device) {
   if (const std::optional<double> number = value.try_cast<double>()) {
     return static_cast<float>(*number);
   }
@@ -96,7 +96,11 @@ Scale scale(const char* name, const ffi::AnyView& value) {
     if (one.shape[d] != 1 && (one.strides[d] != 0 || one.shape[d] == 0)) single = false;
   }
   if (!single) throw Error(name, "one element", one.to_string());
-  return Scale::in_memory(static_cast<const float*>(one.data));
+  const float* data = static_cast<const float*>(one.data);
+  if (one.device == device) return Scale::in_memory(data);
+  // On the host it is a number: a GPU could not read it there.
+  if (one.device.type == DeviceType::kCpu) return *data;
+  throw Error(name, "memory on " + to_string(device), one.to_string());
 }
 
 void* current_stream(Device device) {

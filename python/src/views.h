@@ -28,9 +28,10 @@ TensorView view(const char* name, const OptionalTensor& tensor);  // absent for 
 // 4 dimensions the first two become one. They must be at equal distances in memory.
 TensorView rows_view(const char* name, const ffi::TensorView& tensor);
 
-// A number, or a float32 tensor with one element, which is read when the work runs. A tensor of
-// several elements counts as one where all its strides are 0 (vLLM expands its scales).
-Scale scale(const char* name, const ffi::AnyView& value);
+// A number, or a float32 tensor with one element on the device of the call, which is read when the
+// work runs; of a tensor on the CPU a GPU gets the number that it holds now. A tensor of several
+// elements counts as one where all its strides are 0 (vLLM expands its scales).
+Scale scale(const char* name, const ffi::AnyView& value, Device device);
 
 // The stream that the caller's library (torch, ...) has as current on that device; null on the CPU.
 void* current_stream(Device device);

@@ -45,9 +45,14 @@ def attend(
     return out, lse
 
 
+def host(array):
+    """NumPy's array of it, from wherever it is."""
+    return np.asarray(array.cpu() if hasattr(array, "cpu") else array)
+
+
 def check(actual, expected, dtype="float32", what="output"):
     """Relative error of the whole and of each element, so that one wrong row cannot hide."""
-    actual = np.asarray(actual, np.float64)
+    actual = host(actual).astype(np.float64)
     rtol = RTOL[dtype]
     assert actual.shape == expected.shape
     assert not np.isnan(actual).any(), f"{what} has NaN"
@@ -134,8 +139,9 @@ class Batch:
             lse.append(e)
         return np.concatenate(out), np.concatenate(lse, 1)
 
-    def plan_arguments(self):
+    def plan_arguments(self, convert=None):
         return {
+            "device": getattr(convert, "device", "cpu"),
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
             "head_size": self.head_size,

@@ -22,7 +22,7 @@ from serving import (
     shortened,
 )
 
-from reference import Batch, check
+from reference import Batch, check, host
 
 
 def make_layer(batch, **other):
@@ -76,19 +76,21 @@ def test_kinds_of_layers(rng, convert, layer_kind):
     check(out, batch.expected(softcap=4.0, **expected)[0])
 
 
-def test_sinks_that_are_loaded_later_in_another_dtype(rng):
-    torch = pytest.importorskip("torch")
+def test_sinks_that_are_loaded_later_in_another_dtype(rng, tensors):
+    import torch
+
     batch = Batch(rng)
-    sinks = torch.nn.Parameter(torch.zeros(batch.num_heads, dtype=torch.float16))
+    zeros = torch.zeros(batch.num_heads, dtype=torch.float16, device=tensors.device)
+    sinks = torch.nn.Parameter(zeros)
     layer = make_layer(batch, sinks=sinks)
     cache = cached(batch, empty_cache(batch, "5d"))
-    metadata = build(batch, torch.from_numpy)
+    metadata = build(batch, tensors)
     with torch.inference_mode():
-        forward(layer, batch, torch.from_numpy, cache, metadata)
+        forward(layer, batch, tensors, cache, metadata)
         values = batch.draw(rng, batch.num_heads, "float16")
         sinks.data.copy_(torch.from_numpy(values))
         layer.process_weights_after_loading(torch.float32)
-        out = forward(layer, batch, torch.from_numpy, cache, metadata)
+        out = forward(layer, batch, tensors, cache, metadata)
     check(out, batch.expected(right=0, sinks=values)[0])
 
 
@@ -192,7 +194,7 @@ def test_without_metadata_the_output_is_zero(rng, convert):
     assert not forward(layer, batch, convert, np.zeros(0, np.float32), None).any()
     made = layer.forward(None, convert(batch.q), None, None, None, None)
     assert made.shape == (batch.num_tokens, batch.num_heads * batch.head_size)
-    assert not np.asarray(made).any()
+    assert not host(made).any()
 
 
 def test_the_output_is_made_where_none_is_given(rng, convert):
@@ -203,7 +205,7 @@ def test_the_output_is_made_where_none_is_given(rng, convert):
         None, convert(batch.q), key, value, cache, build(batch, convert)
     )
     assert made.shape == (batch.num_tokens, batch.num_heads * batch.head_size)
-    check(np.asarray(made).reshape(batch.q.shape), batch.expected(right=0)[0])
+    check(host(made).reshape(batch.q.shape), batch.expected(right=0)[0])
 
 
 def test_fourteen_fields_and_their_defaults(rng):
@@ -280,7 +282,7 @@ def test_another_pass_plans_what_the_tensors_hold_then(rng, convert):
     cache = cached(batch, empty_cache(batch, "5d"))
     for layer in layers:
         check(forward(layer, short, convert, cache, metadata), short.expected(right=0)[0])
-    short.seq_lens[:] = batch.seq_lens
+    metadata.seq_lens[:] = convert(batch.seq_lens)
     metadata.slot_mapping = convert(new_tokens(batch)[2])
     for layer in layers:
         check(forward(layer, batch, convert, cache, metadata), batch.expected(right=0)[0])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import quire_attn as qa
 
-from reference import Batch, attend, check
+from reference import Batch, attend, check, host
 
 MASKS = {
     "causal": (qa.Mask(), {"right": 0}),
@@ -20,7 +20,7 @@ def test_random_batches(rng, convert, mask, dtype):
     for _ in range(5):
         batch = Batch(rng, dtype=dtype)
         quire_mask, band = MASKS[mask]
-        plan = qa.Plan(mask=quire_mask, **batch.plan_arguments())
+        plan = qa.Plan(mask=quire_mask, **batch.plan_arguments(convert))
         plan.update(**batch.update_arguments(convert))
         cache = qa.PagedKvCache(convert(batch.key_cache), convert(batch.value_cache))
         out = np.full((batch.num_tokens, batch.num_heads, batch.head_size), np.nan, dtype)
@@ -33,7 +33,7 @@ def test_random_batches(rng, convert, mask, dtype):
         check(out, expected, dtype)  # the array that was given has the result: nothing was copied
         check(lse, expected_lse, dtype, "lse")
         if batch.num_tokens:
-            check(np.asarray(qa.attention(plan, convert(batch.q), cache)), expected, dtype)
+            check(qa.attention(plan, convert(batch.q), cache), expected, dtype)
 
 
 @pytest.mark.parametrize("mine", ["plan", "call"])
@@ -42,7 +42,7 @@ def test_score_of_plan_and_of_call(rng, convert, mine):
     slopes = batch.draw(rng, batch.num_heads) * np.float32(0.1)
     sinks = batch.draw(rng, batch.num_heads)
     score = qa.Score(0.3, 2.0, convert(slopes), sinks=convert(sinks))
-    plan = qa.Plan(**batch.plan_arguments(), score=score if mine == "plan" else qa.Score())
+    plan = qa.Plan(**batch.plan_arguments(convert), score=score if mine == "plan" else qa.Score())
     plan.update(**batch.update_arguments(convert))
     cache = qa.PagedKvCache(convert(batch.key_cache), convert(batch.value_cache))
     out = qa.attention(plan, convert(batch.q), cache, score=score if mine == "call" else None)
@@ -55,7 +55,7 @@ def test_masks_of_the_batch(rng, convert):
     causal = np.array([True, False, True, True])
     ranges = np.array([[[26, 29]], [[0, 0]], [[1, 4]], [[0, 0]]], np.int32)
     bias = batch.draw(rng, (6, 6))
-    plan = qa.Plan(**batch.plan_arguments())
+    plan = qa.Plan(**batch.plan_arguments(convert))
     plan.update(
         **batch.update_arguments(convert), causal=convert(causal),
         mm_prefix_range=convert(ranges), qq_bias=convert(bias),
@@ -78,7 +78,7 @@ def test_masks_of_the_batch(rng, convert):
 def test_positions_and_merge(rng, convert):
     """Two halves of the keys, attended with their positions and merged, are attention over all."""
     batch = Batch(rng, block_size=16, lens=[(4, 60), (1, 50)])
-    plan = qa.Plan(**batch.plan_arguments())
+    plan = qa.Plan(**batch.plan_arguments(convert))
     cache = qa.PagedKvCache(convert(batch.key_cache), convert(batch.value_cache))
     parts = []
     for first, last in ((0, 32), (32, 64)):
@@ -114,12 +114,12 @@ def test_write_and_attend(rng, convert, layout):
     keys = np.concatenate([*batch.k, batch.draw(rng, (2, num_kv_heads, head_size))])
     values = np.concatenate([*batch.v, batch.draw(rng, (2, num_kv_heads, head_size))])
     qa.write_kv_cache(convert(keys), convert(values), cache, convert(slots))
-    np.testing.assert_array_equal(np.asarray(cache.key), batch.key_cache)
-    np.testing.assert_array_equal(np.asarray(cache.value), batch.value_cache)
+    np.testing.assert_array_equal(host(cache.key), batch.key_cache)
+    np.testing.assert_array_equal(host(cache.value), batch.value_cache)
     if layout == "packed":  # K first in each row
         slots_first = packed.swapaxes(1, 2)
         np.testing.assert_array_equal(slots_first[..., :head_size], batch.key_cache)
-    plan = qa.Plan(**batch.plan_arguments())
+    plan = qa.Plan(**batch.plan_arguments(convert))
     plan.update(**batch.update_arguments(convert))
     check(qa.attention(plan, convert(batch.q), cache), batch.expected(right=0)[0])
 
@@ -142,7 +142,7 @@ def test_int8_cache_with_a_scale_for_each_token_and_head(rng, convert):
         np.testing.assert_allclose(key[at] * k_scales[at][..., None], batch.k[s], atol=0.03)
         batch.k[s] = key[at] * k_scales[at][..., None]
         batch.v[s] = value[at] * v_scales[at][..., None]
-    plan = qa.Plan(**batch.plan_arguments(), kv_cache_dtype="int8_per_token_head")
+    plan = qa.Plan(**batch.plan_arguments(convert), kv_cache_dtype="int8_per_token_head")
     plan.update(**batch.update_arguments(convert))
     check(qa.attention(plan, convert(batch.q), cache), batch.expected(right=0)[0])
 
@@ -156,7 +156,7 @@ def test_fp8_cache_with_scales(rng, convert, cache_dtype):
     keys, values = np.concatenate(batch.k), np.concatenate(batch.v)
     slots = convert(np.concatenate(batch.slots))
     qa.write_kv_cache(convert(keys), convert(values), cache, slots)
-    plan = qa.Plan(**batch.plan_arguments(), kv_cache_dtype=cache_dtype)
+    plan = qa.Plan(**batch.plan_arguments(convert), kv_cache_dtype=cache_dtype)
     plan.update(**batch.update_arguments(convert))
     for s, slots in enumerate(batch.slots):
         at = slots // batch.block_size, slots % batch.block_size
@@ -179,7 +179,8 @@ def fp8_values(codes, cache_dtype):
 def test_encoder_attention_reads_key_and_value(rng, convert):
     q, k, v = (rng.standard_normal((9, 4, 32)).astype(np.float32) for _ in range(3))
     start = np.array([0, 2, 9], np.int32)
-    plan = qa.Plan(num_heads=4, num_kv_heads=4, head_size=32, dtype=np.float32, type="encoder_only")
+    plan = qa.Plan(num_heads=4, num_kv_heads=4, head_size=32, dtype=np.float32, type="encoder_only",
+                   device=convert.device)  # fmt: skip
     plan.update(query_start_loc=convert(start), num_actual_tokens=9)
     out = qa.attention(plan, convert(q), key=convert(k), value=convert(v))
     check(out, np.concatenate([attend(q[a:b], k[a:b], v[a:b])[0] for a, b in ((0, 2), (2, 9))]))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import quire_attn as qa
 
-from reference import Batch, attend, check
+from reference import Batch, attend, check, host
 
 WINDOWS = [(-1, -1), (-1, 0), (5, 0), (5, 5), (4, 2), (0, 9), (3, -1), (-1, 3), (0, 0)]
 
@@ -126,8 +126,8 @@ def test_with_kvcache(rng, convert, paged, appended):
             causal=causal, return_softmax_lse=True,
         )  # fmt: skip
         expected, expected_lse = batch.expected(right=0 if causal else -1)
-        check(np.asarray(out).reshape(expected.shape), expected)
-        lse = np.asarray(lse).swapaxes(0, 1).reshape(expected_lse.shape)
+        check(host(out).reshape(expected.shape), expected)
+        lse = host(lse).swapaxes(0, 1).reshape(expected_lse.shape)
         check(lse, expected_lse, what="lse")
         for s, (_, n) in enumerate(lens):  # and the new tokens are in the cache
             if paged:
@@ -202,8 +202,8 @@ def test_rows_that_see_nothing(convert):
     out, lse, _ = qa.flash_attn_func(
         convert(q), convert(ones), convert(ones), causal=True, return_attn_probs=True
     )
-    np.testing.assert_array_equal(np.asarray(out)[0, :, 0, 0], [0, 0, 0, 1, 1])
-    assert np.isneginf(np.asarray(lse)[0, 0, :3]).all()
+    np.testing.assert_array_equal(host(out)[0, :, 0, 0], [0, 0, 0, 1, 1])
+    assert np.isneginf(host(lse)[0, 0, :3]).all()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import quire_attn as qa
 
-from reference import Batch, check
+from reference import Batch, check, host
 
 CASES = list(golden.cases("int4_pth"))
 
@@ -104,10 +104,10 @@ def test_packed_rows_and_other_sizes_of_values(rng, convert):
     assert np.linalg.norm(out - expected) <= 0.15 * np.linalg.norm(expected)
     # and no different from the planned call over the same bytes
     plan = qa.Plan(
-        **batch.plan_arguments(), score=qa.Score(0.125), kv_cache_dtype="int4_per_token_head"
+        **batch.plan_arguments(convert), score=qa.Score(0.125), kv_cache_dtype="int4_per_token_head"
     )
     plan.update(**batch.update_arguments(convert))
-    check(out, np.asarray(qa.attention(plan, convert(batch.q), cache), np.float64))
+    check(out, host(qa.attention(plan, convert(batch.q), cache)).astype(np.float64))
 
 
 def test_the_mode_is_checked(convert):

@@ -4,14 +4,24 @@ import numpy as np
 import pytest
 import quire_attn as qa
 
-from reference import Batch, attend, check
+from reference import Batch, attend, check, host
 
 torch = pytest.importorskip("torch")
-convert = torch.from_numpy
 
 
-def test_gradients_are_refused(rng):
-    x = torch.randn(1, 4, 2, 16, requires_grad=True)
+@pytest.fixture
+def convert(device):
+    """Tensors of NumPy's arrays, for tests that look at what a call returns."""
+
+    def to_device(array):
+        return torch.from_numpy(array).to(device)
+
+    to_device.device = device
+    return to_device
+
+
+def test_gradients_are_refused(rng, convert):
+    x = torch.randn(1, 4, 2, 16, requires_grad=True, device=convert.device)
     y = x.detach()
     for arguments in ((x, y, y), (y, x, y), (y, y, x)):
         with pytest.raises(ValueError, match="requires grad"):
@@ -19,7 +29,7 @@ def test_gradients_are_refused(rng):
     with torch.no_grad():  # parameters of a model that serves
         qa.flash_attn_func(x, x, x)
     batch = Batch(rng)
-    plan = qa.Plan(**batch.plan_arguments())
+    plan = qa.Plan(**batch.plan_arguments(convert))
     plan.update(**batch.update_arguments(convert))
     cache = qa.PagedKvCache(convert(batch.key_cache), convert(batch.value_cache))
     with pytest.raises(ValueError, match="requires grad"):
@@ -28,16 +38,16 @@ def test_gradients_are_refused(rng):
         check(qa.attention(plan, convert(batch.q), cache), batch.expected(right=0)[0])
 
 
-def test_bfloat16(rng):
+def test_bfloat16(rng, convert):
     for _ in range(4):
         batch = Batch(rng)
         rounded = {}
         for name in ("q", "key_cache", "value_cache"):
             rounded[name] = convert(getattr(batch, name)).bfloat16()
-        batch.q = rounded["q"].float().numpy()
-        batch.k = [convert(k).bfloat16().float().numpy() for k in batch.k]
-        batch.v = [convert(v).bfloat16().float().numpy() for v in batch.v]
-        plan = qa.Plan(**{**batch.plan_arguments(), "dtype": torch.bfloat16})
+        batch.q = host(rounded["q"].float())
+        batch.k = [host(convert(k).bfloat16().float()) for k in batch.k]
+        batch.v = [host(convert(v).bfloat16().float()) for v in batch.v]
+        plan = qa.Plan(**{**batch.plan_arguments(convert), "dtype": torch.bfloat16})
         plan.update(**batch.update_arguments(convert))
         cache = qa.PagedKvCache(rounded["key_cache"], rounded["value_cache"])
         out = qa.attention(plan, rounded["q"], cache)
@@ -45,12 +55,12 @@ def test_bfloat16(rng):
         check(out.float(), batch.expected(right=0)[0], "bfloat16")
 
 
-def test_float8_query_cache_and_output(rng):
+def test_float8_query_cache_and_output(rng, convert):
     batch = Batch(rng, lens=[(4, 30), (1, 20)])
     fp8 = torch.float8_e4m3fn
 
     def rounded(array):
-        return convert(array).to(fp8).float().numpy()
+        return host(convert(array).to(fp8).float())
 
     cache = qa.PagedKvCache(
         convert(batch.key_cache).to(fp8), convert(batch.value_cache).to(fp8), "fp8"
@@ -58,24 +68,24 @@ def test_float8_query_cache_and_output(rng):
     q = convert(batch.q).to(fp8)
     batch.q = rounded(batch.q)
     batch.k, batch.v = [rounded(k) for k in batch.k], [rounded(v) for v in batch.v]
-    plan = qa.Plan(**{**batch.plan_arguments(), "dtype": fp8}, kv_cache_dtype="fp8")
+    plan = qa.Plan(**{**batch.plan_arguments(convert), "dtype": fp8}, kv_cache_dtype="fp8")
     plan.update(**batch.update_arguments(convert))
-    out = torch.empty(q.shape, dtype=torch.float32)
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     expected = batch.expected(right=0)[0]
     check(qa.attention(plan, q, cache, output=out), expected, "bfloat16")
-    coded = torch.empty(q.shape, dtype=fp8)
+    coded = torch.empty(q.shape, dtype=fp8, device=q.device)
     qa.attention(plan, q, cache, output=coded, output_scale=0.01)
-    np.testing.assert_allclose(coded.float() * 0.01, expected, rtol=0.08, atol=1e-3)
+    np.testing.assert_allclose(host(coded.float()) * 0.01, expected, rtol=0.08, atol=1e-3)
 
 
-def test_arrays_of_two_libraries_do_not_mix():
+def test_arrays_of_two_libraries_do_not_mix(convert):
     x = np.ones((1, 2, 2, 8), np.float32)
     with pytest.raises(ValueError, match="k_cache"):
         qa.flash_attn_func(convert(x), x, x)
 
 
 def draw(rng, *shape):
-    return convert(rng.standard_normal(shape).astype(np.float32))
+    return rng.standard_normal(shape).astype(np.float32)
 
 
 def compiled(function):
@@ -83,7 +93,7 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
-def test_compiled_flash_functions(rng):
+def test_compiled_flash_functions(rng, convert):
     q = rng.standard_normal((2, 5, 4, 32)).astype(np.float32)
     k, v = (rng.standard_normal((2, 11, 2, 32)).astype(np.float32) for _ in range(2))
 
@@ -97,7 +107,7 @@ def test_compiled_flash_functions(rng):
         check(out[b] - 1, expected)
         check(lse[b], expected_lse)
 
-    cu_q, cu_k = (torch.arange(3, dtype=torch.int32) * n for n in (5, 11))
+    cu_q, cu_k = (convert(np.arange(3, dtype=np.int32) * np.int32(n)) for n in (5, 11))
 
     def varlen(q, k, v):
         return qa.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 5, 11, causal=True) * 3
@@ -107,37 +117,36 @@ def test_compiled_flash_functions(rng):
         check(out[b * 5 : b * 5 + 5] / 3, attend(q[b], k[b], v[b], right=0)[0])
 
 
-def test_compiled_append_writes_the_cache(rng):
-    k_cache, v_cache = (torch.full((2, 16, 2, 32), float("nan")) for _ in range(2))
-    q, k, v = (
-        torch.from_numpy(rng.standard_normal((2, 4, 2, 32)).astype(np.float32)) for _ in "qkv"
-    )
+def test_compiled_append_writes_the_cache(rng, convert):
+    k_cache, v_cache = (convert(np.full((2, 16, 2, 32), np.nan, np.float32)) for _ in range(2))
+    q, k, v = (convert(draw(rng, 2, 4, 2, 32)) for _ in "qkv")
 
     def step(q, k_cache, v_cache, k, v, lens):
         return qa.flash_attn_with_kvcache(
             q, k_cache, v_cache, k + 1, v, cache_seqlens=lens, causal=True
         )
 
-    out = compiled(step)(q, k_cache, v_cache, k, v, torch.zeros(2, dtype=torch.int32))
+    out = compiled(step)(q, k_cache, v_cache, k, v, convert(np.zeros(2, np.int32)))
     assert torch.equal(k_cache[:, :4], k + 1)
     assert torch.equal(v_cache[:, :4], v)
     assert k_cache[:, 4:].isnan().all()
     for b in range(2):
-        check(out[b], attend(q[b], k[b] + 1, v[b], right=0)[0])
+        own = (host(x[b]) for x in (q, k + 1, v))
+        check(out[b], attend(*own, right=0)[0])
 
 
-def test_compiled_rotary_embedding_and_padding(rng):
+def test_compiled_rotary_embedding_and_padding(rng, convert):
     """The same as without torch.compile."""
-    q, k, v = (draw(rng, 2, 3, 2, 32) for _ in range(3))
-    table = draw(rng, 16, 8)
-    lens, pads = (torch.tensor(x, dtype=torch.int32) for x in ([7, 9], [2, 0]))
+    q, k, v = (convert(draw(rng, 2, 3, 2, 32)) for _ in range(3))
+    table = convert(draw(rng, 16, 8))
+    lens, pads = (convert(np.array(x, np.int32)) for x in ([7, 9], [2, 0]))
 
     def step(q, k_cache, v_cache, k, v):
         return qa.flash_attn_with_kvcache(
             q, k_cache, v_cache, k, v, table, table + 1, lens, cache_leftpad=pads, causal=True
         )
 
-    caches = [draw(rng, 2, 16, 2, 32) for _ in range(2)]
+    caches = [convert(draw(rng, 2, 16, 2, 32)) for _ in range(2)]
     copies = [x.clone() for x in caches]
     out = step(q, *caches, k, v)
     torch.testing.assert_close(compiled(step)(q, *copies, k, v), out)
@@ -145,12 +154,13 @@ def test_compiled_rotary_embedding_and_padding(rng):
         torch.testing.assert_close(actual, expected)
 
 
-def test_compiled_layer_over_a_plan(rng):
+def test_compiled_layer_over_a_plan(rng, convert):
     """Cache write, attention and merge with a plan that was made and updated outside."""
     batch = Batch(rng, lens=[(3, 3), (8, 8)])
-    plan = qa.Plan(**batch.plan_arguments())
+    plan = qa.Plan(**batch.plan_arguments(convert))
     plan.update(**batch.update_arguments(convert))
-    combined = torch.full((batch.key_cache.shape[0], 2, *batch.key_cache.shape[1:]), float("nan"))
+    shape = (batch.key_cache.shape[0], 2, *batch.key_cache.shape[1:])
+    combined = convert(np.full(shape, np.nan, np.float32))
     slots = convert(np.concatenate(batch.slots))
 
     def layer(q, k, v, combined):
@@ -168,12 +178,12 @@ def test_compiled_layer_over_a_plan(rng):
     check(merged, expected)
     check(lse, expected_lse)
     check(both, expected_lse + np.log(2))
-    np.testing.assert_array_equal(combined[:, 0].numpy(), batch.key_cache)
+    np.testing.assert_array_equal(host(combined)[:, 0], batch.key_cache)
 
 
-def test_compiled_unified_attention(rng):
+def test_compiled_unified_attention(rng, convert):
     batch = Batch(rng, lens=[(3, 30), (1, 9)])
-    out = torch.full(batch.q.shape, float("nan"))
+    out = convert(np.full(batch.q.shape, np.nan, np.float32))
     lens, starts = convert(batch.seq_lens), convert(batch.query_start_loc)
 
     def layer(q, k, v, out, table):

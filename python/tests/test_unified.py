@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import quire_attn as qa
 
-from reference import Batch, check
+from reference import Batch, check, host
 
 
 def call(batch, convert, out, **other):
@@ -84,25 +84,25 @@ def test_masks_of_vllm_033(rng, convert):
     )  # fmt: skip
 
 
-def test_fp8_cache_with_expanded_scales(rng, convert):
+def test_fp8_cache_with_expanded_scales(rng, tensors):
     """vLLM gives scales expanded to [num_seqs, num_kv_heads]: one number all the same."""
+    import torch
+
     batch = Batch(rng)
     key, value = (np.zeros(batch.key_cache.shape, np.uint8) for _ in range(2))
-    scale = np.array([0.5], np.float32)
-    cache = qa.PagedKvCache(key, value, "fp8", scale, scale)
-    keys, values = np.concatenate(batch.k), np.concatenate(batch.v)
-    qa.write_kv_cache(keys, values, cache, np.concatenate(batch.slots))
-    plan = qa.Plan(**batch.plan_arguments(), score=qa.Score(0.2), kv_cache_dtype="fp8")
-    plan.update(**batch.update_arguments(lambda array: array))
-    expected = qa.attention(plan, batch.q, cache)
+    scale = tensors(np.array([0.5], np.float32))
+    cache = qa.PagedKvCache(tensors(key), tensors(value), "fp8", scale, scale)
+    keys, values, slots = (np.concatenate(x) for x in (batch.k, batch.v, batch.slots))
+    qa.write_kv_cache(tensors(keys), tensors(values), cache, tensors(slots))
+    plan = qa.Plan(**batch.plan_arguments(tensors), score=qa.Score(0.2), kv_cache_dtype="fp8")
+    plan.update(**batch.update_arguments(tensors))
+    expected = host(qa.attention(plan, tensors(batch.q), cache))
     out = poisoned_output(batch)
-    torch = pytest.importorskip("torch")
-    expanded = torch.tensor(0.5).expand(batch.num_seqs, batch.num_kv_heads)
+    expanded = torch.tensor(0.5, device=tensors.device).expand(batch.num_seqs, batch.num_kv_heads)
     batch.key_cache, batch.value_cache = key, value
-    call(batch, torch.from_numpy, out, kv_quant_mode=1, k_descale=expanded, v_descale=expanded)
+    call(batch, tensors, out, kv_quant_mode=1, k_descale=expanded, v_descale=expanded)
     np.testing.assert_array_equal(out, expected)
     with pytest.raises(ValueError, match="k_scale"):
         call(
-            batch, torch.from_numpy, out, kv_quant_mode=1, k_descale=torch.ones(2, 3),
-            v_descale=expanded,
+            batch, tensors, out, kv_quant_mode=1, k_descale=torch.ones(2, 3), v_descale=expanded
         )  # fmt: skip

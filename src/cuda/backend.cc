@@ -63,6 +63,8 @@ class CudaBackend final : public Backend {
   }
 
   std::unique_ptr<LayerPlan> make_plan(const LayerParams& layer) const override {
+    // Kernels are prepared for the device that is current: each has its own limit of shared memory.
+    const DeviceScope scope(layer.device);
     return std::make_unique<CudaPlan>(layer);
   }
   void cache_write(const CacheWriteParams& params, const Context& ctx) const override {

@@ -8,8 +8,27 @@
 
 namespace quire::cuda {
 
+namespace {
+
+// While it lives, this thread may take and give back memory although another stream is being
+// captured, in this thread or another. Without it the call would fail, and that capture with it.
+class BesideCaptures {
+ public:
+  BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+}  // namespace
+
 DeviceBuffer::~DeviceBuffer() {
-  if (data_ != nullptr) cudaFree(data_);
+  if (data_ == nullptr) return;
+  const BesideCaptures beside_captures;
+  cudaFree(data_);
 }
 
 void DeviceBuffer::allocate(std::size_t bytes, cudaStream_t stream, int fill) {
@@ -18,6 +37,7 @@ void DeviceBuffer::allocate(std::size_t bytes, cudaStream_t stream, int fill) {
                 "a plan that has run a batch of this size before the capture (warm up first)",
                 "a capture that would have to allocate " + std::to_string(bytes) + " bytes");
   }
+  const BesideCaptures beside_captures;
   void* memory = nullptr;
   const cudaError_t error = cudaMalloc(&memory, bytes);
   if (error != cudaSuccess) {

@@ -1,10 +1,17 @@
-"""How the tests run a model: prompts in, tokens out."""
+"""How the tests run a model: prompts in, tokens out. QUIRE_HOSTS_DEVICE=cuda does it on a GPU."""
+
+import os
 
 import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 PAD = 2
+DEVICE = os.environ.get("QUIRE_HOSTS_DEVICE", "cpu")
+
+
+def tensor(values):
+    return torch.tensor(values, device=DEVICE)
 
 
 def greedy(new_tokens):
@@ -18,24 +25,24 @@ def generate_alone(model, prompts, new_tokens):
     tokens, logits = [], []
     for prompt in prompts:
         out = model.generate(
-            torch.tensor([prompt]), generation_config=greedy(new_tokens),
+            tensor([prompt]), generation_config=greedy(new_tokens),
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
         tokens.append(out.sequences[0, len(prompt) :].tolist())
-        logits.append(torch.cat(out.logits))
+        logits.append(torch.cat(out.logits).cpu())
     return tokens, logits
 
 
 def generate_padded(model, prompts, new_tokens, **other):
     """The same of all prompts in one batch, padded on the left."""
     longest = max(len(p) for p in prompts)
-    ids = torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    ids = tensor([[PAD] * (longest - len(p)) + p for p in prompts])
+    mask = tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     out = model.generate(
         ids, attention_mask=mask, generation_config=greedy(new_tokens),
         output_logits=True, return_dict_in_generate=True, **other,
     )  # fmt: skip
-    return out.sequences[:, longest:].tolist(), list(torch.stack(out.logits, 1))
+    return out.sequences[:, longest:].tolist(), list(torch.stack(out.logits, 1).cpu())
 
 
 def generate_batch(model, prompts, new_tokens, **config):

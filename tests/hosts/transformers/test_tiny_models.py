@@ -9,12 +9,14 @@ import torch
 import transformers
 from conftest import IMPLEMENTATION
 from running import (
+    DEVICE,
     check_batch,
     check_logits,
     generate_alone,
     generate_batch,
     generate_padded,
     greedy,
+    tensor,
 )
 
 NEW_TOKENS = 10
@@ -57,7 +59,7 @@ def build(name, implementation, dtype=torch.float32):
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("sinks"):
             torch.nn.init.normal_(parameter, std=3.0)
-    return model
+    return model.to(DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_static_caches_and_beams(name, prompts, calls):
             model, prompts, NEW_TOKENS, cache_implementation="static", disable_compile=True
         )
         beams = model.generate(
-            torch.tensor([prompts[1]]), num_beams=3, generation_config=greedy(NEW_TOKENS)
+            tensor([prompts[1]]), num_beams=3, generation_config=greedy(NEW_TOKENS)
         )
         outputs.append((static, beams.tolist()))
     assert outputs[0] == outputs[1]
@@ -124,7 +126,7 @@ def test_bfloat16(name, prompts):
         model = build(name, implementation, torch.bfloat16)
         exact.load_state_dict({n: w.float() for n, w in model.state_dict().items()})
         with torch.no_grad():
-            ids = torch.tensor([prompts[1]])
+            ids = tensor([prompts[1]])
             expected = exact(ids).logits
             errors.append(float((model(ids).logits - expected).norm() / expected.norm()))
     assert errors[1] <= 1.3 * errors[0]
@@ -136,14 +138,14 @@ def test_an_encoder_with_padding(calls):
         vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=96, initializer_range=0.4,
     )  # fmt: skip
-    ids = torch.arange(3, 43).view(2, 20)
-    mask = torch.ones(2, 20, dtype=torch.long)
+    ids = torch.arange(3, 43, device=DEVICE).view(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long, device=DEVICE)
     mask[1, 13:] = 0
     outputs = []
     for implementation in ("eager", IMPLEMENTATION):
         torch.manual_seed(7)
         config._attn_implementation = implementation
-        model = transformers.BertModel(config).eval()
+        model = transformers.BertModel(config).eval().to(DEVICE)
         with torch.no_grad():
             outputs.append(model(ids, attention_mask=mask).last_hidden_state[mask.bool()])
     check_logits(outputs[1:], outputs[:1])
