@@ -74,6 +74,28 @@ def test_written_bytes_are_vllms(case, convert):
     assert abs(codes - expected).max() <= 1
 
 
+def rounding_error(batch, k_scales, v_scales, softmax_scale):
+    """The norm that outputs are off by where each code is off by up to half a step, at random."""
+    total = 0.0
+    for q, k, v, slots in zip(batch.rows(batch.q), batch.k, batch.v, batch.slots, strict=True):
+        q = q.astype(np.float64)
+        # Variance of an element: of its rotated vector's codes, which is sqrt(size) times as long.
+        of_k, of_v = (
+            scales.reshape(-1, batch.num_kv_heads)[slots] ** 2 / 12 / x.shape[2]
+            for scales, x in ((k_scales, k), (v_scales, v))
+        )
+        visible = np.arange(len(k)) <= np.arange(len(q))[:, None] + len(k) - len(q)
+        for h in range(batch.num_heads):
+            g = h * batch.num_kv_heads // batch.num_heads
+            weight = np.where(visible, np.exp(q[:, h] @ k[:, g].T * softmax_scale), 0.0)
+            weight /= weight.sum(1, keepdims=True)
+            # A score that is off moves the output along v - output.
+            far = ((v[:, g] - (weight @ v[:, g])[:, None]) ** 2).sum(2)
+            of_scores = softmax_scale**2 * (q[:, h] ** 2).sum(1)[:, None] * of_k[:, g]
+            total += (weight**2 * (of_scores * far + v.shape[2] * of_v[:, g])).sum()
+    return total**0.5
+
+
 def test_packed_rows_and_other_sizes_of_values(rng, convert):
     """As close to exact attention as 16 steps get; K and V side by side, V half as long."""
     batch = Batch(rng, num_kv_heads=2, head_size=64, head_size_v=32, block_size=16)
@@ -101,7 +123,8 @@ def test_packed_rows_and_other_sizes_of_values(rng, convert):
     )  # fmt: skip
     expected, _ = batch.expected(right=0, scale=0.125)
     assert np.isfinite(out).all()
-    assert np.linalg.norm(out - expected) <= 0.15 * np.linalg.norm(expected)
+    # 200 seeds: 0.78 to 1.30 of it.
+    assert np.linalg.norm(out - expected) <= 1.6 * rounding_error(batch, *scales, 0.125)
     # and no different from the planned call over the same bytes
     plan = qa.Plan(
         **batch.plan_arguments(convert), score=qa.Score(0.125), kv_cache_dtype="int4_per_token_head"
