@@ -124,7 +124,7 @@ void add_byte_groups(std::vector<CaseSpec>* specs) {
   }
 }
 
-// Many rows over them: prefixes cut between CTAs, windows, blocks that do not exist, pages of 16 to 128.
+// Many rows over fp8 caches: long contexts, windows, blocks that do not exist, blocks of 16 and of 128 tokens.
 void add_byte_prefill(std::vector<CaseSpec>* specs) {
   for (const DType model : {DType::kBFloat16, DType::kFloat16}) {
     for (const KvCacheDType cache : {KvCacheDType::kFp8E4M3, KvCacheDType::kFp8E5M2}) {

@@ -94,6 +94,7 @@ struct AttentionParams {
   void* output = nullptr;          // [num_tokens, num_heads, head_size_v]
   DType output_dtype = DType::kNone;
   // It comes right behind a cache write, and all else that it reads was there before that began.
+  // (Between others, where there is a gap: with a word more some kernels spill.)
   bool follows_write = false;
   std::int64_t output_token_stride = 0;
   std::int64_t output_head_stride = 0;

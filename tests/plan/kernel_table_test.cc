@@ -159,18 +159,27 @@ class Table {
     }
   }
 
-  // "name/rows/head size" of the families of a bf16 layer.
-  std::vector<std::string> chosen(std::int32_t head_size, int capability = 80,
-                                  DType dtype = DType::kBFloat16, Calls calls = Calls::kAny,
-                                  float soft_cap = 0.0F) const {
+  static LayerParams layer_of(std::int32_t head_size, DType dtype) {
     LayerParams layer;
-    layer.soft_cap = soft_cap;
     layer.dtype = layer.kv_dtype = dtype;
     layer.head_size = layer.head_size_v = head_size;
+    return layer;
+  }
+  static DeviceInfo device_of(int capability) {
     DeviceInfo device;
     device.sm_count = 10;
     device.major = capability / 10;
     device.minor = capability % 10;
+    return device;
+  }
+
+  // "name/rows/head size" of the families of a bf16 layer.
+  std::vector<std::string> chosen(std::int32_t head_size, int capability = 80,
+                                  DType dtype = DType::kBFloat16, Calls calls = Calls::kAny,
+                                  float soft_cap = 0.0F) const {
+    LayerParams layer = layer_of(head_size, dtype);
+    layer.soft_cap = soft_cap;
+    const DeviceInfo device = device_of(capability);
     std::vector<std::string> names;
     for (const KernelFamily& family : choose_kernels({new_, old_, fp32_}, layer, device, calls)) {
       EXPECT_EQ(family.grid, 20);
@@ -220,15 +229,11 @@ TEST(ChooseKernels, CachesWithTokensScalesLeaveOutKernelsThatDoNotTakeThem) {
   Table table;
   table.add(&table.new_, "new", 128, kAnyRows, 90);
   for (AttentionKernel& kernel : table.new_) kernel.key.token_scales = false;
-  LayerParams layer;
-  layer.dtype = layer.kv_dtype = DType::kBFloat16;
-  layer.head_size = layer.head_size_v = 128;
-  DeviceInfo device;
-  device.sm_count = 10;
-  device.major = 9;
+  LayerParams layer = Table::layer_of(128, DType::kBFloat16);
+  const DeviceInfo hopper = Table::device_of(90);
   const auto last = [&] {
     const KernelTable kernels = {table.new_, table.old_, table.fp32_};
-    return std::string(choose_kernels(kernels, layer, device, Calls::kSome).back().first().name);
+    return std::string(choose_kernels(kernels, layer, hopper, Calls::kSome).back().first().name);
   };
   EXPECT_EQ(last(), "new");
   layer.token_scales = true;
@@ -248,14 +253,9 @@ TEST(ChooseKernels, AFamilyForSomeCalls) {
   EXPECT_EQ(table.chosen(128, 90, DType::kBFloat16, Calls::kSome), some);
   EXPECT_EQ(table.chosen(128, 90, DType::kBFloat16, Calls::kAny), old);
   EXPECT_EQ(table.chosen(128, 90, DType::kBFloat16, Calls::kSome, 30.0F), old);
-  LayerParams layer;
-  layer.dtype = layer.kv_dtype = DType::kBFloat16;
-  layer.head_size = layer.head_size_v = 128;
-  DeviceInfo device;
-  device.sm_count = 1;
-  device.major = 9;
   const std::vector<KernelFamily> families =
-      choose_kernels({table.new_, table.old_}, layer, device, Calls::kSome);
+      choose_kernels({table.new_, table.old_}, Table::layer_of(128, DType::kBFloat16),
+                     Table::device_of(90), Calls::kSome);
   KernelParams params{};
   EXPECT_FALSE(families.back().is_complete());
   EXPECT_EQ(families.back().member_for(params), nullptr);

@@ -9,8 +9,8 @@
 // from the fourth (32 a thread) to the first three (160).
 //
 // Over 8-bit caches page boxes come into a ring of bytes, and a warpgroup widens them into the K and V
-// rings (widener.cuh). It has the place of a consumer: two, with 128 rows. They take 3,000 clocks a
-// tile (2,048 are products), as they do over caches of 16 bits: their softmax is what neither hides.
+// rings (widener.cuh). It takes the place of a consumer, so that there are two, with 128 rows. That costs
+// 17 % in a long prompt, over caches of 16 bits too; why is open (docs/experiments.md).
 //
 // Barriers. task, query, k and v each have "full" (its loader to the consumers), task, k and v
 // "empty" (back); output_full gives an item's rows of O to the warps that copy. The loader of K and
@@ -24,16 +24,18 @@
 // - Weights are found by the maximum of the tiles before (PrefillRows::softmax_as_before), without
 //   a pass over the scores for theirs. If some weight turns out too large, which is seldom after the
 //   first tile, the product with K is done again and then the whole softmax. So K is kept till then.
-// - With two consumers (head size 256) one keeps its turn from V until it has begun to multiply by
+// - With two consumers (head size 256, 8-bit caches) one keeps its turn from V until it has begun to multiply by
 //   the next K: one multiplies while the other is at its softmax. Else they fall into step, wait for
-//   each other's products and then for the special function unit (3,500 clocks a tile, not 2,960).
+//   each other's products and then for the special function unit (head size 256: 3,500 clocks a tile,
+//   not 2,960).
 //
 // Output. O of a finished item goes over its own queries (each warp its own rows). The warps that
 // copy queries bring it to the output in whole rows, while the next item's queries and keys are
 // already there.
 //
 // Shared memory at head size 128: Q 2 x 48 KB, K 2 x 32 KB, V 2 x 32 KB, 3 KB of the rest. Head
-// size 256: two consumers with 232 registers, one Q of 64 KB, tiles of 64 keys.
+// size 256: two consumers with 232 registers, one Q of 64 KB, tiles of 64 keys. 8-bit caches at head
+// size 128: Q 2 x 32 KB, K and V as above, bytes 2 x 16 KB.
 //
 // Why this tile: 192 rows of 128 keys are 12.6 Mflop, 3,072 clocks of the tensor cores, for 64 KB
 // of K and V: 21 of the 33 bytes a clock that a multiprocessor gets from L2 when all ask. 128 rows

@@ -51,7 +51,7 @@ struct PrefillConfig {
   static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
   static constexpr int kBytesAt = kValuesAt + kStages * kTileBytes;
   static constexpr int kSharedAt = kBytesAt + kByteStages * kByteTileBytes;
-  // A tile's TileInfo is needed until its K has been given back and a bit longer.
+  // So many tiles the loader may be ahead of the K ring; PrefillShared::tile has room for them.
   static_assert(kByteStages / 2 < kStages);
 };
 
@@ -116,8 +116,8 @@ struct PrefillShared {
   std::uint64_t k_empty[C::kStages];
   std::uint64_t v_full[C::kStages];
   std::uint64_t v_empty[C::kStages];
-  // With kKv8 these are between the warps that widen and the consumers, and between the loader and
-  // the warps that widen there are:
+  // Of tiles as they are stored, between the loader and the warps that widen. Those of K and V are
+  // between the warps that widen and the consumers then.
   std::uint64_t bytes_full[C::kKv8 ? C::kByteStages : 1];
   std::uint64_t bytes_empty[C::kKv8 ? C::kByteStages : 1];
   PrefillTask task[kTasks];

@@ -7,9 +7,9 @@
 
 namespace quire::cuda::sm90 {
 
-template <class Config_>
-struct PrefillKernel {
-  using Config = Config_;
+template <class Type, bool kKv8, int kHeadSize, bool kScoreMod>
+struct Kernel<Phase::prefill, Type, kKv8, kHeadSize, 0, kScoreMod> {
+  using Config = PrefillConfig<Type, kKv8, kHeadSize, kScoreMod>;
   static Instance instance(const char* name) {
     Instance instance;
     instance.name = name;
@@ -32,9 +32,5 @@ struct PrefillKernel {
     return p.layer.alibi_slopes == nullptr && p.batch.qq_bias == nullptr;
   }
 };
-
-template <class Type, bool kKv8, int kHeadSize, bool kScoreMod>
-struct Kernel<Phase::prefill, Type, kKv8, kHeadSize, 0, kScoreMod>
-    : PrefillKernel<PrefillConfig<Type, kKv8, kHeadSize, kScoreMod>> {};
 
 }  // namespace quire::cuda::sm90

@@ -2,9 +2,8 @@
 //
 //   bytes ring, as the copy engine brought it -> registers -> fp16 or bf16, exactly -> K or V ring
 //
-// so that all else is as over a cache of 16 bits. Other ways: to widen on the way to the A operand,
-// as the decode kernel does, needs K and V as A and P through shared memory; the consumers' own
-// time is what the tile is short of.
+// so that all else is as over a cache of 16 bits. The decode kernel widens on the way to the A operand
+// instead: here weights would have to go through shared memory then, as the B operand.
 #pragma once
 
 #include "cuda/ptx/widen.cuh"
